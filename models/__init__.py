@@ -1,0 +1,146 @@
+"""The model room: networks by name.
+
+`create(name)` builds one, `names()` lists our own, `preprocessing(name)` says what pictures it wants, `load(path)` brings one back from a
+checkpoint. A new model is one new file here that calls `register`; any timm backbone is `timm/<name>`.
+"""
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+Size = int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered variant: how to build it, what it costs at its own image size, how its pictures are prepared, its timm twin."""
+
+    build: type[nn.Module]
+    args: dict[str, Any]
+    gmacs: float  # multiply-accumulates of one forward pass, attention products included, 1000 outputs
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    timm: str | None  # the same architecture in timm, without tag
+
+
+REGISTRY: dict[str, Entry] = {}
+HALF = (0.5, 0.5, 0.5)  # mean = std of the ViT lineage
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def register(name: str, build: type[nn.Module], *, gmacs: float, timm: str | None = None, image_size: int = 224,
+             mean: tuple[float, float, float] = IMAGENET_MEAN, std: tuple[float, float, float] = IMAGENET_STD,
+             interpolation: str = "bicubic", crop_pct: float = 0.9, **args: Any) -> None:
+    """Give `build(**args)` a name on the command line. Raises KeyError when the name is taken."""
+    if name in REGISTRY:
+        raise KeyError(f"model {name} is registered twice")
+    REGISTRY[name] = Entry(build, args, gmacs, image_size, mean, std, interpolation, crop_pct, timm)
+
+
+def names() -> list[str]:
+    """Our own variants, in the order of the files and of their tables."""
+    return list(REGISTRY)
+
+
+def closest(word: str, known: list[str]) -> str:
+    """`did you mean a, b?`, or nothing where no known word is near."""
+    near = get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError with the closest names when `name` is neither ours nor timm's."""
+    if name.startswith("timm/"):
+        arch = name[len("timm/"):]
+        if not timm.is_model(arch):
+            near = closest(arch.split(".")[0], timm.list_models()).replace("mean ", "mean timm/").replace(", ", ", timm/")
+            raise ValueError(f"timm has no model named {arch!r}{near}")
+    elif name not in REGISTRY:
+        also = f"; timm has it: --model timm/{name}" if timm.is_model(name) else ""
+        raise ValueError(f"no model named {name!r}{closest(name, names()) or f'; there are {chr(44).join(names())}'}{also}")
+
+
+def keywords(name: str) -> list[str]:
+    """The keywords that `create` takes for one of our own models, beside num_outputs, image_size and in_chans."""
+    check_name(name)
+    parameters = inspect.signature(REGISTRY[name].build.__init__).parameters
+    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")]
+
+
+def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, in_chans: int = 3, **model_args: Any) -> nn.Module:
+    """Build a network with fresh weights.
+
+    Args:
+        name: one of `names()`, or `timm/<name>` for any timm backbone.
+        num_outputs: width of the head; 0 leaves it out, the network then returns pooled features (B, D).
+        image_size: side or (height, width) in pixels; None is the variant's own.
+        in_chans: colour channels of the picture.
+        model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours.
+    Raises ValueError for an unknown name (with the closest ones), an unknown keyword, or an image size the network cannot take.
+    """
+    check_name(name)
+    if name.startswith("timm/"):
+        return _create_timm(name[len("timm/"):], num_outputs, image_size, in_chans, model_args)
+    entry = REGISTRY[name]
+    for key in model_args:
+        if key not in keywords(name):
+            raise ValueError(f"model {name} has no argument {key!r}{closest(key, keywords(name))} (it takes {', '.join(keywords(name))})")
+    size = entry.image_size if image_size is None else image_size
+    model = entry.build(num_outputs=num_outputs, image_size=size, in_chans=in_chans, **{**entry.args, **model_args})
+    model.pretrained_cfg = model.default_cfg = timm_cfg(name, num_outputs)
+    return model
+
+
+def timm_cfg(name: str, num_outputs: int) -> dict[str, Any]:
+    """What timm's tools ask of a model: input size, normalisation, where its head and its first convolution are."""
+    entry = REGISTRY[name]
+    return {"num_classes": num_outputs, "input_size": (3, entry.image_size, entry.image_size), "mean": entry.mean, "std": entry.std,
+            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct, "pool_size": None, "fixed_input_size": True,
+            "first_conv": entry.build.first_conv, "classifier": entry.build.classifier, "architecture": name}
+
+
+TIMM_WORDS = {"drop_path": "drop_path_rate", "dropout": "drop_rate", "attn_dropout": "attn_drop_rate"}
+
+
+def _create_timm(arch: str, num_outputs: int, image_size: Size | None, in_chans: int, model_args: dict[str, Any]) -> nn.Module:
+    words = {TIMM_WORDS.get(key, key): value for key, value in model_args.items()}
+    sized = {} if image_size is None else {"img_size": image_size}
+    try:
+        return timm.create_model(arch, num_classes=num_outputs, in_chans=in_chans, **sized, **words)
+    except TypeError as error:
+        if "unexpected keyword argument 'img_size'" in str(error):  # convolutional networks take any size
+            return _create_timm(arch, num_outputs, None, in_chans, model_args)
+        if "unexpected keyword argument" in str(error):
+            raise ValueError(f"model timm/{arch}: {error}") from None
+        raise
+
+
+def preprocessing(name: str) -> dict[str, Any]:
+    """How the network's pictures are prepared: image_size (height, width), mean, std, interpolation, crop_pct.
+
+    Ours stand in the registry; timm's are those of the weights' tag (timm.get_pretrained_cfg). Raises ValueError for an unknown name.
+    """
+    check_name(name)
+    if name.startswith("timm/"):
+        cfg = timm.get_pretrained_cfg(name[len("timm/"):])
+        data = resolve_data_config(pretrained_cfg=cfg.to_dict())
+        return {"image_size": tuple(data["input_size"][1:]), **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}}
+    entry = REGISTRY[name]
+    return {"image_size": (entry.image_size, entry.image_size), "mean": entry.mean, "std": entry.std,
+            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct}
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+from models.pretrained import load  # noqa: E402  (after the registry, which it uses)
+
+__all__ = ["REGISTRY", "create", "keywords", "load", "names", "preprocessing", "register"]

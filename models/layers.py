@@ -1,0 +1,123 @@
+"""Leaves that several networks share. Attribute names are timm's, so that weights move without a key map.
+
+Legend: B pictures, C channels, N tokens, D width, H heads, K width of a head.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from timm.layers import DropPath, LayerScale
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """(height, width) of a size given as one side or as both."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def grid_of(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Patches down and across. Raises ValueError when the patch does not divide the picture."""
+    (height, width), (down, across) = pair(image_size), pair(patch_size)
+    if height % down or width % across:
+        fit = f"{max(1, round(height / down)) * down}x{max(1, round(width / across)) * across}"
+        raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {down}x{across}; the nearest that fits is {fit}")
+    return height // down, width // across
+
+
+class PatchEmbed(nn.Module):
+    """Cut a picture (B, C, height, width) of a fixed size into patches and project each: (B, N, D), row by row."""
+
+    def __init__(self, image_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int):
+        super().__init__()
+        self.image_size, self.grid_size = pair(image_size), grid_of(image_size, patch_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[-2:]) != self.image_size:
+            raise ValueError(f"the network was built for pictures of {self.image_size[0]}x{self.image_size[1]} and got "
+                             f"{x.shape[-2]}x{x.shape[-1]}; build it with that image_size")
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(q k' / sqrt(K)) v for (B, H, N, K). PyTorch's fused kernel on an accelerator; written out on CPU, where that is faster."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+    return F.dropout(weights.softmax(-1), dropout) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017), one fused projection ordered q, k, v; heads split inside each."""
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, dropout: float = 0.0, attn_dropout: float = 0.0):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide embed_dim {dim}")
+        self.num_heads, self.attn_dropout = num_heads, attn_dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        q, k, v = rearrange(self.qkv(x), "b n (three h k) -> three b h n k", three=3, h=self.num_heads).unbind(0)
+        y = attend(q, k, v, self.attn_dropout if self.training else 0.0)  # (B, H, N, K)
+        return self.proj_drop(self.proj(rearrange(y, "b h n k -> b n (h k)")))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an activation: (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.GELU, dropout: float = 0.0):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), act(), nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention, x + MLP, each with optional LayerScale and stochastic depth of its own."""
+
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, qkv_bias: bool = True, dropout: float = 0.0,
+                 attn_dropout: float = 0.0, drop_path: float = 0.0, layer_scale: float | None = None,
+                 act: Callable[[], nn.Module] = nn.GELU):
+        super().__init__()
+        def scale() -> nn.Module:
+            return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, dropout=dropout, attn_dropout=attn_dropout)
+        self.ls1, self.drop_path1 = scale(), DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, dropout=dropout)
+        self.ls2, self.drop_path2 = scale(), DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth's linear rule (Huang et al. 2016): 0 at the first block, `rate` at the last."""
+    return [rate * i / max(1, depth - 1) for i in range(depth)]
+
+
+def sincos2d(grid: tuple[int, int], dim: int, temperature: float = 10_000.0) -> Tensor:
+    """Fixed 2-D positions (1, N, D) of "Better plain ViT baselines": sin x, cos x, sin y, cos y (big_vision models/vit.py:34-44)."""
+    if dim % 4:
+        raise ValueError(f"sincos2d positions need a width that 4 divides, not {dim}")
+    y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grid), indexing="ij")
+    omega = temperature ** -(torch.arange(dim // 4) / (dim // 4 - 1))  # (D/4,)
+    x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega  # (N, D/4)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
+
+
+def lecun_normal_(weight: Tensor) -> Tensor:
+    """flax's lecun_normal: a normal of variance 1/fan_in cut at two sigma, rescaled so that the cut keeps that variance."""
+    fan_in = weight[0].numel()
+    std = math.sqrt(1 / fan_in) / 0.87962566103423978
+    return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

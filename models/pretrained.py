@@ -1,0 +1,167 @@
+"""Files <-> weights: read any common weight file safely, fit it to a network, bring a trained network back from its checkpoint."""
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import models
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where trainers keep the weights inside a checkpoint
+PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, our LightningModules
+
+
+def checkpoint_in(path: str | Path) -> Path:
+    """The file of weights that a path names: itself, or the best (else last) checkpoint of a run directory. Raises FileNotFoundError."""
+    path = Path(path)
+    if not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"no weights at {path}")
+        return path
+    for name in ("best.ckpt", "last.ckpt"):
+        if (path / "checkpoints" / name).is_file():
+            return path / "checkpoints" / name
+    raise FileNotFoundError(f"{path} is not a run with weights: there is no checkpoints/best.ckpt or checkpoints/last.ckpt in it")
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a .safetensors, .pth, .pt, .bin or .ckpt file, loaded with weights_only=True. Raises ValueError when it is not one."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path} is not a readable file of weights: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch's restricted unpickler raises pickle.UnpicklingError and others
+        raise ValueError(f"{path} holds more than tensors and plain data and is not loaded (it could run code): "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Names -> tensors of a file or run directory, unwrapped from the trainer's dict and freed of the prefixes trainers add."""
+    state = read_checkpoint(checkpoint_in(path))
+    for key in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
+    if not state:
+        raise ValueError(f"{path} holds no tensors by name")
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix):]: value for key, value in state.items()}
+    return state
+
+
+def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
+    """The weights timm publishes for a model, in the tag's version or the default one (downloaded, or from the hub's cache).
+
+    Raises ValueError when timm has no such weights or they cannot be fetched.
+    """
+    arch = name[len("timm/"):] if name.startswith("timm/") else models.REGISTRY[name].timm
+    if arch is None:
+        raise ValueError(f"there are no published weights for {name}")
+    arch = f"{arch.split('.')[0]}.{tag}" if tag else arch
+    cfg = timm.get_pretrained_cfg(arch, allow_unregistered=False) if timm.is_model(arch) else None
+    if cfg is None or not cfg.has_weights:
+        tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(f"{arch.split('.')[0]}.*"))
+        raise ValueError(f"timm has no weights {arch!r}; its tags for this model are {', '.join(tags) or 'none'}")
+    try:
+        return timm.create_model(arch, pretrained=True).state_dict()
+    except Exception as error:
+        raise ValueError(f"the weights {arch} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
+                         "without internet give a file: --init PATH") from None
+
+
+def head_keys(model: nn.Module) -> set[str]:
+    """Names of the classifier's tensors in the model's state dict."""
+    heads = model.get_classifier()
+    parameters = {id(p) for head in (heads if isinstance(heads, tuple | list) else [heads]) for p in head.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
+
+
+def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = False) -> str:
+    """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that says what was loaded.
+
+    Missing and unexpected tensors are reported in the line; tensors of another shape are resized where they are positions. A head of
+    another size raises ValueError unless `reset_head`, which `pretrained` implies; so does any other misfit.
+    """
+    if source == "pretrained" or not Path(source).exists() and _looks_like_tag(source):
+        weights = published_weights(name, None if source == "pretrained" else source)
+        reset_head |= source == "pretrained"
+    else:
+        weights = read_weights(source)
+    weights, notes = fit(model, weights, source)
+    own, heads = model.state_dict(), head_keys(model)
+    wrong = {key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape}
+    if wrong & heads:
+        key = sorted(wrong & heads)[-1]
+        if not reset_head:
+            raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} ({key}); "
+                             "--init_head reset starts a fresh one")
+        notes.append(f"head of {len(weights[key])} outputs left out, a fresh one of {len(own[key])} starts")
+        weights = {key: value for key, value in weights.items() if key not in heads}
+        wrong -= heads
+    if wrong:
+        key = sorted(wrong)[0]
+        raise ValueError(f"--init {source}: {len(wrong)} tensors have another shape, the first is {key} "
+                         f"{tuple(weights[key].shape)} for {tuple(own[key].shape)}; is it another model or patch size?")
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    notes += [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
+    return f"init {source}: {len(weights) - len(unexpected)} of {len(own)} tensors" + "".join(f"; {note}" for note in notes)
+
+
+def fit(model: nn.Module, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Bring foreign tensors under the model's own names and sizes; returns them with a note for each thing done."""
+    own, notes = model.state_dict(), []
+    adapt = getattr(model, "adapt_state_dict", None) or _timm_filter(model)
+    adapted = adapt(weights)
+    resized = sum(key in adapted and adapted[key].shape != value.shape for key, value in weights.items())
+    notes += [f"{resized} tensors resized to the image size"] * bool(resized)
+    if not adapted.keys() & own.keys():
+        if [value.shape for value in adapted.values()] != [value.shape for value in own.values()]:
+            raise ValueError(f"--init {source}: none of its {len(adapted)} tensors has a name of this model (first: {next(iter(adapted))}; "
+                             f"the model's first: {next(iter(own))})")
+        notes.append("no name matched, every shape did: taken in order")
+        adapted = dict(zip(own, adapted.values()))
+    return adapted, notes
+
+
+def _timm_filter(model: nn.Module) -> Any:
+    """timm's own key map and resizing for one of its models (`checkpoint_filter_fn` in the model's file), or the identity."""
+    module = sys.modules[type(model).__module__]
+    own = getattr(module, "checkpoint_filter_fn", None)
+    return (lambda weights: own(dict(weights), model)) if own else dict
+
+
+def _looks_like_tag(source: str) -> bool:
+    return not any(mark in source for mark in ("/", "\\")) and Path(source).suffix not in (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
+
+
+def _some(keys: list[str]) -> str:
+    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+
+
+def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network of one of our checkpoints or run directories, in evaluation mode, and its data specification.
+
+    use_ema: True the averaged weights, False the raw ones, None the averaged ones where the run kept them.
+    Raises FileNotFoundError, or ValueError when the file is no vitlab checkpoint or has no averaged weights to use.
+    """
+    file = checkpoint_in(path)
+    checkpoint = read_checkpoint(file)
+    if not {"state_dict", "config", "spec"} <= checkpoint.keys():
+        raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec; plain weights go to --init")
+    ema = checkpoint.get("ema_state_dict")
+    if use_ema and ema is None:
+        raise ValueError(f"{file} keeps no averaged weights (EMA)")
+    config, spec = checkpoint["config"], checkpoint["spec"]
+    model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), **config["model_args"])
+    state = ema if ema is not None and use_ema is not False else checkpoint["state_dict"]
+    model.load_state_dict({key[len("model."):]: value for key, value in state.items() if key.startswith("model.")})
+    return model.eval(), spec
