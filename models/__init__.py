@@ -125,7 +125,7 @@ def _create_timm(arch: str, num_outputs: int, image_size: Size | None, in_chans:
 
 
 def preprocessing(name: str) -> dict[str, Any]:
-    """How the network's pictures are prepared: image_size (height, width), mean, std, interpolation, crop_pct.
+    """How the network's pictures are prepared: image_size (height, width), mean, std, interpolation, crop_pct, crop_mode.
 
     Ours stand in the registry; timm's are those of the weights' tag (timm.get_pretrained_cfg). Raises ValueError for an unknown name.
     """
@@ -133,10 +133,10 @@ def preprocessing(name: str) -> dict[str, Any]:
     if name.startswith("timm/"):
         cfg = timm.get_pretrained_cfg(name[len("timm/"):])
         data = resolve_data_config(pretrained_cfg=cfg.to_dict())
-        return {"image_size": tuple(data["input_size"][1:]), **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct")}}
+        return {"image_size": tuple(data["input_size"][1:]), **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}}
     entry = REGISTRY[name]
     return {"image_size": (entry.image_size, entry.image_size), "mean": entry.mean, "std": entry.std,
-            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct}
+            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct, "crop_mode": "center"}
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -40,12 +40,13 @@ class ViT(nn.Module):
         self.num_prefix_tokens = int(pool == "cls")
         self.patch_embed = PatchEmbed(image_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "cls" else None
-        self.pos_embed: Tensor | None = None
         if pos == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.patch_embed.num_patches, embed_dim))
         elif pos == "sincos2d":
             fixed = sincos2d(self.patch_embed.grid_size, embed_dim)
             self.register_buffer("pos_embed", nn.functional.pad(fixed, (0, 0, self.num_prefix_tokens, 0)), persistent=False)
+        else:
+            self.pos_embed = None
         self.pos_drop = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(
             Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, dropout=dropout, attn_dropout=attn_dropout, drop_path=rate)

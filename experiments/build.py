@@ -1,0 +1,191 @@
+"""Names -> objects: the one place that knows all rooms."""
+import json
+import logging
+import os
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import nn
+
+import datamodules
+import models
+from datamodules.base import PictureData
+from experiments import plan, rundir
+from experiments.config import Command, Config, UsageError, did_you_mean, read, size
+from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from lightning_modules.history import History
+from lightning_modules.meter import Meter, Progress
+from lightning_modules.task import Classify
+from lightning_modules.tracking import SafeWandbLogger
+from models import cost, pretrained
+
+DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
+
+
+@dataclass
+class Run:
+    """A run that may start: its resolved config, its directory, what it resumes from, and the objects built so far."""
+
+    cfg: Config
+    folder: Path
+    resume: str | None
+    finished: bool
+    data: L.LightningDataModule
+    model: nn.Module
+
+
+def resolve(command: Command) -> Run:
+    """Decide once, in the launching process; ranks take its result. Raises ValueError or FileNotFoundError for what a person must mend."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # lightning 2.6 with newer torch
+    if DECISION in os.environ and "LOCAL_RANK" in os.environ:
+        return _build(Config(**_tuples(json.loads(os.environ[DECISION])["cfg"])), json.loads(os.environ[DECISION]))
+    environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), LightningEnvironment())
+    if not environment.creates_processes_externally or environment.world_size() == 1:
+        run, decision = decide(command)
+        os.environ[DECISION] = json.dumps(decision)
+        return run
+    if not dist.is_initialized():  # Lightning goes on with this group
+        backend = "cpu:gloo,cuda:nccl" if plan.on_gpu(command.config) else "gloo"
+        os.environ.setdefault("MASTER_ADDR", environment.main_address)
+        os.environ.setdefault("MASTER_PORT", str(environment.main_port))
+        dist.init_process_group(backend, rank=environment.global_rank(), world_size=environment.world_size())
+    run, shared = None, [None]
+    if environment.global_rank() == 0:
+        try:
+            run, shared[0] = decide(command)
+        except (ValueError, FileNotFoundError) as error:
+            shared[0] = str(error)
+    dist.broadcast_object_list(shared, device=torch.device("cpu"))
+    if isinstance(shared[0], str):
+        raise UsageError(shared[0])
+    return run or _build(Config(**_tuples(shared[0]["cfg"])), shared[0])
+
+
+def decide(command: Command) -> tuple[Run, dict[str, Any]]:
+    """Check names, read the folder, fill what was left out, enter the run directory. Returns the run and its decision as plain data."""
+    command = _with_data(command)
+    cfg, alone = command.config, command.recipe_alone
+    _check_names(cfg)
+    problems = [plan.device_problem(cfg)]
+    left_out = {**models.preprocessing(cfg.model), "precision": None}
+    left_out["image_size"] = "x".join(map(str, dict.fromkeys(left_out["image_size"])))
+    cfg, alone = (replace(each.filled(**left_out), precision=plan.precision(each) if each.precision == "auto" else each.precision)
+                  for each in (cfg, alone))
+    data = None
+    try:
+        data = datamodule(cfg)
+        if not problems[0]:
+            data.accumulation(plan.world_size(cfg))
+    except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
+    if cfg.patience and data and not data.sizes["val"]:
+        problems.append("--patience watches val, and these data have no val split")
+    if any(problems):
+        raise UsageError("\n".join(filter(None, problems)))
+    with torch.device("meta"):
+        meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
+    cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
+                  data_dir=data.data_dir and str(data.data_dir),
+                  micro_batch_size=cfg.micro_batch_size or plan.micro_batch_size(meta, cfg))
+    data.micro_batch_size = cfg.micro_batch_size
+    network, line = model(cfg, data)
+    for note in (*command.notes, *([line] if line else [])):
+        print(note)
+    folder, resume, finished = (Path(cfg.runs_dir) / cfg.name, None, False) if cfg.dry_run else rundir.enter(cfg)
+    decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
+                "finished": finished}
+    return Run(cfg, folder, resume, finished, data, network), decision
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _build(cfg: Config, decision: dict[str, Any]) -> Run:
+    data = datamodule(cfg)
+    return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, model(cfg, data)[0])
+
+
+def _with_data(command: Command) -> Command:
+    """The command with a data set named: what the folder says it is, or imagenet; the recipe may follow from it."""
+    cfg = command.config
+    if cfg.model is None:
+        raise UsageError("--model is missing: --list models prints the names; without any flag the demo runs")
+    if cfg.data:
+        return command
+    return read([*command.argv, "--data", datamodules.detect(cfg.data_dir) if cfg.data_dir else "imagenet"])
+
+
+def _check_names(cfg: Config) -> None:
+    models.check_name(cfg.model)
+    if cfg.data not in datamodules.names():
+        raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
+                         f"(there are {', '.join(datamodules.names())})")
+    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for knob in fields(PictureData)}]
+    for key in cfg.data_args:
+        if key not in known:
+            raise UsageError(f"data {cfg.data} has no argument {key!r}{did_you_mean(key, known)} (it takes {', '.join(known) or 'none'})")
+
+
+def datamodule(cfg: Config) -> L.LightningDataModule:
+    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order."""
+    names = {}
+    if cfg.eval_only and cfg.init and Path(cfg.init).exists() and not cfg.init.endswith((".safetensors", ".pth")):
+        spec = pretrained.read_checkpoint(pretrained.checkpoint_in(cfg.init)).get("spec") or {}
+        names = {"class_names": spec.get("class_names")}
+    return datamodules.create(
+        cfg.data, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation,
+        crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale, hflip=cfg.hflip, val_fraction=cfg.val_fraction,
+        split_seed=cfg.split_seed, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size,
+        workers=cfg.workers, eval_only=cfg.eval_only, **names, **cfg.data_args)
+
+
+def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
+    """The network with its first weights, and the line that says where they come from ('' from scratch)."""
+    L.seed_everything(cfg.seed, verbose=False)
+    network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
+    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset") if cfg.init else ""
+    return network, line
+
+
+def task(run: Run) -> Classify:
+    cfg = run.cfg
+    warmup = min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
+    return Classify(run.model, run.data.spec, rundir.plain(cfg), steps_per_epoch=run.data.steps_per_epoch, lr=cfg.lr, min_lr=cfg.min_lr,
+                    warmup_epochs=warmup, epochs=cfg.epochs, weight_decay=cfg.weight_decay, label_smoothing=cfg.label_smoothing,
+                    seed=cfg.seed)
+
+
+def trainer(run: Run) -> L.Trainer:
+    cfg, checkpoints = run.cfg, run.folder / "checkpoints"
+    meter = Meter(cfg.global_batch_size, cfg.log_every_steps)
+    callbacks = [meter, Progress(meter, cfg.epochs * run.data.steps_per_epoch, cfg.epochs),
+                 LastCheckpoint(checkpoints, cfg.save_every_steps)]
+    if run.data.sizes["val"]:
+        callbacks.append(BestCheckpoint(checkpoints, Classify.monitor, Classify.mode))
+        if cfg.patience:
+            callbacks.append(EarlyStopping(Classify.monitor, mode=Classify.mode, patience=cfg.patience))
+    world = plan.world_size(cfg)
+    return L.Trainer(
+        accelerator=cfg.accelerator if plan.on_gpu(cfg) else "cpu", devices=cfg.devices, num_nodes=cfg.num_nodes,
+        strategy=cfg.strategy if cfg.strategy != "auto" or world == 1 else "ddp", precision=cfg.precision, max_epochs=cfg.epochs,
+        accumulate_grad_batches=1 if cfg.eval_only else run.data.accumulation(world), gradient_clip_val=cfg.clip_grad,
+        logger=loggers(run), callbacks=callbacks, plugins=[AtomicCheckpointIO()], default_root_dir=run.folder, num_sanity_val_steps=0,
+        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1)  # the Meter decides when
+
+
+def loggers(run: Run) -> list[Any]:
+    cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
+    if cfg.logger == "wandb":
+        config = {**rundir.plain(cfg), "params": cost.parameters(run.model), "commit": rundir.commit()}
+        found.append(SafeWandbLogger(run.folder, config=config))
+    return found

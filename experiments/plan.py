@@ -1,0 +1,96 @@
+"""What a run will take, told before it starts: processes, memory, the batch one device can hold, a time forecast."""
+import os
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiments.config import Config, UsageError, size
+from models import cost
+
+FREE_SHARE = 0.8  # of the memory found; the rest is for the framework, buffers and fragmentation
+
+
+def device_problem(cfg: Config) -> str | None:
+    """Why this machine cannot give the devices asked for, with the flag that helps; None when it can."""
+    gpus = torch.cuda.device_count()
+    launched = os.environ.get("WORLD_SIZE")
+    if launched and int(launched) != world_size(cfg):
+        return f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes {cfg.num_nodes} are {world_size(cfg)}"
+    if cfg.accelerator == "cpu":
+        return None
+    if cfg.accelerator == "gpu" and gpus == 0:
+        return "--accelerator gpu: this machine has no GPU that PyTorch can use; --accelerator cpu works anywhere"
+    if gpus == 0 and cfg.devices > 1:
+        return f"--devices {cfg.devices}: this machine has no GPU; add --accelerator cpu for {cfg.devices} processes on its CPU"
+    if 0 < gpus < cfg.devices:
+        return f"--devices {cfg.devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; --devices {gpus}, more machines are --num_nodes"
+    return None
+
+
+def world_size(cfg: Config) -> int:
+    return cfg.devices * cfg.num_nodes
+
+
+def on_gpu(cfg: Config) -> bool:
+    return cfg.accelerator != "cpu" and torch.cuda.device_count() > 0
+
+
+def precision(cfg: Config) -> str:
+    """The precision that `auto` means on this machine."""
+    if not on_gpu(cfg):
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def free_bytes(cfg: Config) -> int:
+    """Memory one process may use: of its GPU, or its share of what the machine has free."""
+    if on_gpu(cfg):
+        return torch.cuda.mem_get_info(0)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // cfg.devices
+
+
+def memory(meta: nn.Module, cfg: Config) -> tuple[int, int]:
+    """Estimated bytes of training: (fixed: weights, gradients, Adam's two moments; for each picture in a pass)."""
+    per_picture = cost.activation_bytes(meta, size(cfg.image_size)) + 12 * size(cfg.image_size)[0] * size(cfg.image_size)[1]
+    return 16 * cost.parameters(meta), per_picture // (1 if cfg.precision in ("auto", "32-true") else 2)
+
+
+def micro_batch_size(meta: nn.Module, cfg: Config) -> int:
+    """The most pictures in one pass of one device that fit the memory free now, and no more than its share of the global batch.
+
+    Raises UsageError when not even one fits.
+    """
+    fixed, per_picture = memory(meta, cfg)
+    room = int((FREE_SHARE * free_bytes(cfg) - fixed) / per_picture)
+    if room < 1:
+        raise UsageError(f"model {cfg.model} needs about {(fixed + per_picture) / 2**30:.1f} GB for one picture of "
+                         f"{size(cfg.image_size)} and {free_bytes(cfg) / 2**30:.1f} GB are free: a smaller --model or --image_size")
+    return max(1, min(room, cfg.global_batch_size // world_size(cfg)))
+
+
+def images_per_second(model: nn.Module, cfg: Config, pictures: int) -> float:
+    """Forward and backward of random pictures on one device, after one pass to warm up; data loading is not in it."""
+    device = torch.device("cuda" if on_gpu(cfg) else "cpu")
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.precision)
+    model, images = model.to(device).train(), torch.randn(pictures, 3, *size(cfg.image_size), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            output = model(images)
+        sum(part.float().sum() for part in (output if isinstance(output, tuple) else (output,))).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    step()
+    steps, start = 0, time.monotonic()
+    while steps < 2 or time.monotonic() - start < 1.0:
+        step()
+        steps += 1
+    return steps * pictures / (time.monotonic() - start)
+
+
+def table(rows: list[tuple[str, Any]]) -> str:
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)

@@ -1,0 +1,155 @@
+"""What a run says of itself: lists, the plan, the result on screen and in result.json."""
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import lightning as L
+import torch
+
+import datamodules
+import models
+from datamodules.decode import PictureError
+from experiments import plan, rundir
+from experiments.build import Run
+from experiments.config import RECIPES, recipe_names, size
+from lightning_modules.history import read_history
+from lightning_modules.meter import Meter, clock, peak_memory_mb
+from lightning_modules.tracking import SafeWandbLogger
+from models import cost, pretrained
+
+
+def listing(what: str) -> int:
+    """Print the names there are, for --list models|data|recipes."""
+    if what == "models":
+        print(f"{'name':<26}{'parameters':>13}{'GMACs':>9}  size  in timm")
+        for name in models.names():
+            entry = models.REGISTRY[name]
+            with torch.device("meta"):
+                count = cost.parameters(models.create(name))
+            print(f"{name:<26}{count:>13,}{entry.gmacs:>9.2f}  {entry.image_size:>4}  {entry.timm or '-'}")
+        print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
+    elif what == "data":
+        for name in datamodules.names():
+            print(f"{name:<12}{import_module(f'datamodules.{name}').__doc__.splitlines()[0]}")
+    else:
+        for name in recipe_names():
+            print(f"{name:<26}{(RECIPES / f'{name}.yaml').read_text().splitlines()[0].lstrip('# ')}")
+    return 0
+
+
+def dry_run(run: Run) -> int:
+    """Print what the run would do, what it needs and how long it may take."""
+    cfg, data, world = run.cfg, run.data, plan.world_size(run.cfg)
+    with torch.device("meta"):
+        meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
+    fixed, per_picture = plan.memory(meta, cfg)
+    passes = data.accumulation(world)
+    micro = cfg.global_batch_size // world // passes
+    steps = cfg.epochs * data.steps_per_epoch
+    speed = plan.images_per_second(run.model, cfg, min(micro, 8 if not plan.on_gpu(cfg) else micro))
+    parallel = world if plan.on_gpu(cfg) else cfg.num_nodes
+    seconds = steps * cfg.global_batch_size / (speed * parallel)
+    gigabytes = 2**30
+    print(plan.table([
+        ("model", f"{cfg.model}, {cost.parameters(meta):,} parameters, {_gmacs(run):.2f} GMACs at {cfg.image_size}"),
+        ("data", f"{cfg.data}, train {data.sizes['train']:,}, val {data.sizes['val']:,}, test {data.sizes['test']:,}, "
+                 f"{data.spec['num_outputs']} classes"),
+        ("batch", f"{cfg.global_batch_size} = {cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"),
+        ("steps", f"{steps:,} = {cfg.epochs} epochs x {data.steps_per_epoch:,}, peak lr {cfg.lr:g}, precision {cfg.precision}"),
+        ("memory", f"about {(fixed + micro * per_picture) / gigabytes:.2f} GB a device (weights, gradients, Adam {fixed / gigabytes:.2f}; "
+                   f"{micro} pictures {micro * per_picture / gigabytes:.2f}); {plan.free_bytes(cfg) / gigabytes:.2f} GB free"),
+        ("time", f"about {clock(seconds)} of training steps, at {speed:.1f} images/s measured now on one device without data loading"),
+        ("run directory", f"{run.folder} ({_state(run)})")]))
+    return 0
+
+
+def _state(run: Run) -> str:
+    if (run.folder / rundir.RESULT).is_file():
+        return "already finished"
+    point = rundir.resume_point(run.folder, run.cfg)
+    return f"would resume from {point}" if point else "new"
+
+
+def finished(run: Run) -> int:
+    """Say that there is nothing left to do, and the result."""
+    print(f"already finished: {run.folder} (--overwrite starts it again)\n{(run.folder / rundir.RESULT).read_text().strip()}")
+    return 0
+
+
+@contextmanager
+def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
+    """Close the tracker with the right state however the run ends; a picture that cannot be read ends it with one line and exit 1."""
+    code = 1
+    try:
+        if trainer.is_global_zero:
+            print(f"run directory {run.folder}" + (f", resumed from {run.resume}" if run.resume else ""), flush=True)
+        yield
+        code = 0
+    except PictureError as error:
+        print(f"run.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        raise SystemExit(1) from None
+    finally:
+        for logger in trainer.loggers:
+            if isinstance(logger, SafeWandbLogger):
+                logger.close(code)
+
+
+def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
+    """Score what is to be scored, write result.json, print the line a person waits for."""
+    scores = _evaluate(run, task, trainer)
+    if not trainer.is_global_zero:
+        return
+    cfg, steps = run.cfg, trainer.global_step
+    values: dict[str, Any] = {
+        "model": cfg.model, "data": cfg.data, "params": cost.parameters(task.model), "gmacs": round(_gmacs(run), 4),
+        **scores, "epochs": cfg.epochs, "steps": steps, "lr": cfg.lr, "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
+        "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
+        "commit": rundir.commit(), "finished": True}
+    rundir.write_result(run.folder, values)
+    for logger in trainer.loggers:
+        if isinstance(logger, SafeWandbLogger):
+            logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})
+    shown = ", ".join(f"{key} {100 * value:.2f} %" for key, value in values.items() if "/acc" in key)
+    took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""
+    print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}")
+
+
+def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
+    """`val/*` of the best checkpoint (read from the history), `test/*` where there is a labelled test split, and which epoch was best."""
+    sizes = run.data.sizes
+    if run.cfg.eval_only:
+        stage = "test" if sizes["test"] else "val"
+        weights = {"ckpt_path": str(rundir.resume_file(run.cfg.resume)), "weights_only": True} if run.cfg.resume else {}
+        (trainer.test if sizes["test"] else trainer.validate)(task, run.data, verbose=False, **weights)
+        scores = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(stage)}
+        metric = f"{stage}/{task.monitor.split('/')[1]}"
+        return {"metric": metric, "best": scores[metric], "best_epoch": None, "stopped_epoch": None, **scores}
+    sign = 1 if task.mode == "max" else -1
+    rows = [row for row in read_history(run.folder / "metrics.csv") if task.monitor in row]
+    best = max(rows, key=lambda row: (sign * row[task.monitor], row["epoch"]), default={})  # as BestCheckpoint chooses
+    scores = {"metric": task.monitor, "best": best.get(task.monitor), "best_epoch": int(best["epoch"]) if best else None,
+              "stopped_epoch": trainer.current_epoch - 1}
+    scores |= {key: value for key, value in best.items() if key.startswith("val")}
+    if sizes["test"]:
+        state = pretrained.read_checkpoint(pretrained.checkpoint_in(run.folder))["state_dict"]
+        task.load_state_dict(state)
+        trainer.test(task, run.data, verbose=False)
+        scores |= {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test")}
+    return scores
+
+
+def _gmacs(run: Run) -> float:
+    with torch.device("meta"):
+        meta = models.create(run.cfg.model, run.data.spec["num_outputs"], size(run.cfg.image_size), **run.cfg.model_args)
+    return cost.gmacs(meta, size(run.cfg.image_size))
+
+
+def _timing(run: Run, trainer: L.Trainer) -> dict[str, float | None]:
+    seconds = next(callback.train_seconds for callback in trainer.callbacks if isinstance(callback, Meter))
+    steps = trainer.global_step
+    if not steps:
+        return {"train_seconds": 0.0, "seconds_per_epoch": None, "images_per_sec": None}
+    return {"train_seconds": round(seconds, 2), "seconds_per_epoch": round(seconds * run.data.steps_per_epoch / steps, 3),
+            "images_per_sec": round(steps * run.cfg.global_batch_size / max(seconds, 1e-9), 1)}

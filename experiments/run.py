@@ -1,0 +1,31 @@
+"""Train one model: python experiments/run.py --model vit_b16 --devices 8"""
+import sys
+
+from experiments.config import read
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, resolve, train, evaluate, write the result. Returns the exit code."""
+    command = read(argv)
+    from experiments import build, report  # torch and lightning: seconds, so after --help and mistakes
+    try:
+        if command.config.list:
+            return report.listing(command.config.list)
+        run = build.resolve(command)
+        if run.cfg.dry_run:
+            return report.dry_run(run)
+        if run.finished:
+            return report.finished(run)
+        task, trainer = build.task(run), build.trainer(run)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 2
+    with report.ending(run, trainer):
+        if not run.cfg.eval_only:
+            trainer.fit(task, run.data, ckpt_path=run.resume, weights_only=True)
+        report.result(run, task, trainer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

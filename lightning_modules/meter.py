@@ -1,0 +1,141 @@
+"""What a run tells while it trains: rows for the trackers, throughput, a progress bar."""
+import resource
+import sys
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_modules.history import History
+
+
+class Meter(Callback):
+    """Logs one row every `log_every_steps` optimizer steps of an epoch and one at its end, after validation.
+
+    Training values are means over all ranks since the row before, without a synchronisation in between; `perf/images_per_sec` is global and
+    leaves validation and saving out. Time and pictures survive a resume.
+    """
+
+    def __init__(self, global_batch_size: int, log_every_steps: int):
+        self.global_batch_size, self.log_every_steps = global_batch_size, log_every_steps
+        self.train_seconds, self.last_row = 0.0, {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.batches, self.seconds, self.steps = 0, 0.0, 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step_before = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, History):
+                logger.cut(trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._forget()
+        self.mark = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        for name, value in outputs.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        now = time.monotonic()
+        self.seconds, self.train_seconds, self.mark = self.seconds + now - self.mark, self.train_seconds + now - self.mark, now
+        self.batches += 1
+        if trainer.global_step == self.step_before:
+            return  # an accumulated pass, no step yet
+        self.steps, self.step_before = self.steps + 1, trainer.global_step
+        if self.steps == self.log_every_steps and not trainer.is_last_batch:
+            self._log(trainer, pl_module, {})
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._log(trainer, pl_module, {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")})
+            self.mark = time.monotonic()
+
+    def training_row(self, trainer: L.Trainer) -> dict[str, float]:
+        """Means of the training values and global throughput since the last row; {} right after one."""
+        if not self.batches:
+            return {}
+        means = trainer.strategy.reduce(torch.stack([value.float() for value in self.sums.values()]) / self.batches, reduce_op="mean")
+        row = {f"train/{name}": float(value) for name, value in zip(self.sums, means)}
+        if self.steps:
+            row["perf/images_per_sec"] = self.steps * self.global_batch_size / max(self.seconds, 1e-9)
+        return row
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, metrics: dict[str, float]) -> None:
+        row = {"epoch": trainer.current_epoch, **self.training_row(trainer), **metrics}
+        row["lr"] = pl_module.lr_used
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+        self.last_row = row
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"train_seconds": self.train_seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.train_seconds = state["train_seconds"]
+
+
+class Progress(Callback):
+    """One bar over the whole training (so its time left is the run's) on a terminal; one line an epoch elsewhere."""
+
+    def __init__(self, meter: Meter, total_steps: int, epochs: int, refresh_seconds: float = 1.0):
+        self.meter, self.total_steps, self.epochs, self.refresh_seconds = meter, total_steps, epochs, refresh_seconds
+        self.bar, self.shown = None, 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start, self.start_step = time.monotonic(), trainer.global_step
+        if trainer.is_global_zero and sys.stderr.isatty():
+            self.bar = tqdm(total=self.total_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.bar is None or time.monotonic() - self.shown < self.refresh_seconds:
+            return
+        self.shown = time.monotonic()
+        self.bar.update(trainer.global_step - self.bar.n)
+        speed = (trainer.global_step - self.start_step) * self.meter.global_batch_size / (self.shown - self.start)
+        self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{self.epochs}", refresh=False)
+        self.bar.set_postfix_str(f"loss {float(outputs['loss']):.3f}, acc {100 * float(outputs['acc1']):.1f} %, {speed:.0f} images/s")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        done = trainer.global_step
+        left = (time.monotonic() - self.start) / max(1, done - self.start_step) * (self.total_steps - done)
+        row = self.meter.last_row
+        line = " | ".join([f"epoch {trainer.current_epoch + 1}/{self.epochs}", f"loss {row.get('train/loss', float('nan')):.4f}",
+                           *(f"{name} {100 * row[name]:.2f} %" for name in ("train/acc1", "val/acc1") if name in row),
+                           f"{row.get('perf/images_per_sec', 0):.0f} images/s", f"{clock(left)} left"])
+        (self.bar.write if self.bar is not None else print)(line)
+        sys.stdout.flush()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def clock(seconds: float) -> str:
+    """`3:05`, `1:02:03`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Largest memory this rank has held so far: allocated on the GPU, resident on CPU; in MB of 2^20 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,74 @@
+"""How a network learns a task: model, loss, optimizer and metrics wired into Lightning. The maths stands in optim and evaluation."""
+import hashlib
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_modules.evaluation import ClassificationMetrics
+from lightning_modules.optim import adamw, set_lr, warmup_cosine
+
+
+def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
+    """A seed for everything random inside one forward pass (dropout, drop path): the same after a resume, another on each rank."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {batch} {rank}".encode(), digest_size=7).digest(), "little")
+
+
+class Classify(L.LightningModule):
+    """Single-label classification with label-smoothed cross entropy.
+
+    Args:
+        model: (B, 3, H, W) -> logits (B, num_outputs).
+        spec: the data's specification (design: task, num_outputs, class_names, ...); kept in the checkpoint.
+        config: the resolved config as plain data; kept in the checkpoint.
+        steps_per_epoch: optimizer steps, whatever the ranks and accumulation.
+    """
+
+    monitor, mode = "val/acc1", "max"
+
+    def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, steps_per_epoch: int, lr: float, min_lr: float,
+                 warmup_epochs: float, epochs: int, weight_decay: float, label_smoothing: float, seed: int):
+        super().__init__()
+        self.model, self.spec, self.config = model, spec, config
+        self.weight_decay, self.label_smoothing, self.seed = weight_decay, label_smoothing, seed
+        self.schedule = {"peak": lr, "min_lr": min_lr, "warmup_steps": round(warmup_epochs * steps_per_epoch),
+                         "total_steps": epochs * steps_per_epoch}
+        self.lr_used = 0.0
+        self.val_metrics, self.test_metrics = ClassificationMetrics(spec["num_outputs"]), ClassificationMetrics(spec["num_outputs"])
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss` (mean over the batch), and `acc1` of the batch."""
+        logits = self(batch["image"]).float()
+        loss = F.cross_entropy(logits, batch["target"], label_smoothing=self.label_smoothing)
+        return {"loss": loss, "acc1": (logits.detach().argmax(1) == batch["target"]).float().mean()}
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self.losses(batch)  # logged by the Meter callback
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metrics)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> None:
+        metrics.update(self(batch["image"]), batch["target"], batch["valid"])
+        self.log_dict(metrics.named(stage), on_step=False, on_epoch=True, logger=False, batch_size=len(batch["target"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self.model, lr=self.schedule["peak"], weight_decay=self.weight_decay)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.lr_used = warmup_cosine(self.global_step, **self.schedule)
+        set_lr(optimizer, self.lr_used)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"], checkpoint["spec"] = self.config, self.spec
