@@ -1,0 +1,280 @@
+"""The data module every picture data set shares: splits, loaders, position for exact resume, normalisation on the device."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from timm.data.transforms import str_to_interp_mode
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from datamodules.pictures import EvalPictures, Split, TrainPictures, hold_out
+from datamodules.samplers import EvalSampler, TrainSampler
+from datamodules.transforms import Transform, eval_transform, train_transform
+
+WORKER_TIMEOUT_SECONDS = 300
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class PictureData(L.LightningDataModule):
+    """Subclasses implement `read`; a knob of their own is a dataclass field more. Needs `Trainer(use_distributed_sampler=False)`.
+
+    Args:
+        image_size: pixels, side or (height, width).
+        mean, std: of RGB in 0-1.
+        crop_pct, crop_mode, interpolation: timm's words for evaluation; interpolation also for training crops.
+        crop_scale, hflip: area range of the random resized crop, probability of a flip.
+        val_fraction, split_seed: part of train held out where there is no `val`; `seed` moves order and augmentation only.
+        global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an epoch is dropped.
+        micro_batch_size: largest number of pictures in one pass of one rank.
+        workers: processes per loader and rank; None chooses from the machine.
+        class_names: fixes the index order, e.g. from a checkpoint.
+        eval_only: nothing is trained, so the global batch may be larger than the training set.
+
+    Raises:
+        ValueError, FileNotFoundError: a value or a folder that cannot be used, in words for people.
+    """
+
+    in_memory: ClassVar[bool] = False
+
+    data_dir: str | None = None
+    image_size: int | tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    hflip: float = 0.5
+    val_fraction: float = 0.1
+    split_seed: int = 0
+    seed: int = 0
+    global_batch_size: int = 128
+    micro_batch_size: int | None = None
+    workers: int | None = None
+    class_names: list[str] | None = None
+    eval_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        size = self.image_size
+        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        self.mean, self.std, self.crop_scale = tuple(self.mean), tuple(self.std), tuple(self.crop_scale)
+        self._check_values()
+        self.class_names, self.splits = self.read()
+        if "train" in self.splits and not self.eval_only:
+            self._check_global_batch()
+        self._statistics: dict[torch.device, torch.Tensor] = {}
+        self._resume: tuple[int, int] | None = None  # epoch and samples of it, for the next train_dataloader()
+
+    def read(self) -> tuple[list[str], dict[str, Split]]:
+        """(class names in index order, {"train" | "val" | "test": Split}, absent splits left out); lists, opens no picture."""
+        raise NotImplementedError
+
+    def with_val(self, train: Split, class_names: list[str]) -> dict[str, Split]:
+        """{"train", "val"} by the common rule: stratified `val_fraction` by `split_seed`; no val when the fraction is 0."""
+        if self.val_fraction == 0:
+            return {"train": train}
+        rest, val = hold_out(train, self.val_fraction, self.split_seed, class_names)
+        return {"train": rest, "val": val}
+
+    def train_transform(self) -> Transform:
+        """RGB picture -> (3, H, W) uint8, random."""
+        return train_transform(
+            self.image_size, interpolation=self.interpolation, mean=self.mean, crop_scale=self.crop_scale, hflip=self.hflip
+        )
+
+    def eval_transform(self) -> Transform:
+        """RGB picture -> (3, H, W) uint8, as timm evaluates."""
+        return eval_transform(
+            self.image_size, interpolation=self.interpolation, mean=self.mean, crop_pct=self.crop_pct, crop_mode=self.crop_mode
+        )
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a model must know to use these data; plain values only, so a checkpoint with it loads with weights_only."""
+        return {
+            "task": "classification",
+            "num_outputs": len(self.class_names),
+            "class_names": list(self.class_names),
+            "image_size": list(self.image_size),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
+            "id_column": None,
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Samples of train, val and test; 0 for an absent split."""
+        return {split: len(self.splits.get(split, ())) for split in ("train", "val", "test")}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over split, relative names and targets: changes when a sample moves, comes, goes or is relabelled; pixels do not count."""
+        digest = hashlib.sha256()
+        for name, split in sorted(self.splits.items()):
+            digest.update(f"{name} {len(split)}\n".encode() + b"\n".join(split.names.tolist()) + split.targets.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch: whole global batches."""
+        return self.sizes["train"] // self.global_batch_size
+
+    def accumulation(self, world_size: int) -> int:
+        """Passes per optimizer step: the smallest divisor k of the per-rank batch with per-rank batch / k <= micro_batch_size.
+
+        Raises:
+            ValueError: global_batch_size is not a multiple of world_size.
+        """
+        per_rank, left = divmod(self.global_batch_size, world_size)
+        if left or not per_rank:
+            near, given = max(1, per_rank) * world_size, self.global_batch_size
+            raise ValueError(f"--global_batch_size {given} is not a multiple of the {world_size} processes; {near} would be")
+        largest = self.micro_batch_size or per_rank
+        return next(k for k in range(1, per_rank + 1) if per_rank % k == 0 and per_rank // k <= largest)
+
+    def setup(self, stage: str) -> None:
+        self._resume = None  # load_state_dict, if there is a checkpoint, comes after
+
+    def train_dataloader(self) -> DataLoader:
+        if "train" not in self.splits:
+            raise ValueError("there is no train folder: these data can only be evaluated (--eval_only)")
+        self._check_global_batch()
+        passes, asked = self.accumulation(self._world_size), getattr(self.trainer, "accumulate_grad_batches", None)
+        if asked not in (None, passes):
+            raise ValueError(f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes} (data.accumulation)")
+        epoch, start = self._resume or (getattr(self.trainer, "current_epoch", 0), 0)
+        self._resume = None
+        sampler = TrainSampler(
+            self.sizes["train"],
+            global_batch_size=self.global_batch_size,
+            seed=self.seed,
+            rank=self._rank,
+            world_size=self._world_size,
+            epoch=epoch,
+            start=start,
+        )
+        pictures = TrainPictures(self.splits["train"], self.train_transform(), self.seed)
+        return self._loader(pictures, sampler, self.global_batch_size // self._world_size // passes)
+
+    def val_dataloader(self) -> DataLoader | list:
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        return [] if fitting and "val" not in self.splits else self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._eval_loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in training (samples of all ranks), with what must be equal for it to mean the same on resume."""
+        if self.trainer is None or not self.steps_per_epoch:
+            return {}
+        passes = self.accumulation(self._world_size)
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        epoch, batches = divmod(batches, int(min(self.trainer.num_training_batches, self.steps_per_epoch * passes)))
+        return {"epoch": epoch, "samples": batches * self.global_batch_size // passes} | self._must_match()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was saved; another world size is fine. Only fitting uses it.
+
+        Raises:
+            ValueError: data, seed, global batch or accumulation are others than in the checkpoint. (Lightning counts passes: with
+                another number of them per step it would end the epoch elsewhere.)
+        """
+        if not state or (self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING):
+            return
+        changed = [f"{key} was {state[key]}, is {value}" for key, value in self._must_match().items() if state[key] != value]
+        if changed:
+            raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
+        self._resume = (state["epoch"], state["samples"])
+
+    def on_after_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
+        """`image` uint8 0-255 -> normalised float32 (B, 3, H, W), in the arithmetic of timm's PrefetchLoader; float pictures pass."""
+        image = batch["image"]
+        if image.dtype != torch.uint8:
+            return batch
+        if image.device not in self._statistics:
+            pair = torch.tensor([self.mean, self.std], dtype=torch.float64).mul(255).float()  # (2, 3)
+            self._statistics[image.device] = pair.view(2, 1, 3, 1, 1).to(image.device)
+        mean, std = self._statistics[image.device]
+        return {**batch, "image": image.float().sub_(mean).div_(std)}
+
+    @property
+    def worker_count(self) -> int:
+        """Worker processes per loader: `workers`, or else none for data in memory, or else the cores over the local ranks, 1 to 12."""
+        if self.workers is not None:
+            return self.workers
+        if self.in_memory:
+            return 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(12, max(1, cores // getattr(self.trainer, "num_devices", 1)))
+
+    @property
+    def _rank(self) -> int:
+        return getattr(self.trainer, "global_rank", 0)
+
+    @property
+    def _world_size(self) -> int:
+        return getattr(self.trainer, "world_size", 1)
+
+    def _must_match(self) -> dict[str, Any]:
+        passes = self.accumulation(self._world_size)
+        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "accumulation": passes, "fingerprint": self.fingerprint}
+
+    def _eval_loader(self, split: str) -> DataLoader:
+        if split not in self.splits:
+            raise ValueError(f"these data have no {split} split (sizes: {self.sizes})")
+        sampler = EvalSampler(self.sizes[split], rank=self._rank, world_size=self._world_size)
+        pictures = EvalPictures(self.splits[split], self.eval_transform())
+        per_rank = -(-self.global_batch_size // self._world_size)
+        return self._loader(pictures, sampler, min(per_rank, self.micro_batch_size or per_rank))
+
+    def _loader(self, pictures: Dataset, sampler: Sampler, batch_size: int) -> DataLoader:
+        workers = self.worker_count
+        return DataLoader(
+            pictures,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # its own: iter() would draw from the global one
+        )
+
+    def _check_global_batch(self) -> None:
+        given, largest = self.global_batch_size, self.sizes["train"]
+        if given > largest:
+            raise ValueError(f"--global_batch_size {given} is larger than the training set; the largest that fits is {largest}")
+
+    def _check_values(self) -> None:
+        try:
+            str_to_interp_mode(self.interpolation)
+        except KeyError:
+            raise ValueError(f"interpolation {self.interpolation!r}: nearest, bilinear, bicubic, box, hamming or lanczos") from None
+        low, high = self.crop_scale
+        rules = {
+            "image_size": (len(self.image_size) == 2 and min(self.image_size) > 0, "a positive number of pixels, or (height, width)"),
+            "mean": (len(self.mean) == 3, "three numbers"),
+            "std": (len(self.std) == 3 and min(self.std) > 0, "three positive numbers"),
+            "crop_pct": (self.crop_pct > 0, "positive"),
+            "crop_mode": (self.crop_mode in ("center", "squash", "border"), "center, squash or border"),
+            "crop_scale": (0 < low <= high <= 1, "two areas, 0 < low <= high <= 1"),
+            "hflip": (0 <= self.hflip <= 1, "a probability"),
+            "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
+            "split_seed": (0 <= self.split_seed < 2**32, "0 to 2^32 - 1"),
+            "seed": (self.seed >= 0, "at least 0"),
+            "global_batch_size": (self.global_batch_size >= 1, "at least 1"),
+            "micro_batch_size": (self.micro_batch_size is None or self.micro_batch_size >= 1, "at least 1"),
+            "workers": (self.workers is None or self.workers >= 0, "at least 0"),
+        }
+        for name, (holds, rule) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} {getattr(self, name)!r}: {rule}")

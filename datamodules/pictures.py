@@ -1,0 +1,112 @@
+"""One split of pictures with targets, how it becomes samples, and how a part of it is held out."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+from torch.utils.data import Dataset, get_worker_info
+
+from datamodules.transforms import Transform
+
+
+@dataclass(frozen=True)
+class Split:
+    """`names` (N,) bytes, relative and unique; `targets` (N,) int64 class indices; `open` turns a name into an RGB picture."""
+
+    names: np.ndarray
+    targets: np.ndarray
+    open: Callable[[bytes], Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, rows: np.ndarray) -> "Split":
+        return Split(self.names[rows], self.targets[rows], self.open)
+
+
+class TrainPictures(Dataset):
+    """Key (index, epoch) -> image (3, H, W) uint8, target, index; the augmentation is a function of (seed, epoch, index) alone."""
+
+    def __init__(self, split: Split, transform: Transform, seed: int) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        index, epoch = key
+        picture = self.split.open(self.split.names[index])
+        with keyed_rng(self.seed, epoch, index):
+            image = self.transform(picture)
+        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index}
+
+
+class EvalPictures(Dataset):
+    """Key (index, valid) -> image (3, H, W) uint8, target, index, valid."""
+
+    def __init__(self, split: Split, transform: Transform) -> None:
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: tuple[int, bool]) -> dict:
+        index, valid = key
+        image = self.transform(self.split.open(self.split.names[index]))
+        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, "valid": valid}
+
+
+@contextmanager
+def keyed_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed `random`, `numpy.random` and torch's CPU generator for one sample; outside a worker the states before are put back.
+
+    timm's transforms draw from all three. The CUDA generators are never touched (`torch.manual_seed` would seed them).
+    """
+    restore = get_worker_info() is None
+    if restore:
+        before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    seeds = np.random.SeedSequence(seed, spawn_key=(epoch, index)).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(seeds[2])
+    try:
+        yield
+    finally:
+        if restore:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.default_generator.set_state(before[2])
+
+
+def hold_out(split: Split, fraction: float, seed: int, class_names: list[str]) -> tuple[Split, Split]:
+    """Stratified (rest, held out), both in the split's order.
+
+    Raises:
+        ValueError: a class has one sample only (named), or the fraction is smaller than one sample a class.
+    """
+    counts = np.bincount(split.targets, minlength=len(class_names))
+    if (counts == 1).any():
+        lonely = class_names[int(np.argmax(counts == 1))]
+        raise ValueError(f"class {lonely!r} has one training sample: --val_fraction {fraction} needs two of each class, or a val folder")
+    try:
+        rest, held = train_test_split(np.arange(len(split)), test_size=fraction, random_state=seed, stratify=split.targets)
+    except ValueError as error:
+        present = int((counts > 0).sum())
+        raise ValueError(
+            f"--val_fraction {fraction} of {len(split)} training samples cannot hold each of {present} classes on both sides: {error}"
+        ) from error
+    return split.take(np.sort(rest)), split.take(np.sort(held))
+
+
+def at_most(split: Split, per_class: int, seed: int) -> Split:
+    """At most `per_class` samples of each class, drawn by `seed`; a smaller number takes a subset of what a larger one takes."""
+    kept = []
+    for target in np.unique(split.targets):
+        rows = np.flatnonzero(split.targets == target)
+        kept.append(np.random.RandomState([seed, target]).permutation(rows)[:per_class])
+    return split.take(np.sort(np.concatenate(kept)))
