@@ -45,6 +45,8 @@ def resolve(command: Command) -> Run:
     """Decide once, in the launching process; ranks take its result. Raises ValueError or FileNotFoundError for what a person must mend."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # lightning 2.6 with newer torch
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no val split: said by --dry_run
+    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # ours is: its position is in the checkpoint
     if DECISION in os.environ and "LOCAL_RANK" in os.environ:
         return _build(Config(**_tuples(json.loads(os.environ[DECISION])["cfg"])), json.loads(os.environ[DECISION]))
     environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), LightningEnvironment())
@@ -93,8 +95,11 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
-                  data_dir=data.data_dir and str(data.data_dir),
-                  micro_batch_size=cfg.micro_batch_size or plan.micro_batch_size(meta, cfg))
+                  data_dir=data.data_dir and str(data.data_dir))
+    if cfg.micro_batch_size is None:  # once chosen it stays: a resume splits its batches as before
+        before = {} if cfg.overwrite else rundir.stored(Path(cfg.runs_dir) / cfg.name)
+        same_world = all(before.get(key) == getattr(cfg, key) for key in ("devices", "num_nodes"))
+        cfg = replace(cfg, micro_batch_size=before["micro_batch_size"] if same_world else plan.micro_batch_size(meta, cfg))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
     for note in (*command.notes, *([line] if line else [])):

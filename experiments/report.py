@@ -88,7 +88,8 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         yield
         code = 0
     except PictureError as error:
-        print(f"run.py: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        line = [line for line in str(error).splitlines() if "cannot read picture" in line][-1]  # after a worker's own traceback
+        print(f"run.py: {line[line.find('cannot read picture'):]}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     finally:
         for logger in trainer.loggers:

@@ -33,6 +33,8 @@ def enter(cfg: Config) -> tuple[Path, str | None, bool]:
     """
     folder = Path(cfg.runs_dir) / cfg.name
     _check_free(folder)
+    if cfg.resume:
+        resume_file(cfg.resume)
     if cfg.overwrite and folder.exists():
         shutil.rmtree(folder)
     if (folder / CONFIG).is_file():
@@ -46,6 +48,11 @@ def enter(cfg: Config) -> tuple[Path, str | None, bool]:
             raise UsageError(f"the run directory {folder} cannot be made: {error.strerror}; --runs_dir names another place") from None
         write_text(folder / CONFIG, yaml.safe_dump(plain(cfg), sort_keys=False))
     return folder, resume_point(folder, cfg), False
+
+
+def stored(folder: Path) -> dict[str, Any]:
+    """The config of an existing run directory; {} where there is none."""
+    return yaml.safe_load((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
 
 
 def resume_point(folder: Path, cfg: Config) -> str | None:
@@ -71,8 +78,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _check_same(folder: Path, cfg: Config) -> None:
-    stored = yaml.safe_load((folder / CONFIG).read_text())
-    there = _flat(Config(**{key: _tupled(value) for key, value in stored.items()}), "training", "where")
+    there = _flat(Config(**{key: _tupled(value) for key, value in stored(folder).items()}), "training", "where")
     here = _flat(cfg, "training", "where")
     apart = [f"{key} {there.get(key)} -> {here.get(key)}" for key in {**there, **here} if there.get(key) != here.get(key)]
     if apart:
@@ -93,7 +99,7 @@ def _flat(cfg: Config, *roles: str) -> dict[str, Any]:
 def _spelled(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return "x".join(map(_spelled, value)) if isinstance(value, list) else str(value)
+    return "x".join(map(_spelled, value)) if isinstance(value, list) else Path(str(value)).name
 
 
 def _tupled(value: Any) -> Any:

@@ -41,7 +41,8 @@ class Meter(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         for name, value in outputs.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            undo = trainer.accumulate_grad_batches if name == "loss" else 1  # by which Lightning has divided the loss
+            self.sums[name] = self.sums.get(name, 0) + value.detach() * undo
         now = time.monotonic()
         self.seconds, self.train_seconds, self.mark = self.seconds + now - self.mark, self.train_seconds + now - self.mark, now
         self.batches += 1
@@ -98,9 +99,10 @@ class Progress(Callback):
             return
         self.shown = time.monotonic()
         self.bar.update(trainer.global_step - self.bar.n)
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         speed = (trainer.global_step - self.start_step) * self.meter.global_batch_size / (self.shown - self.start)
         self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{self.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {float(outputs['loss']):.3f}, acc {100 * float(outputs['acc1']):.1f} %, {speed:.0f} images/s")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, acc {100 * float(outputs['acc1']):.1f} %, {speed:.0f} images/s")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or not trainer.is_global_zero:

@@ -1,0 +1,120 @@
+"""Shared fixtures: `launch` runs the command line in a fresh process, quickly: a fork of a server that has imported torch and lightning."""
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": ""}
+for variable in ("WANDB_API_KEY", "IMAGENET_DIR", "VITLAB_DECISION"):
+    os.environ.pop(variable, None)
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "lightning", "timm", "wandb", "sklearn.datasets", "experiments.report"])
+
+
+@dataclass
+class Finished:
+    """How a launched command ended: exit code (negative is a signal) and what it printed, of the first rank and of all."""
+
+    code: int
+    out: str
+    outs: list[str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_step: int | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.environ.update(env)
+    os.chdir(folder)
+    sys.argv = ["run.py", *argv]
+    if kill_at_step is not None:
+        _kill_before(kill_at_step)
+    from experiments.run import main
+    code = 1
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _kill_before(step: int) -> None:
+    """Die by kill -9 at the first training pass after `step` optimizer steps."""
+    from lightning_modules.task import Classify
+    original = Classify.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, batch, batch_idx)
+    Classify.training_step = training_step
+
+
+@pytest.fixture
+def launch(tmp_path: Path):
+    """launch("--model vit_nano4 ...", ranks=2, kill_at_step=5) -> Finished. With ranks, the processes are started as torchrun would."""
+    def run(line: str, *, ranks: int = 1, kill_at_step: int | None = None, env: dict[str, str] | None = None, timeout: float = 120) -> Finished:
+        port, children, logs = free_port(), [], []
+        for rank in range(ranks):
+            place = {"WANDB_DATA_DIR": str(tmp_path / "wandb-data"), "WANDB_CACHE_DIR": str(tmp_path / "wandb-cache"), **(env or {})}
+            if ranks > 1:
+                place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                          "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+            logs.append(tmp_path / f"launch-{port}-{rank}.log")
+            children.append(FORKS.Process(target=_child, args=(line.split(), place, str(tmp_path), str(logs[-1]), kill_at_step)))
+            children[-1].start()
+        deadline = time.monotonic() + timeout
+        for child in children:
+            child.join(max(0.1, deadline - time.monotonic()))
+        late = [child for child in children if child.is_alive()]
+        for child in late:
+            child.kill()
+            child.join()
+        outs = [log.read_text() if log.exists() else "" for log in logs]
+        assert not late, f"still running after {timeout} s: {line}\n" + "\n".join(outs)
+        return Finished(children[0].exitcode, outs[0], outs)
+    return run
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def weights_of(checkpoint: Path) -> dict[str, Any]:
+    import torch
+    return torch.load(checkpoint, weights_only=True)["state_dict"]
+
+
+def write_pictures(root: Path, counts: dict[str, int], side: int = 16, seed: int = 0) -> None:
+    """JPEGs `root/<class>/<n>.jpg`, each class with a brightness of its own."""
+    import numpy as np
+    from PIL import Image
+    rng = np.random.default_rng(seed)
+    for place, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for n in range(count):
+            pixels = rng.integers(0, 60, (side, side, 3)) + 190 * place // max(1, len(counts) - 1)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{n}.jpg", quality=95)

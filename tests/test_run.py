@@ -1,0 +1,167 @@
+"""The main job from the command line: run directory, resume after kill -9, two processes, mistakes."""
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import result_of, weights_of, write_pictures
+
+import models
+
+TINY = "--data_dir pics --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2 " \
+       "--recipe none --global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --micro_batch_size 4"
+
+
+@pytest.fixture
+def pics(tmp_path):
+    """40 training and 13 test pictures of three classes; val (a tenth) comes out of train."""
+    write_pictures(tmp_path / "pics" / "train", {"dark": 14, "grey": 13, "light": 13}, seed=1)
+    write_pictures(tmp_path / "pics" / "test", {"dark": 5, "grey": 4, "light": 4}, seed=2)
+    return tmp_path
+
+
+def rows_of(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_leaves_what_the_contract_says(pics, launch):
+    ended = launch(f"{TINY} --epochs 3 --name one")
+    assert ended.code == 0, ended.out
+    folder = pics / "runs" / "one"
+    result = result_of(folder)
+    expected = "model data params gmacs metric best best_epoch stopped_epoch val/acc1 test/acc1 epochs steps lr global_batch_size train_seconds " \
+               "seconds_per_epoch images_per_sec peak_memory_mb world_size seed commit finished"
+    assert set(expected.split()) <= set(result) and result["finished"] is True and result["steps"] == 12
+    rows = rows_of(folder)
+    assert [int(row["epoch"]) for row in rows] == [0, 1, 2] and [int(row["step"]) for row in rows] == [4, 8, 12]
+    assert result["best"] == max(float(row["val/acc1"]) for row in rows) == result["val/acc1"]
+    stored = yaml.safe_load((folder / "config.yaml").read_text())
+    assert stored["data"] == "folder" and not {"name", "runs_dir", "overwrite", "resume"} & set(stored)
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    assert checkpoint["spec"]["class_names"] == ["dark", "grey", "light"] and checkpoint["config"]["model"] == "vit_nano4"
+    assert all(key.startswith("model.") for key in checkpoint["state_dict"])
+    network, spec = models.load(folder)
+    assert not network.training and network(torch.zeros(1, 3, 16, 16)).shape == (1, spec["num_outputs"])
+
+    again = launch(f"{TINY} --epochs 3 --name one")
+    assert again.code == 0 and "already finished" in again.out and rows_of(folder) == rows
+    other = launch(f"{TINY} --epochs 3 --name one --lr 1e-4")
+    assert other.code == 2 and "lr 0.002 -> 0.0001" in other.out and "--name" in other.out
+    assert launch(f"{TINY} --epochs 3 --name one --lr 1e-4 --overwrite").code == 0
+    assert result_of(folder)["lr"] == 1e-4
+
+    repeat = launch("--config runs/one/config.yaml --name again")
+    assert repeat.code == 0, repeat.out
+    first, second = weights_of(folder / "checkpoints" / "last.ckpt"), weights_of(pics / "runs" / "again" / "checkpoints" / "last.ckpt")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+    scored = launch(f"--config runs/one/config.yaml --eval_only --init runs/one --name scored")
+    assert scored.code == 0 and result_of(pics / "runs" / "scored")["test/acc1"] == result_of(folder)["test/acc1"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_is_the_undisturbed_run(pics, launch, ranks):
+    line = f"{TINY} --epochs 3 --save_every_steps 3 --devices {ranks} --accelerator cpu"
+    whole = launch(f"{line} --name whole", ranks=ranks)
+    assert whole.code == 0, whole.out
+    for step in (2, 4, 8):  # before any checkpoint, inside an epoch, at an epoch's end
+        assert launch(f"{line} --name killed", ranks=ranks, kill_at_step=step).code == -9
+    ended = launch(f"{line} --name killed", ranks=ranks)
+    assert ended.code == 0 and "resumed from" in ended.out, ended.out
+    assert [int(row["epoch"]) for row in rows_of(pics / "runs" / "killed")] == [0, 1, 2]
+    first, second = (weights_of(pics / "runs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "killed"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert result_of(pics / "runs" / "whole")["test/acc1"] == result_of(pics / "runs" / "killed")["test/acc1"]
+
+
+def test_two_processes_score_as_one(pics, launch):
+    assert launch(f"{TINY} --epochs 1 --name trained").code == 0
+    line = "--config runs/trained/config.yaml --eval_only --init runs/trained --accelerator cpu"
+    assert launch(f"{line} --name one").code == 0
+    two = launch(f"{line} --devices 2 --name two", ranks=2)
+    assert two.code == 0, two.out
+    one, two = result_of(pics / "runs" / "one"), result_of(pics / "runs" / "two")
+    assert two["world_size"] == 2
+    assert one["test/acc1"] == two["test/acc1"] and one["test/loss"] == pytest.approx(two["test/loss"], rel=1e-6)
+
+
+def test_two_processes_learn_as_one_without_dropout(pics, launch):
+    line = f"{TINY} --model_args.drop_path 0 --epochs 2 --accelerator cpu"
+    assert launch(f"{line} --name one").code == 0
+    ended = launch(f"{line} --devices 2 --name two", ranks=2)
+    assert ended.code == 0, ended.out
+    for one, two in zip(rows_of(pics / "runs" / "one"), rows_of(pics / "runs" / "two")):
+        assert float(one["train/loss"]) == pytest.approx(float(two["train/loss"]), abs=2e-6)
+        assert float(one["val/loss"]) == pytest.approx(float(two["val/loss"]), abs=2e-5)
+
+
+def test_init_continues_from_a_run_and_says_what_it_took(pics, launch):
+    assert launch(f"{TINY} --epochs 1 --name first").code == 0
+    write_pictures(pics / "four" / "train", {"a": 9, "b": 9, "c": 9, "d": 9})
+    line = TINY.replace("--data_dir pics", "--data_dir four") + " --epochs 1 --init runs/first"
+    refused = launch(f"{line} --name second")
+    assert refused.code == 2 and "--init_head reset" in refused.out and not (pics / "runs" / "second").exists()
+    ended = launch(f"{line} --name second --init_head reset")
+    assert ended.code == 0 and "a fresh one of 4 starts" in ended.out, ended.out
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--model vit_b61 --data digits", "vit_b16"), ("--model timm/resnet81 --data digits", "timm/resnet"), ("--model vit_nano4 --data digit", "digits"),
+    ("--model vit_nano4 --data digits --model_args.dept 3", "depth"), ("--model vit_nano4 --data digits --data_args.perclass 3", "perclass"),
+    ("--data digits", "--model"), ("--model vit_nano4 --data_dir nowhere", "nowhere"), ("--model vit_nano4 --data digits --image_size 30", "32x32"),
+    ("--model vit_nano4 --data digits --global_batch_size 5000", "--global_batch_size"), ("--devices 2", "--accelerator cpu"),
+    ("--accelerator gpu", "no GPU"), ("--recipe demo --init nowhere.pth", "nowhere.pth"), ("--resume nowhere", "nowhere"),
+    ("--devices 3 --accelerator cpu", "--global_batch_size"), ("--patience 2 --val_fraction 0", "--patience"),
+])
+def test_mistakes_exit_2_in_few_lines_and_leave_nothing(tmp_path, launch, line, words):
+    ended = launch(line + " --logger csv")
+    assert ended.code == 2 and words in ended.out and "Traceback" not in ended.out, ended.out
+    assert len(ended.out.splitlines()) <= 6 and not (tmp_path / "runs").exists()
+
+
+def test_the_main_job_without_imagenet_or_devices_says_what_it_needs(tmp_path, launch):
+    ended = launch("--model vit_b16 --devices 8")
+    assert ended.code == 2 and all(word in ended.out for word in ("--devices 8", "--accelerator cpu", "data/imagenet", "--data digits")), ended.out
+    assert len(ended.out.splitlines()) <= 10 and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_ends_the_run_with_its_name(pics, launch, workers):
+    (pics / "pics" / "train" / "grey" / "3.jpg").write_bytes(b"not a picture")
+    (pics / "pics" / "train" / "dark" / "4.jpg").write_bytes(b"")
+    ended = launch(f"{TINY.replace('--workers 0', '')} --workers {workers} --epochs 1 --val_fraction 0 --global_batch_size 40")
+    assert ended.code == 1 and "cannot read picture" in ended.out and ".jpg" in ended.out and "Traceback" not in ended.out, ended.out
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(pics, launch):
+    ended = launch(f"{TINY} --epochs 3 --dry_run")
+    assert ended.code == 0 and not (pics / "runs").exists(), ended.out
+    assert "8 = 1 nodes x 1 devices x 2 passes x 4 pictures" in ended.out and "12 = 3 epochs x 4" in ended.out
+    assert all(word in ended.out for word in ("parameters", "GMACs", "memory", "time", "run directory"))
+
+
+@pytest.mark.parametrize("what, words", [("models", ("vit_b16", "86,567,656", "17.56")), ("data", ("digits", "folder", "imagenet")), ("recipes", ("demo",))])
+def test_list(launch, what, words):
+    ended = launch(f"--list {what}")
+    assert ended.code == 0 and all(word in ended.out for word in words)
+
+
+def test_early_stopping_and_test_of_the_best(pics, launch):
+    ended = launch(f"{TINY} --epochs 30 --patience 2 --lr 0 --name still")
+    assert ended.code == 0, ended.out
+    result = result_of(pics / "runs" / "still")
+    assert result["stopped_epoch"] == 2 and result["epochs"] == 30
+
+
+def test_offline_wandb_keeps_one_run_over_a_resume(pics, launch):
+    line = f"{TINY.replace('--logger csv', '--logger wandb')} --epochs 2 --name tracked"
+    assert launch(line, kill_at_step=5).code == -9
+    ended = launch(line)
+    assert ended.code == 0, ended.out
+    folder = pics / "runs" / "tracked" / "wandb"
+    identity = (folder / "run_id.txt").read_text()
+    runs = list(folder.glob("offline-run-*"))
+    assert len(runs) == 2 and all(run.name.endswith(identity) for run in runs)
+    assert json.loads((pics / "runs" / "tracked" / "result.json").read_text())["finished"]
