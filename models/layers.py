@@ -139,7 +139,7 @@ def sincos2d(grid: tuple[int, int], dim: int, temperature: float = 10_000.0) -> 
     if dim % 4:
         raise ValueError(f"sincos2d positions need a width that 4 divides, not {dim}")
     y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grid), indexing="ij")
-    omega = temperature ** -(torch.arange(dim // 4) / (dim // 4 - 1))  # (D/4,)
+    omega = 1.0 / temperature ** (torch.arange(dim // 4) / (dim // 4 - 1))  # (D/4,)
     x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega  # (N, D/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
 

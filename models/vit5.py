@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models import register
 from models.layers import Mlp, PatchEmbed, attend, init_trunc_normal_
@@ -40,6 +41,13 @@ class Rotary(nn.Module):
         return x * self.cos + torch.stack([-odd, even], dim=-1).flatten(-2) * self.sin
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm that computes in the type of its input, so that autocast keeps PyTorch's fused kernel (it sums in float32 all the same)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 class RotaryAttention(nn.Module):
     """Self-attention with RMS-normalised and then rotated queries and keys: (B, T, D) -> (B, T, D)."""
 
@@ -47,7 +55,7 @@ class RotaryAttention(nn.Module):
         super().__init__()
         self.num_heads, self.rotary = num_heads, rotary
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm, self.k_norm = nn.RMSNorm(dim // num_heads, eps=1e-6), nn.RMSNorm(dim // num_heads, eps=1e-6)
+        self.q_norm, self.k_norm = HeadNorm(dim // num_heads, eps=1e-6), HeadNorm(dim // num_heads, eps=1e-6)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
