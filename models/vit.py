@@ -93,12 +93,13 @@ class PlainTransformer(nn.Module):
     def _fit_positions(self, saved: Tensor, tokens: int, antialias: bool) -> Tensor:
         """Saved positions for 0 or `tokens` prefix tokens and a grid, resized to ours; prefix positions the file lacks stay as they are.
 
-        The saved grid is taken as square, else as of our aspect. Raises ValueError when neither fits its number of positions.
+        Prefix tokens are taken to have positions in the file as they have here, else the other way; the saved grid is taken as square,
+        else as of our aspect. Raises ValueError when none of these fits the number of positions.
         """
         grid, count = self.patch_embed.grid_size, saved.shape[1]
         if count == self.pos_embed.shape[1] or saved.shape[2] != self.embed_dim:
             return saved
-        for prefix in (tokens, 0):
+        for prefix in (tokens, 0) if self.prefix_has_pos else (0, tokens):
             old = _grid_like(count - prefix, grid)
             if old:
                 break

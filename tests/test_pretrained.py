@@ -67,6 +67,7 @@ class Evil:
         return (open, (str(self.mark), "w"))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_files_that_are_not_read(tmp_path):
     bad = tmp_path / "evil.pth"
     torch.save({"state_dict": make().state_dict(), "hook": Evil(tmp_path / "ran")}, bad)
@@ -143,6 +144,16 @@ def test_positions_of_a_non_square_grid():
     assert torch.equal(resized, resample_abs_pos_embed(square.pos_embed, [3, 6], [4, 4]))
     resized = wider.adapt_state_dict(wide.state_dict())["pos_embed"]  # 18 positions are no square: they have our aspect
     assert torch.equal(resized, resample_abs_pos_embed(wide.pos_embed, [6, 12], [3, 6]))
+    wide, wider = make(image_size=(16, 32)), make(image_size=(32, 64))
+    resized = wider.adapt_state_dict(wide.state_dict())["pos_embed"]  # nine: a class token and 2 x 4, not 3 x 3
+    assert torch.equal(resized, resample_abs_pos_embed(wide.pos_embed, [4, 8], [2, 4]))
+    square, wide = make("deit3_s16", image_size=24), make("deit3_s16", image_size=(32, 64))
+    resized = wide.adapt_state_dict(square.state_dict())["pos_embed"]  # nine without a position for the class token: 3 x 3
+    assert torch.equal(resized, resample_abs_pos_embed(square.pos_embed, [4, 8], [3, 3], num_prefix_tokens=0))
+
+
+def test_positions_that_fit_no_grid():
+    square, wide = make(image_size=32), make(image_size=(24, 48))
     with pytest.raises(ValueError, match="19 saved positions are neither a square grid nor one of the aspect 4:4"):
         square.adapt_state_dict(wide.state_dict())
 
