@@ -39,7 +39,7 @@ class PlainTransformer(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> normalised tokens (B, P + N, D)."""
         x = self.embed(x)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and not torch.jit.is_scripting() else self.blocks(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
