@@ -35,11 +35,33 @@ class PatchEmbed(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for pictures of another size."""
         if tuple(x.shape[-2:]) != self.image_size:
             raise ValueError(f"the network was built for pictures of {self.image_size[0]}x{self.image_size[1]} and got "
                              f"{x.shape[-2]}x{x.shape[-1]}; build it with that image_size")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
         return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class NormedPatchEmbed(PatchEmbed):
+    """Patches normalised before and after their projection (Kumar et al. 2023, "Dual PatchNorm", arXiv 2302.01327; vit-pytorch's networks).
+
+    `proj` keeps the shape of the convolution; `norm_in` runs over a raw patch flattened as (channel, row, column).
+    """
+
+    def __init__(self, image_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, norm_eps: float = 1e-6):
+        super().__init__(image_size, patch_size, in_chans, dim)
+        self.norm_in = nn.LayerNorm(in_chans * patch_size ** 2, eps=norm_eps)
+        self.norm_out = nn.LayerNorm(dim, eps=norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        p, q = self.proj.kernel_size
+        x = self.norm_in(rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=q))
+        return self.norm_out(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, D)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -51,15 +73,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017), one fused projection ordered q, k, v; heads split inside each."""
+    """Multi-head self-attention (Vaswani et al. 2017), one fused projection ordered q, k, v; heads split inside each.
 
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True, dropout: float = 0.0, attn_dropout: float = 0.0):
+    dim_head: width of a head; None shares `dim` among the heads, which must divide it, else ValueError.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, dim_head: int | None = None, qkv_bias: bool = True, out_bias: bool = True,
+                 dropout: float = 0.0, attn_dropout: float = 0.0):
         super().__init__()
-        if dim % num_heads:
+        if dim_head is None and dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide embed_dim {dim}")
+        inner = dim if dim_head is None else num_heads * dim_head
         self.num_heads, self.attn_dropout = num_heads, attn_dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.proj = nn.Linear(inner, dim, bias=out_bias)
         self.proj_drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, N, D)
@@ -83,16 +110,17 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention, x + MLP, each with optional LayerScale and stochastic depth of its own."""
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, qkv_bias: bool = True, dropout: float = 0.0,
-                 attn_dropout: float = 0.0, drop_path: float = 0.0, layer_scale: float | None = None,
-                 act: Callable[[], nn.Module] = nn.GELU):
+    def __init__(self, dim: int, num_heads: int, *, dim_head: int | None = None, mlp_ratio: float = 4.0, qkv_bias: bool = True,
+                 out_bias: bool = True, dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0,
+                 layer_scale: float | None = None, act: Callable[[], nn.Module] = nn.GELU, norm_eps: float = 1e-6):
         super().__init__()
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, dropout=dropout, attn_dropout=attn_dropout)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, dim_head=dim_head, qkv_bias=qkv_bias, out_bias=out_bias, dropout=dropout,
+                              attn_dropout=attn_dropout)
         self.ls1, self.drop_path1 = scale(), DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, dropout=dropout)
         self.ls2, self.drop_path2 = scale(), DropPath(drop_path)
 
@@ -111,7 +139,7 @@ def sincos2d(grid: tuple[int, int], dim: int, temperature: float = 10_000.0) -> 
     if dim % 4:
         raise ValueError(f"sincos2d positions need a width that 4 divides, not {dim}")
     y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grid), indexing="ij")
-    omega = temperature ** -(torch.arange(dim // 4) / (dim // 4 - 1))  # (D/4,)
+    omega = 1.0 / temperature ** (torch.arange(dim // 4) / (dim // 4 - 1))  # (D/4,)
     x, y = x.flatten()[:, None] * omega, y.flatten()[:, None] * omega  # (N, D/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)[None]
 
@@ -121,3 +149,12 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     fan_in = weight[0].numel()
     std = math.sqrt(1 / fan_in) / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def init_trunc_normal_(*modules: nn.Module) -> None:
+    """Every linear layer inside: weight N(0, 0.02) cut at 2 (a hundred sigma: the cut of the DeiT lineage never acts), bias 0."""
+    for module in modules:
+        for linear in filter(lambda m: isinstance(m, nn.Linear), module.modules()):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)

@@ -36,10 +36,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable file of weights: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} is not a readable file of weights: {_line(error)}") from None
     except Exception as error:  # torch's restricted unpickler raises pickle.UnpicklingError and others
         raise ValueError(f"{path} holds more than tensors and plain data and is not loaded (it could run code): "
-                         f"{str(error).splitlines()[0]}") from None
+                         f"{_line(error)}") from None
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -67,14 +67,13 @@ def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
     if arch is None:
         raise ValueError(f"there are no published weights for {name}")
     arch = f"{arch.split('.')[0]}.{tag}" if tag else arch
-    cfg = timm.get_pretrained_cfg(arch, allow_unregistered=False) if timm.is_model(arch) else None
-    if cfg is None or not cfg.has_weights:
-        tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(f"{arch.split('.')[0]}.*"))
+    tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(f"{arch.split('.')[0]}.*"))
+    if not tags or "." in arch and arch.partition(".")[2] not in tags:
         raise ValueError(f"timm has no weights {arch!r}; its tags for this model are {', '.join(tags) or 'none'}")
     try:
         return timm.create_model(arch, pretrained=True).state_dict()
     except Exception as error:
-        raise ValueError(f"the weights {arch} could not be fetched ({type(error).__name__}: {str(error).splitlines()[0][:120]}); "
+        raise ValueError(f"the weights {arch} could not be fetched ({type(error).__name__}: {_line(error)[:120]}); "
                          "without internet give a file: --init PATH") from None
 
 
@@ -99,18 +98,17 @@ def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = F
     weights, notes = fit(model, weights, source)
     own, heads = model.state_dict(), head_keys(model)
     wrong = {key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape}
-    if wrong & heads:
-        key = sorted(wrong & heads)[-1]
+    if wrong - heads:  # before the head: another width makes both misfit
+        key = sorted(wrong - heads)[0]
+        raise ValueError(f"--init {source}: {len(wrong)} tensors have another shape, the first is {key} "
+                         f"{tuple(weights[key].shape)} for {tuple(own[key].shape)}; is it another model or patch size?")
+    if wrong:
+        key = sorted(wrong)[-1]
         if not reset_head:
             raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} ({key}); "
                              "--init_head reset starts a fresh one")
         notes.append(f"head of {len(weights[key])} outputs left out, a fresh one of {len(own[key])} starts")
         weights = {key: value for key, value in weights.items() if key not in heads}
-        wrong -= heads
-    if wrong:
-        key = sorted(wrong)[0]
-        raise ValueError(f"--init {source}: {len(wrong)} tensors have another shape, the first is {key} "
-                         f"{tuple(weights[key].shape)} for {tuple(own[key].shape)}; is it another model or patch size?")
     missing, unexpected = model.load_state_dict(weights, strict=False)
     notes += [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
     return f"init {source}: {len(weights) - len(unexpected)} of {len(own)} tensors" + "".join(f"; {note}" for note in notes)
@@ -141,6 +139,10 @@ def _timm_filter(model: nn.Module) -> Any:
 
 def _looks_like_tag(source: str) -> bool:
     return not any(mark in source for mark in ("/", "\\")) and Path(source).suffix not in (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _some(keys: list[str]) -> str:

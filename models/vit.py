@@ -1,9 +1,11 @@
 """Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929; "How to train your ViT?", arXiv 2106.10270).
 
 Module names are timm's (vision_transformer.py), initialisation is big_vision's (models/vit.py), so that timm's weights load as they are and
-fresh weights start as the paper's did. Legend: B pictures, C channels, N patches, P prefix tokens (the class token), D width.
+fresh weights start as the paper's did. Legend: B pictures, C channels, N patches, P prefix tokens (class, distillation), D width.
 """
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,53 +14,173 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from models import HALF, register
-from models.layers import Block, PatchEmbed, drop_path_rates, lecun_normal_, sincos2d
+from models.layers import Block, NormedPatchEmbed, PatchEmbed, drop_path_rates, lecun_normal_, sincos2d
+
+GELU: dict[str, Callable[[], nn.Module]] = {"erf": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh")}
 
 
-class ViT(nn.Module):
+class PlainTransformer(nn.Module):
+    """What all plain vision transformers share: tokens, one trunk, one norm, one linear head, and timm's informal interface around them.
+
+    A network sets `patch_embed`, `pos_embed`, `blocks`, `norm`, `head` and gives `embed`, `pool_tokens`, `init_head_`.
+    """
+
+    first_conv, classifier = "patch_embed.proj", "head"
+    prefix: tuple[str, ...] = ("cls_token",)  # learned tokens before the patches, in order
+    prefix_has_pos = True  # whether learned positions begin with one for each of them
+
+    def __init__(self, num_outputs: int, embed_dim: int):
+        super().__init__()
+        self.num_classes, self.grad_checkpointing = num_outputs, False
+        self.num_features = self.embed_dim = self.head_hidden_size = embed_dim
+        self.num_prefix_tokens = len(self.prefix)
+        self.pos_embed: Tensor | None = None
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) -> normalised tokens (B, P + N, D)."""
+        x = self.embed(x)
+        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens -> logits (B, num_outputs), or pooled features (B, D) with `pre_logits`."""
+        x = self.pool_tokens(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh head of another width, initialised as at the start; 0 leaves it out."""
+        self.num_classes, self.head = num_classes, self.make_head(num_classes)
+
+    def make_head(self, num_outputs: int) -> nn.Module:
+        """A fresh classifier on the device and of the type of the rest; the identity for 0 outputs."""
+        if not num_outputs:
+            return nn.Identity()
+        weight = self.patch_embed.proj.weight
+        head = nn.Linear(self.embed_dim, num_outputs, device=weight.device, dtype=weight.dtype)
+        self.init_head_(head)
+        return head
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token", "dist_token", "reg_token"} & {name for name, _ in self.named_parameters(recurse=False)}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers from input to output for layer-wise learning rates, in timm's form."""
+        return {"stem": r"^cls_token|^dist_token|^reg_token|^pos_embed|^patch_embed",
+                "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Fit weights saved at another image size or under the names of DeiT III's and ViT-5's authors (`gamma_1`, `gamma_2`).
+
+        Positions are resized bicubically: antialiased as timm does, without for the authors' files, as their code does.
+        """
+        official = any(key.endswith(".gamma_1") for key in state)
+        names = {key: key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma") for key in state}
+        state = {names[key]: value for key, value in state.items()}
+        if isinstance(self.pos_embed, nn.Parameter) and "pos_embed" in state:
+            tokens = sum(key in state for key in ("cls_token", "dist_token"))
+            state["pos_embed"] = self._fit_positions(state["pos_embed"], tokens, antialias=not official)
+        return state
+
+    def _fit_positions(self, saved: Tensor, tokens: int, antialias: bool) -> Tensor:
+        """Saved positions for 0 or `tokens` prefix tokens and a grid, resized to ours; prefix positions the file lacks stay as they are.
+
+        Prefix tokens are taken to have positions in the file as they have here, else the other way; the saved grid is taken as square,
+        else as of our aspect. Raises ValueError when none of these fits the number of positions.
+        """
+        grid, count = self.patch_embed.grid_size, saved.shape[1]
+        if count == self.pos_embed.shape[1] or saved.shape[2] != self.embed_dim:
+            return saved
+        for prefix in (tokens, 0) if self.prefix_has_pos else (0, tokens):
+            old = _grid_like(count - prefix, grid)
+            if old:
+                break
+        else:
+            raise ValueError(f"{count} saved positions are neither a square grid nor one of the aspect {grid[0]}:{grid[1]}, "
+                             f"with or without {tokens} for prefix tokens")
+        patches = saved[:, prefix:]
+        if old != grid:
+            patches = resample_abs_pos_embed(patches, grid, old, num_prefix_tokens=0, antialias=antialias)
+        wanted = self.pos_embed.shape[1] - self.patch_embed.num_patches
+        own = self.pos_embed.detach()[:, min(prefix, wanted):wanted].to(saved)
+        return torch.cat([saved[:, :min(prefix, wanted)], own, patches], dim=1)
+
+
+class ViT(PlainTransformer):
     """Patches, positions, pre-norm blocks, a linear head.
 
     Args:
         num_outputs: width of the head; 0 returns pooled features.
         image_size: side or (height, width); the patch must divide it, else ValueError.
-        pool: `cls` reads the class token, `mean` has none and averages the normalised patches.
+        dim_head: width of a head, None for embed_dim / num_heads; qkv_bias, out_bias: biases of attention's two projections.
+        pool: `cls` reads the class token, `mean` has none and averages the patches.
         pos: `learned` positions (with one for the class token), fixed `sincos2d`, or `none`.
+        norm_pos: the last norm before pooling (`pre_pool`, as published) or after it (`post_pool`, timm's `fc_norm`).
+        head: `linear`, or `mlp_tanh` with the paper's hidden layer between pooling and head (big_vision's rep_size).
+        patch_norm: norms around the patch projection; layer_scale: start of LayerScale, None for none.
         dropout: after positions, attention's projection and both MLP layers; attn_dropout: on attention weights.
         drop_path: stochastic depth at the last block, rising linearly from 0.
+    Raises ValueError for a word that is not among an option's choices.
     """
 
-    first_conv, classifier = "patch_embed.proj", "head"
-
     def __init__(self, *, num_outputs: int = 1000, image_size: int | tuple[int, int] = 224, in_chans: int = 3, patch_size: int = 16,
-                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True,
-                 pool: str = "cls", pos: str = "learned", dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0):
-        super().__init__()
-        _check_choice("pool", pool, ("cls", "mean"))
-        _check_choice("pos", pos, ("learned", "sincos2d", "none"))
-        self.num_classes, self.pool, self.grad_checkpointing = num_outputs, pool, False
-        self.num_features = self.embed_dim = self.head_hidden_size = embed_dim
-        self.num_prefix_tokens = int(pool == "cls")
-        self.patch_embed = PatchEmbed(image_size, patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pool == "cls" else None
-        if pos == "learned":
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.patch_embed.num_patches, embed_dim))
-        elif pos == "sincos2d":
-            fixed = sincos2d(self.patch_embed.grid_size, embed_dim)
-            self.register_buffer("pos_embed", nn.functional.pad(fixed, (0, 0, self.num_prefix_tokens, 0)), persistent=False)
-        else:
-            self.pos_embed = None
+                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, dim_head: int | None = None, mlp_ratio: float = 4.0,
+                 qkv_bias: bool = True, out_bias: bool = True, patch_norm: bool = False, layer_scale: float | None = None,
+                 gelu: str = "erf", norm_eps: float = 1e-6, pool: str = "cls", pos: str = "learned", norm_pos: str = "pre_pool",
+                 head: str = "linear", dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0):
+        check_choice("pool", pool, ("cls", "mean"))
+        check_choice("pos", pos, ("learned", "sincos2d", "none"))
+        check_choice("norm_pos", norm_pos, ("pre_pool", "post_pool"))
+        check_choice("head", head, ("linear", "mlp_tanh"))
+        check_choice("gelu", gelu, tuple(GELU))
+        if pool == "mean":
+            self.prefix = ()
+        super().__init__(num_outputs, embed_dim)
+        self.pool = pool
+        embed = partial(NormedPatchEmbed, norm_eps=norm_eps) if patch_norm else PatchEmbed
+        self.patch_embed = embed(image_size, patch_size, in_chans, embed_dim)
+        for token in self.prefix:
+            self.register_parameter(token, nn.Parameter(torch.zeros(1, 1, embed_dim)))
+        self._make_positions(pos)
         self.pos_drop = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(
-            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, dropout=dropout, attn_dropout=attn_dropout, drop_path=rate)
-            for rate in drop_path_rates(drop_path, depth)))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.head = nn.Linear(embed_dim, num_outputs) if num_outputs else nn.Identity()
+        block = partial(Block, embed_dim, num_heads, dim_head=dim_head, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, out_bias=out_bias,
+                        layer_scale=layer_scale, act=GELU[gelu], norm_eps=norm_eps, dropout=dropout, attn_dropout=attn_dropout)
+        self.blocks = nn.Sequential(*(block(drop_path=rate) for rate in self.drop_path_rates(drop_path, depth)))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if norm_pos == "pre_pool" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if norm_pos == "post_pool" else nn.Identity()
+        self.pre_logits: nn.Module = nn.Identity()
+        if head == "mlp_tanh":
+            self.pre_logits = nn.Sequential()
+            self.pre_logits.add_module("fc", nn.Linear(embed_dim, embed_dim))
+            self.pre_logits.add_module("act", nn.Tanh())
         self.init_weights()
+        self.head = self.make_head(num_outputs)
+
+    def _make_positions(self, pos: str) -> None:
+        lead = self.num_prefix_tokens if self.prefix_has_pos else 0
+        if pos == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, lead + self.patch_embed.num_patches, self.embed_dim))
+        elif pos == "sincos2d":
+            fixed = sincos2d(self.patch_embed.grid_size, self.embed_dim)
+            del self.pos_embed
+            self.register_buffer("pos_embed", nn.functional.pad(fixed, (0, 0, lead, 0)), persistent=False)
+
+    def drop_path_rates(self, rate: float, depth: int) -> list[float]:
+        """Stochastic depth of each block."""
+        return drop_path_rates(rate, depth)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """big_vision's: patches LeCun normal; q, k, v and every other matrix Xavier uniform; MLP biases N(0, 1e-6); positions
-        N(0, 1/sqrt(D)); class token and head zero."""
+        """big_vision's: patches and the hidden head layer LeCun normal; q, k, v and every other matrix Xavier uniform; MLP biases
+        N(0, 1e-6); positions N(0, 1/sqrt(D)); class token and head zero."""
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
         if isinstance(self.pos_embed, nn.Parameter):
@@ -72,60 +194,44 @@ class ViT(nn.Module):
             for linear in (block.mlp.fc1, block.mlp.fc2):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.normal_(linear.bias, std=1e-6)
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
+        if isinstance(self.pre_logits, nn.Sequential):
+            lecun_normal_(self.pre_logits.fc.weight)
+            nn.init.zeros_(self.pre_logits.fc.bias)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, height, width) -> normalised tokens (B, P + N, D)."""
+    def init_head_(self, head: nn.Linear) -> None:
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) -> tokens with their positions (B, P + N, D)."""
         x = self.patch_embed(x)  # (B, N, D)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        if self.pos_embed is not None:
+        if self.pos_embed is not None and not self.prefix_has_pos:
             x = x + self.pos_embed
-        x = self.pos_drop(x)
-        x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing and not torch.jit.is_scripting() else self.blocks(x)
-        return self.norm(x)
+        if self.prefix:
+            x = torch.cat([*(getattr(self, token).expand(len(x), -1, -1) for token in self.prefix), x], dim=1)  # (B, P + N, D)
+        if self.pos_embed is not None and self.prefix_has_pos:
+            x = x + self.pos_embed
+        return self.pos_drop(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens -> logits (B, num_outputs), or pooled features (B, D) with `pre_logits`."""
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Tokens (B, P + N, D) -> features (B, D) that the classifier reads."""
         x = x[:, 0] if self.pool == "cls" else x.mean(dim=1)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head of another width, zero as at the start; 0 leaves it out."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        for parameter in self.head.parameters():
-            nn.init.zeros_(parameter)
-
-    def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers from input to output for layer-wise learning rates, in timm's form."""
-        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resize learned positions (1, P + N, D) saved at another image size: bicubic, antialiased, the class token's kept apart (timm)."""
-        saved = state.get("pos_embed")
-        if isinstance(self.pos_embed, nn.Parameter) and saved is not None and saved.shape[1] != self.pos_embed.shape[1]:
-            resized = resample_abs_pos_embed(saved, self.patch_embed.grid_size, num_prefix_tokens=self.num_prefix_tokens)
-            state = {**state, "pos_embed": resized}
-        return state
+        return self.pre_logits(self.fc_norm(x))
 
 
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError when an option's word is none of its choices."""
     if value not in choices:
         raise ValueError(f"{argument} is one of {', '.join(choices)}, not {value!r}")
+
+
+def _grid_like(count: int, grid: tuple[int, int]) -> tuple[int, int] | None:
+    """The square of `count` cells, else the grid of that many cells with the aspect of `grid`, else None."""
+    side = math.isqrt(max(count, 0))
+    rows = round(grid[0] * math.sqrt(max(count, 0) / (grid[0] * grid[1])))
+    if side and side * side == count:
+        return side, side
+    return (rows, count // rows) if rows and not count % rows and count // rows * grid[0] == rows * grid[1] else None
 
 
 for _name, _patch, _dim, _depth, _heads, _gmacs, _timm in (
