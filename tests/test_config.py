@@ -34,7 +34,7 @@ def test_later_layers_win_in_any_order_of_flags(recipes, tmp_path):
     for line in (f"--seed 2 --config {file} --model vit_b16", f"--model vit_b16 --config {file} --seed 2"):
         cfg = parse(line.split())
         assert (cfg.seed, cfg.epochs, cfg.global_batch_size, cfg.weight_decay) == (2, 7, 1024, 0.05)
-    assert parse("--model_args.c 0.5 --model vit_b16".split()).model_args == {"a": 1, "b": 2, "c": 0.5}
+    assert parse(["--model_args.c", "0.5", "--model", "vit_b16"]).model_args == {"a": 1, "b": 2, "c": 0.5}
 
 
 def test_yaml_reads_scientific_notation_as_a_number(recipes, tmp_path):
@@ -54,11 +54,11 @@ def test_recipe_follows_from_what_is_given(recipes, line, name):
 
 
 def test_learning_rate_is_always_the_true_peak(recipes, tmp_path):
-    command = read("--model vit_b16".split())
+    command = read(["--model", "vit_b16"])
     assert command.config.lr == 1e-3 and "lr 0.001 = 0.0005 x 1024/512" in command.notes
-    assert parse("--model vit_b16 --global_batch_size 256".split()).lr == 2.5e-4
-    assert parse("--model vit_b16 --lr_scaling sqrt".split()).lr == pytest.approx(5e-4 * 2**0.5)
-    given = parse("--global_batch_size 64 --model vit_b16 --lr 3e-4".split())
+    assert parse(["--model", "vit_b16", "--global_batch_size", "256"]).lr == 2.5e-4
+    assert parse(["--model", "vit_b16", "--lr_scaling", "sqrt"]).lr == pytest.approx(5e-4 * 2**0.5)
+    given = parse(["--global_batch_size", "64", "--model", "vit_b16", "--lr", "3e-4"])
     assert (given.lr, given.lr_scaling) == (3e-4, "none")
     (tmp_path / "again.yml").write_text(yaml.safe_dump(config.plain(command.config)))
     assert parse(["--config", f"{tmp_path}/again.yml"]) == replace(command.config, lr_scaling="none")
@@ -73,7 +73,8 @@ def test_booleans_read_bare_with_a_value_and_negated():
 @pytest.mark.parametrize("line, words", [
     ("--modle vit_b16", "--model"), ("--globl_batch_size=3", "--global_batch_size"), ("--lr.x 3", "unknown flag --lr.x"),
     ("--lr fast", "--lr: Expected a float"), ("--epochs 2.5", "--epochs"), ("--epochs 0", "at least 1"), ("--overwrite maybe", "--overwrite"),
-    ("--precision 8", "32-true"), ("--recipe dem", "did you mean demo"), ("--config nowhere.yaml", "nowhere.yaml"), ("--model_args 3", "--model_args"),
+    ("--precision 8", "32-true"), ("--recipe dem", "did you mean demo"),
+    ("--config nowhere.yaml", "nowhere.yaml"), ("--model_args 3", "--model_args"),
     ("--image_size 12x", "--image_size 12x"), ("--crop_scale [0.9,0.1]", "--crop_scale"), ("--warmup_epochs 9 --epochs 3", "--warmup_epochs"),
     ("--eval_only --model vit_b16", "--init"), ("--min_lr 1 --lr 0.1", "--min_lr"), ("--resume a --overwrite", "--resume"), ("--hflip 2", "--hflip"),
 ])
@@ -93,7 +94,7 @@ def test_mistakes_in_files_name_the_file_and_the_closest_key(capsys, recipes, tm
 
 
 def test_short_runs_shorten_a_recipes_warm_up(recipes):
-    command = read("--model vit_b16 --epochs 2".split())
+    command = read(["--model", "vit_b16", "--epochs", "2"])
     assert command.config.warmup_epochs is None and any("warm-up" in note for note in command.notes)
 
 
@@ -114,7 +115,8 @@ def name_of(line: str) -> str:
     ("", "digits-vit_nano4-s0"), ("--seed 3", "digits-vit_nano4-s3"), ("--lr 3e-4", "digits-vit_nano4-s0-lr0.0003"),
     ("--lr 1e-3 --epochs 2", "digits-vit_nano4-s0-epochs2-lr0.001"), ("--devices 2 --workers 0 --logger csv", "digits-vit_nano4-s0"),
     ("--model timm/resnet18 --data digits", "digits-timm_resnet18-s0"), ("--model_args.drop_path 0.2", "digits-vit_nano4-s0-drop_path0.2"),
-    ("--global_batch_size 32", "digits-vit_nano4-s0-global_batch_size32"), ("--recipe demo --eval_only --init a/b.pth", "digits-vit_nano4-s0-eval-initb.pth"),
+    ("--global_batch_size 32", "digits-vit_nano4-s0-global_batch_size32"),
+    ("--recipe demo --eval_only --init a/b.pth", "digits-vit_nano4-s0-eval-initb.pth"),
 ])
 def test_run_names(line, name):
     assert name_of(line) == name

@@ -73,7 +73,7 @@ def test_same_tensors_and_preparation_as_timm(name):
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     cfg = timm.get_pretrained_cfg(twin)
     assert models.preprocessing(name) == {"image_size": cfg.input_size[1:], "mean": cfg.mean, "std": cfg.std,
-                                          "interpolation": cfg.interpolation, "crop_pct": cfg.crop_pct}
+                                          "interpolation": cfg.interpolation, "crop_pct": cfg.crop_pct, "crop_mode": cfg.crop_mode}
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -57,7 +57,7 @@ def test_a_run_leaves_what_the_contract_says(pics, launch):
     first, second = weights_of(folder / "checkpoints" / "last.ckpt"), weights_of(pics / "runs" / "again" / "checkpoints" / "last.ckpt")
     assert all(torch.equal(first[key], second[key]) for key in first)
 
-    scored = launch(f"--config runs/one/config.yaml --eval_only --init runs/one --name scored")
+    scored = launch("--config runs/one/config.yaml --eval_only --init runs/one --name scored")
     assert scored.code == 0 and result_of(pics / "runs" / "scored")["test/acc1"] == result_of(folder)["test/acc1"]
 
 
@@ -108,7 +108,8 @@ def test_init_continues_from_a_run_and_says_what_it_took(pics, launch):
 
 
 @pytest.mark.parametrize("line, words", [
-    ("--model vit_b61 --data digits", "vit_b16"), ("--model timm/resnet81 --data digits", "timm/resnet"), ("--model vit_nano4 --data digit", "digits"),
+    ("--model vit_b61 --data digits", "vit_b16"), ("--model timm/resnet81 --data digits", "timm/resnet"),
+    ("--model vit_nano4 --data digit", "digits"),
     ("--model vit_nano4 --data digits --model_args.dept 3", "depth"), ("--model vit_nano4 --data digits --data_args.perclass 3", "perclass"),
     ("--data digits", "--model"), ("--model vit_nano4 --data_dir nowhere", "nowhere"), ("--model vit_nano4 --data digits --image_size 30", "32x32"),
     ("--model vit_nano4 --data digits --global_batch_size 5000", "--global_batch_size"), ("--devices 2", "--accelerator cpu"),
@@ -142,7 +143,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(pics, launch):
     assert all(word in ended.out for word in ("parameters", "GMACs", "memory", "time", "run directory"))
 
 
-@pytest.mark.parametrize("what, words", [("models", ("vit_b16", "86,567,656", "17.56")), ("data", ("digits", "folder", "imagenet")), ("recipes", ("demo",))])
+@pytest.mark.parametrize("what, words", [
+    ("models", ("vit_b16", "86,567,656", "17.56")), ("data", ("digits", "folder", "imagenet")), ("recipes", ("demo",))])
 def test_list(launch, what, words):
     ended = launch(f"--list {what}")
     assert ended.code == 0 and all(word in ended.out for word in words)
