@@ -31,6 +31,8 @@ class Classify(L.LightningModule):
     def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, steps_per_epoch: int, lr: float, min_lr: float,
                  warmup_epochs: float, epochs: int, weight_decay: float, label_smoothing: float, seed: int):
         super().__init__()
+        if hasattr(model, "set_distilled_training"):  # no teacher here: one output, the mean of both heads
+            model.set_distilled_training(False)
         self.model, self.spec, self.config = model, spec, config
         self.weight_decay, self.label_smoothing, self.seed = weight_decay, label_smoothing, seed
         self.schedule = {"peak": lr, "min_lr": min_lr, "warmup_steps": round(warmup_epochs * steps_per_epoch),
