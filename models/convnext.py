@@ -58,7 +58,7 @@ class ConvNeXt(Hierarchy):
             down = nn.Sequential(LayerNorm2d(dims[i - 1], eps=1e-6), nn.Conv2d(dims[i - 1], dim, 2, 2)) if i else nn.Identity()
             stages.append(Stage(down, [ConvNeXtBlock(dim, kernel_size, layer_scale=layer_scale, drop_path=rates[sum(depths[:i]) + j])
                                        for j in range(depth)]))
-        self.stages = nn.Sequential(*stages)
+        self.stages, self.norm_pre = nn.Sequential(*stages), nn.Identity()  # the norm comes after the mean, in the head
         self.head = PooledHead(self.num_features, num_outputs, axes=(2, 3), norm_eps=1e-6, dropout=dropout)
         self.init_weights()
 
@@ -74,7 +74,7 @@ class ConvNeXt(Hierarchy):
             parameter.mul_(self.head_init_scale)
 
     def trunk(self) -> tuple[nn.Module, nn.Sequential, nn.Module]:
-        return self.stem, self.stages, nn.Identity()
+        return self.stem, self.stages, self.norm_pre
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers from input to output for layer-wise learning rates, in timm's form; `coarse`: stages."""

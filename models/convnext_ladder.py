@@ -75,7 +75,7 @@ class Ladder(Hierarchy):
                 LadderBlock(outs[i] if j else before, mids[i], outs[i], 2 if i and not j else 1, kernel_size=kernel_size,
                             depthwise=depthwise, spatial_first=spatial_first, act=act, one_act=one_act, norm=norm, one_norm=one_norm,
                             drop_path=rates[sum(depths[:i]) + j]) for j in range(depth)]))
-        self.stages = nn.Sequential(*stages)
+        self.stages, self.norm_pre = nn.Sequential(*stages), nn.Identity()
         self.head = PooledHead(self.num_features, num_outputs, axes=(2, 3), dropout=dropout)
         self.init_weights()
 
@@ -90,7 +90,7 @@ class Ladder(Hierarchy):
         self.head.apply(init_linear_)
 
     def trunk(self) -> tuple[nn.Module, nn.Sequential, nn.Module]:
-        return self.stem, self.stages, nn.Identity()
+        return self.stem, self.stages, self.norm_pre
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers from input to output for layer-wise learning rates, in timm's form; `coarse`: stages."""

@@ -45,16 +45,17 @@ def shift_mask(size: Pair, window: Pair, shift: Pair, like: Tensor | None = None
 class PatchEmbed(nn.Module):
     """Patches of any picture (B, C, height, width), padded to whole ones, projected and normalised: (B, H, W, D)."""
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int):
+    def __init__(self, patch_size: int, in_chans: int, dim: int, dropout: float = 0.0):
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
         self.norm = nn.LayerNorm(dim)
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         down, right = (-side % self.patch_size for side in x.shape[-2:])
         x = F.pad(x, (0, right, 0, down)) if down or right else x
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        return self.drop(self.norm(self.proj(x).permute(0, 2, 3, 1)))
 
 
 class PatchMerging(nn.Module):
@@ -168,8 +169,7 @@ class Swin(Hierarchy):
             raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} name different numbers of stages")
         dims = [embed_dim * 2 ** i for i in range(len(depths))]
         super().__init__(num_outputs, dims, patch_size, "layers")
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
-        self.pos_drop = nn.Dropout(dropout)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, dropout)
         size, rates, stages = tuple(-(-side // patch_size) for side in pair(image_size)), drop_path_rates(drop_path, sum(depths)), []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads)):
             if i:
@@ -191,7 +191,7 @@ class Swin(Hierarchy):
                 nn.init.trunc_normal_(parameter, std=0.02)
 
     def trunk(self) -> tuple[nn.Module, nn.Sequential, nn.Module]:
-        return nn.Sequential(self.patch_embed, self.pos_drop), self.layers, self.norm
+        return self.patch_embed, self.layers, self.norm
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}

@@ -173,7 +173,7 @@ def test_drop_path_and_dropout_reach_every_block():
     for stage in model.layers:
         for block in stage.blocks:
             assert (block.attn.proj_drop.p, block.mlp.drop.p, block.attn.attn_dropout) == (0.3, 0.3, 0.4)
-    assert model.pos_drop.p == 0.3
+    assert model.patch_embed.drop.p == 0.3
 
 
 def test_learning_rate_and_decay_groups_are_timms():

@@ -2,8 +2,9 @@
 
 Held here: forward and its equality under gradient checkpointing, backward with every gradient present, default cfgs (names of the head and
 the first convolution, feature widths, pre_logits, reset_classifier), forward_intermediates where a network has it. Not asked: pooling
-switched off through `global_pool=''` (our heads always pool), TorchScript and FX (einops and sizes read in forward rule them out; the
-compile tests stand for them). Structure runs on `meta` for every name; numbers run for the cheapest variant of a family, the rest is slow.
+switched off through `global_pool=''` (our heads always pool), TorchScript and FX (einops and sizes read in forward rule them out where
+there is attention; the compile tests stand for them). Structure runs on `meta` for every name; numbers run for the cheapest variant of a
+family, the rest is slow.
 """
 import math
 
