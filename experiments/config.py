@@ -220,13 +220,12 @@ def did_you_mean(word: str, known: list[str]) -> str:
 def _parser(files: list[Path]) -> ArgumentParser:
     parser = ArgumentParser(prog="run.py", default_config_files=[str(file) for file in files], exit_on_error=False, allow_abbrev=False,
                             description="Train one model: python experiments/run.py --model vit_b16 --devices 8",
-                            usage="run.py [--flag value ...]", formatter_class=lambda prog: argparse.HelpFormatter(prog, 30, width=120))
+                            usage="run.py [--flag value ...]")
     parser.add_argument("--config", type=str, help="config.yaml of a run to repeat; flags win over it, it wins over the recipe")
     hints = get_type_hints(Config)
     for knob_ in fields(Config):
         default = knob_.default_factory()
-        shown = "" if default in (None, {}) else f" (default {default})"
-        options: dict[str, Any] = {"default": default, "help": (knob_.metadata["help"] + shown).replace("%", "%%")}
+        options: dict[str, Any] = {"default": default, "help": knob_.metadata["help"].replace("%", "%%")}
         if hints[knob_.name] is bool:
             parser.add_argument(f"--{knob_.name}", action=ActionYesNo(no_prefix="no_"), nargs="?", **options)
         else:

@@ -64,11 +64,13 @@ class NormedPatchEmbed(PatchEmbed):
         return self.norm_out(F.linear(x, self.proj.weight.flatten(1), self.proj.bias))  # (B, N, D)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """softmax(q k' / sqrt(K)) v for (B, H, N, K). PyTorch's fused kernel on an accelerator; written out on CPU, where that is faster."""
+def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k' / sqrt(K) + bias) v for (B, H, N, K); PyTorch's fused kernel, but written out on CPU, where that is faster."""
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), dropout_p=dropout)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+    if bias is not None:
+        weights = weights + bias
     return F.dropout(weights.softmax(-1), dropout) @ v
 
 
