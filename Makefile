@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/run.py --logger csv
@@ -13,6 +13,10 @@ test: .venv/installed-test
 
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/installed-test
+	for family in vit simple_vit deit swin convnext; do for precision in float32 bf16; do \
+		$(BIN)/python experiments/benchmark.py step --family $$family --precision $$precision; done; done
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

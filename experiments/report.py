@@ -13,30 +13,43 @@ import models
 from datamodules.decode import PictureError
 from experiments import plan, rundir
 from experiments.build import Run
-from experiments.config import RECIPES, recipe_names, size
+from experiments.config import RECIPES, Config, recipe_names, size
 from lightning_modules.history import read_history
 from lightning_modules.meter import Meter, clock, peak_memory_mb
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost, pretrained
 
 
-def listing(what: str) -> int:
-    """Print the names there are, for --list models|data|recipes."""
-    if what == "models":
-        print(f"{'name':<26}{'parameters':>13}{'GMACs':>9}  size  in timm")
+def listing(cfg: Config) -> int:
+    """Print the names there are, for --list models|data|recipes; with --model its layers."""
+    if cfg.list == "models" and cfg.model:
+        _layers(cfg)
+    elif cfg.list == "models":
+        print(f"{'name':<26}{'parameters':>13}{'GMACs':>9}  size  {'recipe':<26}in timm")
         for name in models.names():
             entry = models.REGISTRY[name]
             with torch.device("meta"):
                 count = cost.parameters(models.create(name))
-            print(f"{name:<26}{count:>13,}{entry.gmacs:>9.2f}  {entry.image_size:>4}  {entry.timm or '-'}")
+            recipe = name if name in recipe_names() else "-"
+            print(f"{name:<26}{count:>13,}{entry.gmacs:>9.2f}  {entry.image_size:>4}  {recipe:<26}{entry.timm or '-'}")
         print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
-    elif what == "data":
+    elif cfg.list == "data":
         for name in datamodules.names():
             print(f"{name:<12}{import_module(f'datamodules.{name}').__doc__.splitlines()[0]}")
     else:
         for name in recipe_names():
             print(f"{name:<26}{(RECIPES / f'{name}.yaml').read_text().splitlines()[0].lstrip('# ')}")
     return 0
+
+
+def _layers(cfg: Config) -> None:
+    image_size = size(cfg.image_size or models.preprocessing(cfg.model)["image_size"])
+    with torch.device("meta"):
+        meta = models.create(cfg.model, image_size=image_size, **cfg.model_args)
+    print(f"{'layer':<32}{'output':<24}{'parameters':>13}{'GMACs':>10}")
+    for name, shape, count, gmacs in cost.layer_table(meta, image_size):
+        print(f"{name:<32}{'x'.join(map(str, shape)):<24}{count:>13,}{gmacs:>10.4f}")
+    print(f"{cfg.model:<32}{'x'.join(map(str, image_size)):<24}{cost.parameters(meta):>13,}{cost.gmacs(meta, image_size):>10.4f}")
 
 
 def dry_run(run: Run) -> int:

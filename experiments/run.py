@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> int:
     from experiments import build, report  # torch and lightning: seconds, so after --help and mistakes
     try:
         if command.config.list:
-            return report.listing(command.config.list)
+            return report.listing(command.config)
         run = build.resolve(command)
         if run.cfg.dry_run:
             return report.dry_run(run)

@@ -1,4 +1,7 @@
 """What a network costs: parameters, multiply-accumulates, activation memory. Counted on `meta`: no weights, no arithmetic."""
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -31,3 +34,27 @@ def activation_bytes(meta: nn.Module, image_size: tuple[int, int], in_chans: int
         output = meta.train()(torch.empty(2, in_chans, *image_size, device="meta"))  # two: batch norm wants more than one
     del output
     return sum(kept.values()) // 2
+
+
+def layer_table(meta: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> list[tuple[str, tuple[int, ...], int, float]]:
+    """(name, output shape, parameters, GMACs) of each part and each block of a network built on `meta`, in the order they run, for one
+    picture. Parts without parameters are left out."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    parts = {name: module for name, module in meta.named_modules() if _shown(name) and parameters(module)}
+
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, inputs, output: shapes.update({name: tuple(output.shape) if isinstance(output, torch.Tensor) else ()})
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in parts.items()]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        meta.eval()(torch.empty(1, in_chans, *image_size, device="meta"))
+    for handle in handles:
+        handle.remove()
+    flops, root = counter.get_flop_counts(), type(meta).__name__
+    return [(name, shape, parameters(parts[name]), sum(flops.get(f"{root}.{name}", {}).values()) / 2e9) for name, shape in shapes.items()]
+
+
+def _shown(name: str) -> bool:
+    """Top-level parts, members of a list of blocks or stages, and the blocks inside a stage; not what a block is made of."""
+    words = name.split(".")
+    return name != "" and (len(words) == 1 or words[-1].isdigit()) and sum(word.isdigit() for word in words) <= 2

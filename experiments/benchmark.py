@@ -1,0 +1,117 @@
+"""Speed against peers: python experiments/benchmark.py step --family vit --precision bf16
+
+`step` times forward and backward of the same network, batch and precision as ours and as timm, torchvision and vit-pytorch write it, in one
+process and interleaved: every round runs each once, in a shuffled order, so that a noisy machine is noisy to all.
+"""
+import argparse
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import timm
+import torch
+import torchvision
+from timm.layers import set_fused_attn
+from torch import nn
+from torch.nn import functional as F
+
+import models
+
+Makers = dict[str, Callable[[], nn.Module]]
+
+
+def _timm(name: str, fused: bool) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        set_fused_attn(fused)  # read when the layers are built
+        return timm.create_model(name)
+    return make
+
+
+def _torchvision_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(224, 16, 12, 6, 384, 1536)
+
+
+def _lucidrains(kind: str) -> nn.Module:
+    import vit_pytorch
+    kind_of = {"vit": vit_pytorch.ViT, "simple_vit": vit_pytorch.SimpleViT}[kind]
+    return kind_of(image_size=224, patch_size=16, num_classes=1000, dim=384, depth=12, heads=6, mlp_dim=1536)
+
+
+def contenders(family: str) -> tuple[str, Makers]:
+    """Our name, and who stands beside it."""
+    if family == "vit":
+        return "vit_s16", {"timm": _timm("vit_small_patch16_224", False), "timm fused": _timm("vit_small_patch16_224", True),
+                           "vit-pytorch": lambda: _lucidrains("vit"), "torchvision": _torchvision_vit}
+    if family == "simple_vit":
+        return "simple_vit_s16", {"vit-pytorch": lambda: _lucidrains("simple_vit")}
+    if family == "deit":
+        name = "deit_small_distilled_patch16_224"
+        return "deit_s16_distilled", {"timm": _timm(name, False), "timm fused": _timm(name, True)}
+    if family == "swin":
+        name = "swin_tiny_patch4_window7_224"
+        return "swin_t", {"timm": _timm(name, False), "timm fused": _timm(name, True), "torchvision": torchvision.models.swin_t}
+    return "convnext_t", {"timm": _timm("convnext_tiny", False), "torchvision": torchvision.models.convnext_tiny}
+
+
+def seconds(model: nn.Module, images: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype | None) -> float:
+    """One forward and backward pass with cross entropy, in seconds."""
+    model.zero_grad(set_to_none=True)
+    start = time.perf_counter()
+    with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        logits = model(images)
+    F.cross_entropy((logits[0] if isinstance(logits, tuple) else logits).float(), targets).backward()
+    if images.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def step(family: str, precision: str, batch: int, rounds: int, channels_last: bool) -> None:
+    """Print images/s of each contender (median over rounds), and ours over the fastest peer: ratio of medians, quartiles of the rounds'."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    ours, peers = contenders(family)
+    made = {name: make().to(device).train() for name, make in {"vitlab": lambda: models.create(ours), **peers}.items()}
+    if hasattr(made["vitlab"], "set_distilled_training"):
+        made["vitlab"].set_distilled_training(False)
+    images, targets = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
+    if channels_last:
+        images, made = images.contiguous(memory_format=torch.channels_last), {
+            name: model.to(memory_format=torch.channels_last) for name, model in made.items()}
+    times: dict[str, list[float]] = {name: [] for name in made}
+    for number in range(rounds + 2):  # two to warm up
+        for name in random.sample(list(made), len(made)):
+            taken = seconds(made[name], images, targets, dtype)
+            if number >= 2:
+                times[name].append(taken)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{ours}, batch {batch}, 224 px, {precision}, {rounds} interleaved rounds, {where}, torch {torch.__version__}")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name in sorted(medians, key=medians.get):
+        print(f"  {name:<12}{batch / medians[name]:>9.1f} images/s")
+    fastest = min((name for name in medians if name != "vitlab"), key=medians.get)
+    ratios = sorted(theirs / own for own, theirs in zip(times["vitlab"], times[fastest]))
+    low, _, high = statistics.quantiles(ratios, n=4)
+    print(f"  vitlab / {fastest}: {medians[fastest] / medians['vitlab']:.3f} (quartiles of the rounds {low:.3f} to {high:.3f})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("step", help="forward and backward of one family against its peers")
+    verb.add_argument("--family", choices=["vit", "simple_vit", "deit", "swin", "convnext"], default="vit")
+    verb.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    verb.add_argument("--batch", type=int, default=8, help="pictures in a step")
+    verb.add_argument("--rounds", type=int, default=15, help="interleaved rounds after two to warm up, at least 2")
+    verb.add_argument("--channels_last", action="store_true", help="memory order NHWC for all")
+    args = parser.parse_args(argv)
+    if args.batch < 1 or args.rounds < 2:
+        parser.error("--batch must be at least 1 and --rounds at least 2")
+    step(args.family, args.precision, args.batch, args.rounds, args.channels_last)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
