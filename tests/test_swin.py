@@ -230,6 +230,7 @@ def test_bfloat16_and_compile():
 
 
 @pytest.mark.slow
+@torch.no_grad()
 def test_inductor():
     model = randomise(models.create("swin_t", 3, **SMALL)).eval()
     x = torch.randn(2, 3, 224, 224)
