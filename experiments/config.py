@@ -94,6 +94,8 @@ class Config:
                 raise UsageError(f"--{key} takes keywords, as --{key}.name value")
         if self.image_size is not None:
             size(self.image_size)
+        if self.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", self.name):
+            raise UsageError(f"--name {self.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
         if self.eval_only and not (self.init or self.resume):
             raise UsageError("--eval_only needs weights: --init PATH, --init pretrained or --init RUN")
         if self.resume and self.overwrite:

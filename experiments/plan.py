@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
 from experiments.config import Config, UsageError, size
@@ -18,6 +19,8 @@ def device_problem(cfg: Config) -> str | None:
     launched = os.environ.get("WORLD_SIZE")
     if launched and int(launched) != world_size(cfg):
         return f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes {cfg.num_nodes} are {world_size(cfg)}"
+    if cfg.strategy != "auto" and cfg.strategy not in StrategyRegistry.available_strategies():
+        return f"--strategy {cfg.strategy}: Lightning has {', '.join(StrategyRegistry.available_strategies())}"
     if cfg.accelerator == "cpu":
         return None
     if cfg.accelerator == "gpu" and gpus == 0:

@@ -93,6 +93,8 @@ def _flat(cfg: Config, *roles: str) -> dict[str, Any]:
             value = getattr(cfg, knob.name)
             spread = {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
             flat |= {key: list(inner) if isinstance(inner, tuple) else inner for key, inner in spread.items()}
+    if flat.get("data_dir"):
+        flat["data_dir"] = os.path.abspath(flat["data_dir"])
     return flat
 
 

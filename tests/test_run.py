@@ -1,6 +1,9 @@
 """The main job from the command line: run directory, resume after kill -9, two processes, mistakes."""
 import csv
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ import yaml
 from conftest import result_of, weights_of, write_pictures
 
 import models
+from experiments import run
 
 TINY = "--data_dir pics --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2 " \
        "--recipe none --global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --micro_batch_size 4"
@@ -107,6 +111,32 @@ def test_init_continues_from_a_run_and_says_what_it_took(pics, launch):
     assert ended.code == 0 and "a fresh one of 4 starts" in ended.out, ended.out
 
 
+def test_resume_from_another_run_carries_its_full_state(pics, launch):
+    line = f"{TINY} --epochs 3"
+    assert launch(f"{line} --name whole").code == 0
+    assert launch(f"{line} --name killed", kill_at_step=9).code == -9
+    ended = launch(f"{line} --name onward --resume runs/killed")
+    assert ended.code == 0 and "resumed from runs/killed" in ended.out, ended.out
+    first, second = (weights_of(pics / "runs" / name / "checkpoints" / "last.ckpt") for name in ("whole", "onward"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [int(row["epoch"]) for row in rows_of(pics / "runs" / "onward")] == [2]
+
+
+def test_half_precision_and_a_distilled_student_train(pics, launch):
+    line = TINY.replace("--model vit_nano4", "--model deit_ti16_distilled").replace("--micro_batch_size 4", "--model_args.num_heads 2")
+    ended = launch(f"{line} --precision bf16-mixed --epochs 1 --name half")
+    assert ended.code == 0, ended.out
+    assert all(bool(torch.isfinite(value).all()) for value in weights_of(pics / "runs" / "half" / "checkpoints" / "last.ckpt").values())
+
+
+def test_the_real_command_starts_its_own_processes(pics):
+    """Lightning's launcher re-runs the command line for the second process; run.py is started as a person would."""
+    command = [sys.executable, str(Path(run.__file__)), *f"{TINY} --epochs 1 --devices 2 --accelerator cpu --name two".split()]
+    ended = subprocess.run(command, cwd=pics, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert result_of(pics / "runs" / "two")["world_size"] == 2 and ended.stdout.count("recipe none") == 1
+
+
 @pytest.mark.parametrize("line, words", [
     ("--model vit_b61 --data digits", "vit_b16"), ("--model timm/resnet81 --data digits", "timm/resnet"),
     ("--model vit_nano4 --data digit", "digits"),
@@ -114,7 +144,8 @@ def test_init_continues_from_a_run_and_says_what_it_took(pics, launch):
     ("--data digits", "--model"), ("--model vit_nano4 --data_dir nowhere", "nowhere"), ("--model vit_nano4 --data digits --image_size 30", "32x32"),
     ("--model vit_nano4 --data digits --global_batch_size 5000", "--global_batch_size"), ("--devices 2", "--accelerator cpu"),
     ("--accelerator gpu", "no GPU"), ("--recipe demo --init nowhere.pth", "nowhere.pth"), ("--resume nowhere", "nowhere"),
-    ("--devices 3 --accelerator cpu", "--global_batch_size"), ("--patience 2 --val_fraction 0", "--patience"),
+    ("--devices 3 --accelerator cpu", "--global_batch_size"), ("--strategy dpp", "ddp"), ("--name ../up", "--name"),
+    ("--patience 2 --val_fraction 0", "--patience"),
 ])
 def test_mistakes_exit_2_in_few_lines_and_leave_nothing(tmp_path, launch, line, words):
     ended = launch(line + " --logger csv")
