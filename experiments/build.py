@@ -180,8 +180,7 @@ def trainer(run: Run) -> L.Trainer:
             callbacks.append(EarlyStopping(Classify.monitor, mode=Classify.mode, patience=cfg.patience))
     world = plan.world_size(cfg)
     return L.Trainer(
-        accelerator=cfg.accelerator if plan.on_gpu(cfg) else "cpu", devices=cfg.devices, num_nodes=cfg.num_nodes,
-        strategy=cfg.strategy if cfg.strategy != "auto" or world == 1 else "ddp", precision=cfg.precision, max_epochs=cfg.epochs,
+        **plan.placement(cfg), max_epochs=cfg.epochs,
         accumulate_grad_batches=1 if cfg.eval_only else run.data.accumulation(world), gradient_clip_val=cfg.clip_grad,
         logger=loggers(run), callbacks=callbacks, plugins=[AtomicCheckpointIO()], default_root_dir=run.folder, num_sanity_val_steps=0,
         use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
