@@ -25,6 +25,7 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
 
     Raises:
         FileNotFoundError, ValueError: there are no such weights, or they are not a vitlab checkpoint's.
+        RuntimeError: the weights do not fit their model, tensor by tensor (torch.nn.Module.load_state_dict).
         OSError: `out` cannot be written.
     """
     file = pretrained.checkpoint_in(source)
@@ -36,7 +37,7 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
     config = content["config"]
     about = {"config": {key: config[key] for key in ("model", "model_args", "image_size")}, "spec": spec,
              "use_ema": content.get("ema_state_dict") is not None and use_ema is not False,
-             "epoch": content.get("epoch"), "step": content.get("global_step"), "source": str(file), "source_sha256": sha256(file)}
+             "epoch": content.get("epoch"), "step": content.get("global_step"), "source": file.name, "source_sha256": sha256(file)}
     shown = {"model": config["model"], "model_args": config["model_args"], "classes": spec["class_names"], "image_size": spec["image_size"],
              "mean": spec["mean"], "std": spec["std"], "crop_pct": spec["crop_pct"], "source_sha256": about["source_sha256"]}
     metadata = {"format": "pt", "vitlab": json.dumps(about), **{key: json.dumps(value) for key, value in shown.items()}}
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         out = export(args.run, args.out, None if args.use_ema is None else args.use_ema == "true")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
     print(f"{args.run} -> {out}, {out.stat().st_size / 2**20:.1f} MB")

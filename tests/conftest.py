@@ -108,6 +108,14 @@ def launch(tmp_path: Path):
     return run
 
 
+@pytest.fixture
+def pics(tmp_path: Path) -> Path:
+    """40 training and 13 test pictures of three classes; val (a tenth) comes out of train."""
+    write_pictures(tmp_path / "pics" / "train", {"dark": 14, "grey": 13, "light": 13}, seed=1)
+    write_pictures(tmp_path / "pics" / "test", {"dark": 5, "grey": 4, "light": 4}, seed=2)
+    return tmp_path
+
+
 def result_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
