@@ -146,7 +146,7 @@ def troubled_disk(fault: str, start: int, stop: int | None) -> None:
             _fill() if fault == "full" else _libc("mount", "none", "runs", None, REMOUNT | RDONLY, "size=5m")
         if stop is not None and step >= stop and "stop" not in done:
             done.append("stop")
-            shutil.copy(last(next(Path("runs").iterdir())), "during.ckpt")
+            shutil.copy(next(Path("runs").glob("*/checkpoints/last.ckpt")), "during.ckpt")
             os.unlink("runs/ballast") if fault == "full" else _libc("mount", "none", "runs", None, REMOUNT, "size=5m")
         return step_before(self, batch, batch_idx)
 

@@ -8,6 +8,7 @@ from conftest import result_of, write_pictures
 from sabotage import TINY, largest_difference, last
 
 import models
+from lightning_modules.history import read_history
 
 pytestmark = pytest.mark.fault
 CALM = TINY.replace("drop_path 0.2", "drop_path 0") + " --epochs 3 --save_every_steps 3"
@@ -35,37 +36,36 @@ def test_row_11_thirteen_samples_on_two_ranks(pics, launch, workers):
 @pytest.mark.slow
 def test_row_11_fewer_samples_than_ranks_and_none(pics, launch):
     shutil.rmtree(pics / "pics" / "test")
-    write_pictures(pics / "pics" / "test", {"dark": 0, "grey": 1, "light": 0})
+    write_pictures(pics / "pics" / "test", {"grey": 1})
     line = f"{TINY} --epochs 1 --devices 2"
     ended = launch(f"{line} --name few", ranks=2)
     assert ended.code == 0 and result_of(pics / "runs" / "few")["test/acc1"] in (0.0, 1.0), ended.out
     alone = launch(f"{TINY} --epochs 1 --eval_only --init runs/few --name alone")
     assert alone.code == 0 and result_of(pics / "runs" / "alone")["test/acc1"] == result_of(pics / "runs" / "few")["test/acc1"]
-    shutil.rmtree(pics / "pics" / "test")
-    write_pictures(pics / "pics" / "test", {"dark": 0, "grey": 0, "light": 0})
+    (pics / "pics" / "test" / "grey" / "0.jpg").unlink()
     none = launch(f"{line} --eval_only --init runs/few --name none", ranks=2)
-    assert none.code in (0, 2) and "Traceback" not in none.out, none.out
+    assert none.code == 2 and "holds no picture" in none.out and "Traceback" not in none.out, none.out
 
 
-def change_world(pics, launch, ranks, step, micro=4):
-    """Kill a run of `ranks[0]` processes at a step and finish it with `ranks[1]`; the largest difference of a weight to one left alone."""
-    line = CALM.replace("--micro_batch_size 4", f"--micro_batch_size {micro}")
-    assert launch(f"{line} --name whole").code == 0
-    assert launch(f"{line} --devices {ranks[0]} --name moved", ranks=ranks[0], kill_at_step=step).code == -9
-    ended = launch(f"{line} --devices {ranks[1]} --name moved", ranks=ranks[1])
-    assert ended.code == 0 and f"saved by {ranks[0]} process" in ended.out and f"going on with {ranks[1]} at the same sample" in ended.out, ended.out
-    whole, moved = pics / "runs" / "whole", pics / "runs" / "moved"
-    assert (result_of(moved)["steps"], result_of(moved)["world_size"]) == (12, ranks[1])
-    rows = [[row.split(",")[:2] for row in (run / "metrics.csv").read_text().splitlines()] for run in (whole, moved)]
-    assert rows[0] == rows[1]
-    return largest_difference(last(whole), last(moved))
+def same_but_for_rounding(whole, moved):
+    """Losses to 1e-6, weights to 1e-4 (AdamW enlarges rounding where gradients are small); the same rows. Other samples make 1e-3."""
+    assert result_of(moved)["steps"] == 12 and largest_difference(last(whole), last(moved)) < 1e-4
+    one, other = (read_history(run / "metrics.csv") for run in (whole, moved))
+    assert [(row["epoch"], row["step"]) for row in one] == [(row["epoch"], row["step"]) for row in other]
+    for key in ("train/loss", "val/loss", "train/acc1", "val/acc1"):
+        assert [row[key] for row in one] == pytest.approx([row[key] for row in other], abs=1e-6)
 
 
 @pytest.mark.parametrize("ranks, step", [((1, 2), 7), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
     ((2, 1), 7), ((1, 2), 4), ((2, 1), 8), ((1, 2), 3), ((2, 1), 5)))])
 def test_row_28_another_number_of_ranks_goes_on_by_samples(pics, launch, ranks, step):
     """With micro batches of 4, 1 rank makes two passes a step and 2 ranks make one; checkpoints at 3, 4, 6, 8, 9, 12."""
-    assert change_world(pics, launch, ranks, step) < 1e-6
+    assert launch(f"{CALM} --name whole").code == 0
+    assert launch(f"{CALM} --devices {ranks[0]} --name moved", ranks=ranks[0], kill_at_step=step).code == -9
+    ended = launch(f"{CALM} --devices {ranks[1]} --name moved", ranks=ranks[1])
+    assert ended.code == 0 and f"saved by {ranks[0]} process" in ended.out and f"going on with {ranks[1]} at the same sample" in ended.out, ended.out
+    assert result_of(pics / "runs" / "moved")["world_size"] == ranks[1]
+    same_but_for_rounding(pics / "runs" / "whole", pics / "runs" / "moved")
 
 
 @pytest.mark.slow
@@ -75,8 +75,8 @@ def test_row_28_another_micro_batch_goes_on_by_samples(pics, launch, before, aft
     assert launch(f"{line} --micro_batch_size {before} --name whole").code == 0
     assert launch(f"{line} --micro_batch_size {before} --name moved", kill_at_step=7).code == -9
     ended = launch(f"{line} --micro_batch_size {after} --name moved")
-    assert ended.code == 0 and result_of(pics / "runs" / "moved")["steps"] == 12, ended.out
-    assert largest_difference(last(pics / "runs" / "whole"), last(pics / "runs" / "moved")) < 1e-6
+    assert ended.code == 0, ended.out
+    same_but_for_rounding(pics / "runs" / "whole", pics / "runs" / "moved")
 
 
 def refused(launch, line, *words):
