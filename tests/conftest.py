@@ -39,7 +39,8 @@ def free_port() -> int:
 
 
 def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_step: int | None, before: Callable[[], None] | None) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process from a shell; a forkserver's child would
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # start them from another forkserver, and they would outlive a kill
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.update(env)
