@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-slow lint bench clean
+N ?= 50
+.PHONY: demo test test-slow lint bench chaos clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/run.py --logger csv
@@ -17,6 +18,9 @@ test-slow: .venv/installed-test
 bench: .venv/installed-test
 	for family in vit simple_vit deit swin convnext; do for precision in float32 bf16; do \
 		$(BIN)/python experiments/benchmark.py step --family $$family --precision $$precision; done; done
+
+chaos: .venv/installed-test
+	$(BIN)/python tests/faults/chaos.py $(N)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -125,6 +125,11 @@ class PictureData(L.LightningDataModule):
         return digest.hexdigest()
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a position in training to mean the same samples: plain values."""
+        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "sizes": self.sizes, "fingerprint": self.fingerprint}
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch: whole global batches."""
         return self.sizes["train"] // self.global_batch_size
@@ -180,18 +185,20 @@ class PictureData(L.LightningDataModule):
         passes = self.accumulation(self._world_size)
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batches = divmod(batches, int(min(self.trainer.num_training_batches, self.steps_per_epoch * passes)))
-        return {"epoch": epoch, "samples": batches * self.global_batch_size // passes} | self._must_match()
+        position = {"epoch": epoch, "samples": batches * self.global_batch_size // passes, "world_size": self._world_size}
+        return position | {"accumulation": passes} | self.identity
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; another world size is fine. Only fitting uses it.
 
         Raises:
             ValueError: data, seed, global batch or accumulation are others than in the checkpoint. (Lightning counts passes: with
-                another number of them per step it would end the epoch elsewhere.)
+                another number of them per step it would end the epoch elsewhere, unless AtomicCheckpointIO has counted them anew.)
         """
         if not state or (self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING):
             return
-        changed = [f"{key} was {state[key]}, is {value}" for key, value in self._must_match().items() if state[key] != value]
+        now = {"accumulation": self.accumulation(self._world_size)} | self.identity
+        changed = [f"{key} was {state[key]}, is {value}" for key, value in now.items() if state.get(key, value) != value]
         if changed:
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])
@@ -224,10 +231,6 @@ class PictureData(L.LightningDataModule):
     @property
     def _world_size(self) -> int:
         return getattr(self.trainer, "world_size", 1)
-
-    def _must_match(self) -> dict[str, Any]:
-        passes = self.accumulation(self._world_size)
-        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "accumulation": passes, "fingerprint": self.fingerprint}
 
     def _eval_loader(self, split: str) -> DataLoader:
         if split not in self.splits:

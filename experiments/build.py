@@ -104,7 +104,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     network, line = model(cfg, data)
     for note in (*command.notes, *([line] if line else [])):
         print(note)
-    folder, resume, finished = (Path(cfg.runs_dir) / cfg.name, None, False) if cfg.dry_run else rundir.enter(cfg)
+    folder, resume, finished = (Path(cfg.runs_dir) / cfg.name, None, False) if cfg.dry_run else rundir.enter(cfg, data.spec, data.identity)
     decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
                 "finished": finished}
     return Run(cfg, folder, resume, finished, data, network), decision
@@ -143,9 +143,8 @@ def _check_names(cfg: Config) -> None:
 def datamodule(cfg: Config) -> L.LightningDataModule:
     """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order."""
     names = {}
-    if cfg.eval_only and cfg.init and Path(cfg.init).exists() and not cfg.init.endswith((".safetensors", ".pth")):
-        spec = pretrained.read_checkpoint(pretrained.checkpoint_in(cfg.init)).get("spec") or {}
-        names = {"class_names": spec.get("class_names")}
+    if cfg.eval_only and cfg.init and Path(cfg.init).exists():
+        names = {"class_names": pretrained.read_spec(cfg.init).get("class_names")}
     return datamodules.create(
         cfg.data, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation,
         crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale, hflip=cfg.hflip, val_fraction=cfg.val_fraction,
@@ -179,12 +178,12 @@ def trainer(run: Run) -> L.Trainer:
         if cfg.patience:
             callbacks.append(EarlyStopping(Classify.monitor, mode=Classify.mode, patience=cfg.patience))
     world = plan.world_size(cfg)
+    passes = 1 if cfg.eval_only else run.data.accumulation(world)
     return L.Trainer(
         **plan.placement(cfg), max_epochs=cfg.epochs,
-        accumulate_grad_batches=1 if cfg.eval_only else run.data.accumulation(world), gradient_clip_val=cfg.clip_grad,
-        logger=loggers(run), callbacks=callbacks, plugins=[AtomicCheckpointIO()], default_root_dir=run.folder, num_sanity_val_steps=0,
-        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
-        log_every_n_steps=1)  # the Meter decides when
+        accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad, logger=loggers(run), callbacks=callbacks,
+        plugins=[AtomicCheckpointIO(passes)], default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
 
 
 def loggers(run: Run) -> list[Any]:

@@ -282,5 +282,14 @@ def _scale_lr(values: dict[str, Any], notes: list[str], *, true_peak: bool) -> d
 def plain(cfg: Config) -> dict[str, Any]:
     """The config as YAML writes it: no tuples, and without what belongs to one launch (its name and place, whether it resumes)."""
     left_out = ("name", "runs_dir", "overwrite", "resume", "list", "dry_run")
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(cfg).items() if key not in left_out}
+    return {key: _plain(value) for key, value in asdict(cfg).items() if key not in left_out}
+
+
+def _plain(value: Any) -> Any:
+    """Lists for tuples, text for paths, Python's numbers for NumPy's: what YAML, JSON and a checkpoint hold."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value.item() if hasattr(value, "item") else value
 

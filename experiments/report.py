@@ -14,7 +14,8 @@ from datamodules.decode import PictureError
 from experiments import plan, rundir
 from experiments.build import Run
 from experiments.config import RECIPES, Config, recipe_names, size
-from lightning_modules.history import read_history
+from lightning_modules.checkpoints import LastCheckpoint
+from lightning_modules.history import History
 from lightning_modules.meter import Meter, clock, peak_memory_mb
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost, pretrained
@@ -81,8 +82,8 @@ def dry_run(run: Run) -> int:
 def _state(run: Run) -> str:
     if (run.folder / rundir.RESULT).is_file():
         return "already finished"
-    point = rundir.resume_point(run.folder, run.cfg)
-    return f"would resume from {point}" if point else "new"
+    start = rundir.resume_point(run.folder, run.cfg)
+    return f"would resume from {start.file}" if start else "new"
 
 
 def finished(run: Run) -> int:
@@ -111,7 +112,12 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
 
 
 def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
-    """Score what is to be scored, write result.json, print the line a person waits for."""
+    """Score what is to be scored, write result.json, print the line a person waits for. Without its last step on disk a run is not
+    finished: exit 1, and the same command goes on from the last step that is."""
+    saving = trainer.strategy.checkpoint_io
+    if any(callback.unsaved for callback in trainer.callbacks if isinstance(callback, LastCheckpoint)):
+        _stop(trainer, f"the last step is not saved, {saving.error}. Make room or give the right to write, and run the same command again: it "
+                       "goes on from the last step that was saved")
     scores = _evaluate(run, task, trainer)
     if not trainer.is_global_zero:
         return
@@ -120,14 +126,26 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         "model": cfg.model, "data": cfg.data, "params": cost.parameters(task.model), "gmacs": round(_gmacs(run), 4),
         **scores, "epochs": cfg.epochs, "steps": steps, "lr": cfg.lr, "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
-        "commit": rundir.commit(), "finished": True}
-    rundir.write_result(run.folder, values)
+        "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures, "finished": True}
+    try:
+        rundir.write_result(run.folder, values)
+    except OSError as error:
+        _stop(trainer, f"{run.folder / rundir.RESULT} cannot be written: {error.strerror or error}. The training is saved; the same command again "
+                       "scores it")
     for logger in trainer.loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})
     shown = ", ".join(f"{key} {100 * value:.2f} %" for key, value in values.items() if "/acc" in key)
     took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""
     print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}")
+    if saving.failures:
+        print(f"{saving.failures} saves of checkpoints failed on the way (the warnings say which and why); the last step is saved")
+
+
+def _stop(trainer: L.Trainer, line: str) -> None:
+    if trainer.is_global_zero:
+        print(f"run.py: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(1)
 
 
 def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
@@ -135,19 +153,21 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
     sizes = run.data.sizes
     if run.cfg.eval_only:
         stage = "test" if sizes["test"] else "val"
-        weights = {"ckpt_path": str(rundir.resume_file(run.cfg.resume)), "weights_only": True} if run.cfg.resume else {}
+        weights = {"ckpt_path": run.resume, "weights_only": True} if run.resume else {}
         (trainer.test if sizes["test"] else trainer.validate)(task, run.data, verbose=False, **weights)
         scores = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(stage)}
         metric = f"{stage}/{task.monitor.split('/')[1]}"
         return {"metric": metric, "best": scores[metric], "best_epoch": None, "stopped_epoch": None, **scores}
-    sign = 1 if task.mode == "max" else -1
-    rows = [row for row in read_history(run.folder / "metrics.csv") if task.monitor in row]
-    best = max(rows, key=lambda row: (sign * row[task.monitor], row["epoch"]), default={})  # as BestCheckpoint chooses
+    state, epoch = None, -1
+    if sizes["val"] or sizes["test"]:
+        checkpoint = pretrained.read_checkpoint(pretrained.checkpoint_in(run.folder))
+        state, epoch = checkpoint["state_dict"], checkpoint["epoch"]
+    rows = next(logger.rows for logger in trainer.loggers if isinstance(logger, History))
+    best = next((row for row in reversed(rows) if row["epoch"] <= epoch and task.monitor in row), {})
     scores = {"metric": task.monitor, "best": best.get(task.monitor), "best_epoch": int(best["epoch"]) if best else None,
               "stopped_epoch": trainer.current_epoch - 1}
     scores |= {key: value for key, value in best.items() if key.startswith("val")}
     if sizes["test"]:
-        state = pretrained.read_checkpoint(pretrained.checkpoint_in(run.folder))["state_dict"]
         task.load_state_dict(state)
         trainer.test(task, run.data, verbose=False)
         scores |= {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test")}

@@ -3,13 +3,14 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from experiments.config import Config, UsageError, plain
+from models import pretrained
 
 CONFIG, RESULT = "config.yaml", "result.json"
 NAMED_APART = ("model", "data", "seed", "eval_only")  # stand in every name
@@ -26,28 +27,58 @@ def run_name(cfg: Config, recipe_alone: Config) -> str:
     return f"{cfg.data}-{cfg.model}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
 
 
-def enter(cfg: Config) -> tuple[Path, str | None, bool]:
+def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[Path, str | None, bool]:
     """Make or re-enter the run's directory. Returns (directory, checkpoint to resume from or None, already finished).
 
-    Raises UsageError when the directory belongs to a run with other training values, or is something else altogether.
+    `spec` and `identity` are the data's as they are now. Raises UsageError when the directory belongs to a run with other training values or
+    other data, cannot be written, has no checkpoint left that can be read, or is something else altogether.
     """
     folder = Path(cfg.runs_dir) / cfg.name
     _check_free(folder)
-    if cfg.resume:
-        resume_file(cfg.resume)
-    if cfg.overwrite and folder.exists():
-        shutil.rmtree(folder)
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() and not cfg.overwrite:
         _check_same(folder, cfg)
-        if (folder / RESULT).is_file() and json.loads((folder / RESULT).read_text()).get("finished"):
+        if (folder / RESULT).is_file() and (result := json.loads((folder / RESULT).read_text())).get("finished"):
+            _check_same_data(folder, result, identity)
             return folder, None, True
-    else:
-        try:
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"the run directory {folder} cannot be made: {error.strerror}; --runs_dir names another place") from None
+    start = None if cfg.overwrite else resume_point(folder, cfg)
+    if start:
+        _check_fits(start, cfg, spec, identity)
+    try:
+        if cfg.overwrite and folder.exists():
+            _remove(folder)
+        _prepare(folder, cfg, start)
+    except OSError as error:
+        raise UsageError(f"the run directory {folder} cannot be written: {error.strerror or error}; --runs_dir names another place") from None
+    if not start:
+        return folder, None, False
+    for note in start.notes:
+        print(note)
+    return folder, str(start.file), False
+
+
+def _prepare(folder: Path, cfg: Config, start: "Start | None") -> None:
+    """Write what must be there before training; that it can be written is seen here, not after the first epoch. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CONFIG).is_file():
         write_text(folder / CONFIG, yaml.safe_dump(plain(cfg), sort_keys=False))
-    return folder, resume_point(folder, cfg), False
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    for place in (folder, checkpoints):
+        for left in place.glob(".*.partial"):  # of a run killed while it wrote
+            left.unlink()
+        write_text(place / ".probe", "can be written")
+        (place / ".probe").unlink()
+    for damaged in start.damaged if start else ():
+        if damaged.parent == checkpoints:
+            os.replace(damaged, damaged.with_name(f"damaged-{damaged.name}"))  # else it would push out the whole one at the next save
+
+
+def _remove(folder: Path) -> None:
+    """Delete a run in a way that a kill in between leaves no half of it under its name."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -55,25 +86,104 @@ def stored(folder: Path) -> dict[str, Any]:
     return yaml.safe_load((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
 
 
-def resume_point(folder: Path, cfg: Config) -> str | None:
-    """The full state a run goes on from. Where weights come from, first that is there: 1. its own last.ckpt (a killed run goes on)
-    2. --resume (another run's full state) 3. --init (weights only, loaded into the model before) 4. scratch."""
-    own = folder / "checkpoints" / "last.ckpt"
-    if own.is_file():
-        return str(own)
-    return str(resume_file(cfg.resume)) if cfg.resume else None
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to go on from: whole, its content read; lines for the person; files found damaged on the way."""
+
+    file: Path
+    content: dict[str, Any]
+    notes: list[str]
+    damaged: list[Path]
 
 
-def resume_file(path: str) -> Path:
-    """The checkpoint that --resume names: a file, or the last one of a run directory. Raises UsageError."""
-    file = Path(path) / "checkpoints" / "last.ckpt" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise UsageError(f"--resume {path}: there is no checkpoint {file}")
-    return file
+def resume_point(folder: Path, cfg: Config) -> Start | None:
+    """The full state a run goes on from. Where weights come from, first that is there: 1. its own last.ckpt (a killed run goes on), or the
+    one before when that is damaged 2. --resume (another run's full state) 3. --init (weights only, loaded into the model before) 4. scratch.
+
+    Raises UsageError when there are checkpoints and none can be read: nothing starts from scratch over a run.
+    """
+    own = [folder / "checkpoints" / name for name in pretrained.LAST]
+    if any(file.is_file() for file in own):
+        return _first_whole(own, f"{folder} is the run's directory and none of its checkpoints can be read, so nothing is started over it. "
+                                 "Put a whole copy of last.ckpt there, or start again with --overwrite, or beside it with --name"
+                                 + _best_instead(folder))
+    if not cfg.resume:
+        return None
+    pretrained.check_local(cfg.resume)
+    path = Path(cfg.resume)
+    files = [path / "checkpoints" / name for name in pretrained.LAST] if path.is_dir() else [path]
+    if not any(file.is_file() for file in files):
+        raise UsageError(f"--resume {path}: there is no checkpoint {files[0]}")
+    return _first_whole(files, f"--resume {path}: no checkpoint can be read")
+
+
+def _first_whole(files: list[Path], refusal: str) -> Start:
+    problems, damaged = [], []
+    for file in files:
+        if not file.is_file():
+            problems.append(f"{file} is not there")
+            continue
+        try:
+            content = pretrained.read_checkpoint(file, mapped=True)
+        except ValueError as error:
+            problems.append(str(error))
+            damaged.append(file)
+            continue
+        step = content.get("global_step") if isinstance(content, dict) else None
+        return Start(file, content, [f"{problem}; going on from {file.name}, step {step}" for problem in problems], damaged)
+    raise UsageError("\n".join([refusal, *problems]))
+
+
+def _best_instead(folder: Path) -> str:
+    best = folder / "checkpoints" / "best.ckpt"
+    return f" and --resume {best}" if best.is_file() and pretrained.intact(best) else ""
+
+
+def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse a state of another model or other data with the differences; another number of processes is a note. Raises UsageError."""
+    content = start.content
+    if not isinstance(content, dict) or not {"config", "spec", "DataModule", "loops"} <= content.keys():
+        raise UsageError(f"{start.file} is not the state of a vitlab run; weights alone go to --init")
+    there, here = content["config"], plain(cfg)
+    apart = [f"{key} {there.get(key)} -> {here[key]}" for key in ("model", "model_args") if there.get(key) != here[key]]
+    apart += [f"image_size {content['spec']['image_size']} -> {spec['image_size']}"] * (content["spec"]["image_size"] != spec["image_size"])
+    classes, now = content["spec"]["class_names"], spec["class_names"]
+    if classes != now:
+        gone, new = sorted({*classes} - {*now}), sorted({*now} - {*classes})
+        apart.append(f"{len(classes)} classes -> {len(now)}" + f", gone: {', '.join(gone[:5])}" * bool(gone)
+                     + f", new: {', '.join(new[:5])}" * bool(new) + ", in another order" * (not gone and not new))
+    if not cfg.eval_only:
+        apart += _other_data(content["DataModule"], identity)
+    if apart:
+        raise UsageError(f"{start.file} cannot go on here, it was saved with other values or data:\n  " + "\n  ".join(apart)
+                         + "\nPut back what was there, or start another run with --name"
+                         + (" (--init takes the weights alone)" if cfg.resume else ", or this one again with --overwrite"))
+    before, world = content["DataModule"].get("world_size"), cfg.devices * cfg.num_nodes
+    if before not in (None, world) and not cfg.eval_only:
+        start.notes.append(f"saved by {before} process{'es' * (before > 1)}, going on with {world} at the same sample (dropout and drop path "
+                           "draw anew, so the weights are no longer those of a run on one number of processes)")
+
+
+def _other_data(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The differences between the identities of two data sets, in words."""
+    apart = [f"{key} {before.get(key)} -> {now[key]}" for key in ("seed", "global_batch_size") if before.get(key) != now[key]]
+    sizes = before.get("sizes", now["sizes"])
+    apart += [f"{split}: {sizes.get(split)} samples -> {number}" for split, number in now["sizes"].items() if sizes.get(split) != number]
+    if before.get("fingerprint") != now["fingerprint"]:
+        apart.append(f"the files or their classes (fingerprint {str(before.get('fingerprint'))[:12]} -> {now['fingerprint'][:12]})")
+    return apart
+
+
+def _check_same_data(folder: Path, result: dict[str, Any], identity: dict[str, Any]) -> None:
+    before = result.get("data_fingerprint")
+    if before not in (None, identity["fingerprint"]):
+        raise UsageError(f"{folder} is finished, and the files or their classes have changed since (fingerprint {before[:12]} -> "
+                         f"{identity['fingerprint'][:12]}): --name another run, or --overwrite it")
 
 
 def _check_free(folder: Path) -> None:
-    if folder.is_dir() and not (folder / CONFIG).is_file() and any(folder.iterdir()) or folder.is_file():
+    strangers = [file for file in folder.iterdir() if not file.name.endswith(".partial")] if folder.is_dir() else []
+    if strangers and not (folder / CONFIG).is_file() or folder.is_file():
         raise UsageError(f"{folder} exists and is not a run directory (no {CONFIG}): --name or --runs_dir another")
 
 
@@ -87,12 +197,11 @@ def _check_same(folder: Path, cfg: Config) -> None:
 
 def _flat(cfg: Config, *roles: str) -> dict[str, Any]:
     """Knobs of these roles, dictionaries spread out, in plain values that survive YAML."""
-    flat: dict[str, Any] = {}
+    flat, values = {}, plain(cfg)
     for knob in fields(Config):
         if knob.metadata["role"] in roles:
-            value = getattr(cfg, knob.name)
-            spread = {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
-            flat |= {key: list(inner) if isinstance(inner, tuple) else inner for key, inner in spread.items()}
+            value = values[knob.name]
+            flat |= {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
     if flat.get("data_dir"):
         flat["data_dir"] = os.path.abspath(flat["data_dir"])
     return flat

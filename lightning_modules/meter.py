@@ -17,7 +17,7 @@ class Meter(Callback):
     """Logs one row every `log_every_steps` optimizer steps of an epoch and one at its end, after validation.
 
     Training values are means over all ranks since the row before, without a synchronisation in between; `perf/images_per_sec` is global and
-    leaves validation and saving out. Time and pictures survive a resume.
+    leaves validation and saving out. Time and the sums since the last row survive a resume, so that no row tells of half an epoch.
     """
 
     def __init__(self, global_batch_size: int, log_every_steps: int):
@@ -30,7 +30,7 @@ class Meter(Callback):
         self.batches, self.seconds, self.steps = 0, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.step_before = trainer.global_step
+        self.step_before, self.mark = trainer.global_step, time.monotonic()
         for logger in trainer.loggers:
             if isinstance(logger, History):
                 logger.cut(trainer.global_step)
@@ -75,11 +75,17 @@ class Meter(Callback):
         self.last_row = row
         self._forget()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"train_seconds": self.train_seconds}
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = {"train_seconds": self.train_seconds, "seconds": self.seconds, "steps": self.steps, "sums": {}}
+        if self.sums:  # of all ranks, and in steps: a resume may have another number of ranks or passes
+            means = trainer.strategy.reduce(torch.stack([value.float() for value in self.sums.values()]), reduce_op="mean")
+            state["sums"] = dict(zip(self.sums, (means / trainer.accumulate_grad_batches).tolist()))
+        checkpoint["meter"] = state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.train_seconds = state["train_seconds"]
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state, passes = checkpoint["meter"], trainer.accumulate_grad_batches
+        self.train_seconds, self.seconds, self.steps, self.batches = state["train_seconds"], state["seconds"], state["steps"], state["steps"] * passes
+        self.sums = {name: torch.tensor(value * passes, device=pl_module.device) for name, value in state["sums"].items()}
 
 
 class Progress(Callback):

@@ -1,11 +1,14 @@
 """Files <-> weights: read any common weight file safely, fit it to a network, bring a trained network back from its checkpoint."""
+import hashlib
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -13,33 +16,65 @@ import models
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where trainers keep the weights inside a checkpoint
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, our LightningModules
+LAST = ("last.ckpt", "last-1.ckpt")  # of a run directory: the last step saved, and the one saved before
+SEAL = b"sha256:"  # our checkpoints end in this and 64 hex digits: the comment of the zip archive that torch.save writes
 
 
 def checkpoint_in(path: str | Path) -> Path:
     """The file of weights that a path names: itself, or the best (else last) checkpoint of a run directory. Raises FileNotFoundError."""
+    check_local(path)
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"no weights at {path}")
         return path
-    for name in ("best.ckpt", "last.ckpt"):
+    for name in ("best.ckpt", *LAST):
         if (path / "checkpoints" / name).is_file():
             return path / "checkpoints" / name
     raise FileNotFoundError(f"{path} is not a run with weights: there is no checkpoints/best.ckpt or checkpoints/last.ckpt in it")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a .safetensors, .pth, .pt, .bin or .ckpt file, loaded with weights_only=True. Raises ValueError when it is not one."""
+def check_local(path: str | Path) -> None:
+    """Raises ValueError for an address: what is read from the network could be anyone's."""
+    if "://" in str(path):
+        raise ValueError(f"{path}: weights and checkpoints are read from files only, never from the network; download it, look where it "
+                         "comes from, and give the file")
+
+
+def intact(path: Path) -> bool:
+    """Whether a file with a seal is, byte for byte, what was written; a file without one passes."""
+    length = 2 + len(SEAL) + 64  # of the archive's last field, two bytes of length and the comment
+    with open(path, "rb") as file:
+        left = file.seek(0, os.SEEK_END) - length
+        file.seek(max(0, left))
+        tail = file.read()
+        if not tail[2:].startswith(SEAL):
+            return True
+        digest = hashlib.sha256()
+        file.seek(0)
+        while left:
+            digest.update(chunk := file.read(min(left, 2**20)))
+            left -= len(chunk)
+        digest.update(b"\0\0")  # the length before there was a comment
+    return digest.hexdigest().encode() == tail[2 + len(SEAL):]
+
+
+def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The content of a .safetensors, .pth, .pt, .bin or .ckpt file, loaded with weights_only=True. Raises ValueError when it is not one,
+    or not as it was written. `mapped` leaves the tensors on disk until they are used, for one of our checkpoints."""
+    check_local(path)
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if intact(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable file of weights: {_line(error)}") from None
     except Exception as error:  # torch's restricted unpickler raises pickle.UnpicklingError and others
         raise ValueError(f"{path} holds more than tensors and plain data and is not loaded (it could run code): "
                          f"{_line(error)}") from None
+    raise ValueError(f"{path} is damaged: its sha256 is not the one it was written with")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -149,21 +184,47 @@ def _some(keys: list[str]) -> str:
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
 
 
+def read_spec(path: str | Path) -> dict[str, Any]:
+    """The data specification kept in one of our checkpoints or exported files; {} for other weights."""
+    file = checkpoint_in(path)
+    if file.suffix == ".safetensors":
+        return _exported(file).get("spec", {})
+    content = read_checkpoint(file)
+    spec = content.get("spec") if isinstance(content, dict) else None
+    return spec if isinstance(spec, dict) else {}
+
+
+def _exported(file: Path) -> dict[str, Any]:
+    """What experiments/export.py wrote beside the tensors: config, spec, use_ema, source; {} for another's file."""
+    try:
+        with safe_open(file, "pt") as content:
+            return json.loads((content.metadata() or {}).get("vitlab", "{}"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable file of weights: {_line(error)}") from None
+
+
 def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network of one of our checkpoints or run directories, in evaluation mode, and its data specification.
+    """The trained network of one of our checkpoints, run directories or exported files, in evaluation mode, and its data specification.
 
     use_ema: True the averaged weights, False the raw ones, None the averaged ones where the run kept them.
-    Raises FileNotFoundError, or ValueError when the file is no vitlab checkpoint or has no averaged weights to use.
+    Raises FileNotFoundError, or ValueError when the file is no vitlab checkpoint or has no such weights.
     """
     file = checkpoint_in(path)
-    checkpoint = read_checkpoint(file)
-    if not {"state_dict", "config", "spec"} <= checkpoint.keys():
+    content = read_checkpoint(file)
+    if file.suffix == ".safetensors":
+        content = {"state_dict": content} | _exported(file)
+        if use_ema is not None and use_ema != content.get("use_ema", use_ema):
+            raise ValueError(f"{file} holds the {'raw' if use_ema else 'averaged'} weights only")
+        use_ema = False
+    if not {"state_dict", "config", "spec"} <= content.keys():
         raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec; plain weights go to --init")
-    ema = checkpoint.get("ema_state_dict")
+    ema = content.get("ema_state_dict")
     if use_ema and ema is None:
         raise ValueError(f"{file} keeps no averaged weights (EMA)")
-    config, spec = checkpoint["config"], checkpoint["spec"]
+    config, spec = content["config"], content["spec"]
     model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), **config["model_args"])
-    state = ema if ema is not None and use_ema is not False else checkpoint["state_dict"]
-    model.load_state_dict({key[len("model."):]: value for key, value in state.items() if key.startswith("model.")})
+    state = ema if ema is not None and use_ema is not False else content["state_dict"]
+    if file.suffix != ".safetensors":
+        state = {key[len("model."):]: value for key, value in state.items() if key.startswith("model.")}
+    model.load_state_dict(state)
     return model.eval(), spec

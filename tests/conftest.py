@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_step: int | None) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_step: int | None, before: Callable[[], None] | None) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process from a shell; a forkserver's child would
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # start them from another forkserver, and they would outlive a kill
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     os.environ.update(env)
@@ -46,6 +48,8 @@ def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_
     sys.argv = ["run.py", *argv]
     if kill_at_step is not None:
         _kill_before(kill_at_step)
+    if before is not None:
+        before()
     from experiments.run import main
     code = 1
     try:
@@ -75,8 +79,12 @@ def _kill_before(step: int) -> None:
 
 @pytest.fixture
 def launch(tmp_path: Path):
-    """launch("--model vit_nano4 ...", ranks=2, kill_at_step=5) -> Finished. With ranks, the processes are started as torchrun would."""
-    def run(line: str, *, ranks: int = 1, kill_at_step: int | None = None, env: dict[str, str] | None = None, timeout: float = 120) -> Finished:
+    """launch("--model vit_nano4 ...", ranks=2, kill_at_step=5) -> Finished. With ranks, the processes are started as torchrun would.
+
+    `before` is called in each process before the command; `watch` here, with the processes, once they have started.
+    """
+    def run(line: str, *, ranks: int = 1, kill_at_step: int | None = None, env: dict[str, str] | None = None, timeout: float = 120,
+            before: Callable[[], None] | None = None, watch: Callable[[list], None] | None = None) -> Finished:
         port, children, logs = free_port(), [], []
         for rank in range(ranks):
             place = {"WANDB_DATA_DIR": str(tmp_path / "wandb-data"), "WANDB_CACHE_DIR": str(tmp_path / "wandb-cache"), **(env or {})}
@@ -84,8 +92,10 @@ def launch(tmp_path: Path):
                 place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
                           "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
             logs.append(tmp_path / f"launch-{port}-{rank}.log")
-            children.append(FORKS.Process(target=_child, args=(line.split(), place, str(tmp_path), str(logs[-1]), kill_at_step)))
+            children.append(FORKS.Process(target=_child, args=(line.split(), place, str(tmp_path), str(logs[-1]), kill_at_step, before)))
             children[-1].start()
+        if watch is not None:
+            watch(children)
         deadline = time.monotonic() + timeout
         for child in children:
             child.join(max(0.1, deadline - time.monotonic()))
@@ -97,6 +107,14 @@ def launch(tmp_path: Path):
         assert not late, f"still running after {timeout} s: {line}\n" + "\n".join(outs)
         return Finished(children[0].exitcode, outs[0], outs)
     return run
+
+
+@pytest.fixture
+def pics(tmp_path: Path) -> Path:
+    """40 training and 13 test pictures of three classes; val (a tenth) comes out of train."""
+    write_pictures(tmp_path / "pics" / "train", {"dark": 14, "grey": 13, "light": 13}, seed=1)
+    write_pictures(tmp_path / "pics" / "test", {"dark": 5, "grey": 4, "light": 4}, seed=2)
+    return tmp_path
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -17,14 +17,6 @@ TINY = "--data_dir pics --image_size 16 --model vit_nano4 --model_args.embed_dim
        "--recipe none --global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --micro_batch_size 4"
 
 
-@pytest.fixture
-def pics(tmp_path):
-    """40 training and 13 test pictures of three classes; val (a tenth) comes out of train."""
-    write_pictures(tmp_path / "pics" / "train", {"dark": 14, "grey": 13, "light": 13}, seed=1)
-    write_pictures(tmp_path / "pics" / "test", {"dark": 5, "grey": 4, "light": 4}, seed=2)
-    return tmp_path
-
-
 def rows_of(folder):
     with open(folder / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
