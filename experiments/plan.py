@@ -19,6 +19,8 @@ def device_problem(cfg: Config) -> str | None:
     launched = os.environ.get("WORLD_SIZE")
     if launched and int(launched) != world_size(cfg):
         return f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes {cfg.num_nodes} are {world_size(cfg)}"
+    if cfg.num_nodes > 1 and not launched and "SLURM_NTASKS" not in os.environ:
+        return f"--num_nodes {cfg.num_nodes}: torchrun or srun starts a run on several machines, as experiments/launch/ does"
     if cfg.strategy != "auto" and cfg.strategy not in StrategyRegistry.available_strategies():
         return f"--strategy {cfg.strategy}: Lightning has {', '.join(StrategyRegistry.available_strategies())}"
     if cfg.accelerator == "cpu":
