@@ -17,7 +17,7 @@ class Meter(Callback):
     """Logs one row every `log_every_steps` optimizer steps of an epoch and one at its end, after validation.
 
     Training values are means over all ranks since the row before, without a synchronisation in between; `perf/images_per_sec` is global and
-    leaves validation and saving out. Time and pictures survive a resume.
+    leaves validation and saving out. Time, and what was counted since the last row, survive a resume.
     """
 
     def __init__(self, global_batch_size: int, log_every_steps: int):
@@ -30,7 +30,7 @@ class Meter(Callback):
         self.batches, self.seconds, self.steps = 0, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.step_before = trainer.global_step
+        self.step_before, self.mark = trainer.global_step, time.monotonic()  # resumed inside an epoch, that has no on_train_epoch_start
         for logger in trainer.loggers:
             if isinstance(logger, History):
                 logger.cut(trainer.global_step)
@@ -61,11 +61,17 @@ class Meter(Callback):
         """Means of the training values and global throughput since the last row; {} right after one."""
         if not self.batches:
             return {}
-        means = trainer.strategy.reduce(torch.stack([value.float() for value in self.sums.values()]) / self.batches, reduce_op="mean")
-        row = {f"train/{name}": float(value) for name, value in zip(self.sums, means)}
+        row = {f"train/{name}": value / self.batches for name, value in self._mean_sums(trainer).items()}
         if self.steps:
             row["perf/images_per_sec"] = self.steps * self.global_batch_size / max(self.seconds, 1e-9)
         return row
+
+    def _mean_sums(self, trainer: L.Trainer) -> dict[str, float]:
+        """`sums`, averaged over the ranks; a collective."""
+        if not self.sums:
+            return {}
+        own = torch.stack([value.float().to(trainer.strategy.root_device) for value in self.sums.values()])
+        return dict(zip(self.sums, trainer.strategy.reduce(own, reduce_op="mean").tolist()))
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, metrics: dict[str, float]) -> None:
         row = {"epoch": trainer.current_epoch, **self.training_row(trainer), **metrics}
@@ -74,6 +80,17 @@ class Meter(Callback):
             logger.log_metrics(row, step=trainer.global_step)
         self.last_row = row
         self._forget()
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["since_last_row"] = {"sums": self._mean_sums(trainer), "batches": self.batches, "seconds": self.seconds,
+                                        "steps": self.steps, "lr": pl_module.lr_used}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        since = checkpoint.get("since_last_row")
+        if since:
+            self.sums = {name: torch.tensor(value) for name, value in since["sums"].items()}
+            self.batches, self.seconds, self.steps = since["batches"], since["seconds"], since["steps"]
+            pl_module.lr_used = since["lr"]
 
     def state_dict(self) -> dict[str, Any]:
         return {"train_seconds": self.train_seconds}
