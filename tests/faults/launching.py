@@ -1,6 +1,8 @@
 """Ranks as real processes with a fault planted in some of them: a signal, a kill or an error at a chosen step or phase."""
+import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +39,10 @@ class Fault:
         with open(folder / "struck", "a") as file:
             file.write(f"{time.time()}\n")
         for signum in self.signals:
-            (os.killpg if self.group else os.kill)(os.getpid(), signum)
+            if self.group:  # from a process apart, as loader workers obey their parent
+                subprocess.run(["kill", f"-{int(signum)}", "--", f"-{os.getpid()}"], start_new_session=True, check=True)
+            else:
+                os.kill(os.getpid(), signum)
             time.sleep(self.apart)
         if self.error:
             raise RuntimeError(self.error)
@@ -72,6 +77,7 @@ class Ended:
 
 def _rank(argv: list[str], env: dict[str, str], folder: str, log: str, fault: Fault | None) -> None:
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as for a command by itself on Linux
     if fault:
         fault.plant(Path(folder))
     conftest._child(argv, env, folder, log, None)

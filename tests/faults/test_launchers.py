@@ -47,11 +47,11 @@ def by_torchrun(folder, line, log="log", devices=2, **env):
 def ranks_of(folder):
     """Process ids of the ranks that are at work, by LOCAL_RANK (or GROUP_RANK for nodes of one rank)."""
     found = {}
-    for pid in alive(folder):
+    for pid in sorted(alive(folder)):  # a rank before the loader workers it has forked
         try:
             words = dict(word.split("=", 1) for word in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in word)
             if b"run.py" in Path(f"/proc/{pid}/cmdline").read_bytes() and "LOCAL_RANK" in words:
-                found[int(words.get("GROUP_RANK", 0)), int(words["LOCAL_RANK"])] = pid
+                found.setdefault((int(words.get("GROUP_RANK", 0)), int(words["LOCAL_RANK"])), pid)
         except OSError:
             continue
     return found
