@@ -23,6 +23,7 @@ from launching import (  # noqa: F401
     steps_of,
     wait_for,
 )
+from wandb_stub import WandbStub
 
 from experiments import run
 
@@ -80,6 +81,20 @@ def test_row5_run_py_by_itself_leaves_with_75_and_no_orphan(pics, signum, to):  
         assert again.wait(120) == 0, (pics / "log").read_text()
         assert start(pics, line.replace("told", "whole"), ranks=2).codes == [0, 0]
         assert_same_weights(pics / "runs" / "whole", pics / "runs" / "told")
+
+
+@pytest.mark.slow
+def test_row5_a_tracker_out_of_reach_delays_the_exit_by_seconds(pics):  # noqa: F811
+    """Lightning's launcher would kill rank 0 five seconds after its child has left."""
+    with WandbStub() as server:
+        line = f"{LINE.replace('--logger csv', '--logger wandb')} --epochs 4000 --devices 2 --name told"
+        process = open_command(pics, [sys.executable, run.__file__, *line.split()], "log", **server.env)
+        in_training(pics)
+        server.fail_with = 500
+        process.send_signal(TERM)
+        told = time.monotonic()
+        assert process.wait(60) == 75 and 10 < time.monotonic() - told < 30, (pics / "log").read_text()
+        assert_none_left(pics)
 
 
 @pytest.mark.slow
