@@ -34,7 +34,7 @@ pytestmark = pytest.mark.fault
 
 def open_command(folder, command, log, **env):
     return subprocess.Popen(list(map(str, command)), cwd=folder, start_new_session=True, stdout=open(folder / log, "w"), stderr=subprocess.STDOUT,
-                            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **env})
+                            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | env)
 
 
 def by_itself(folder, line, log="log"):
@@ -170,6 +170,21 @@ def test_row10_two_nodes_are_one_node_are_one_process(pics):  # noqa: F811
 def test_row10_several_machines_need_a_launcher(pics):  # noqa: F811
     ended = start(pics, f"{TINY} --num_nodes 2 --name two")
     assert ended.codes == [2] and "torchrun" in ended.out and not (pics / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, words", [("sbatch.sh", "digits-vit_nano4-s0"), ("sbatch_array.sh", "digits-vit_nano4-s3")])
+def test_row8_the_batch_scripts_start_the_command_they_say(pics, script, words):  # noqa: F811
+    srun = pics / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    srun.chmod(0o755)
+    slurm = {"SUBMIT_DIR": LAUNCH.parents[1], "JOB_ID": 4711, "JOB_NAME": "train", "NNODES": 1, "NTASKS": 1, "NTASKS_PER_NODE": 1, "PROCID": 0,
+             "LOCALID": 0, "NODEID": 0, "ARRAY_TASK_ID": 3}
+    command = [LAUNCH / script, "--model", "vit_nano4", "--data", "digits", "--dry_run", "--runs_dir", pics / "runs"]
+    process = open_command(pics, command, "log", **{f"SLURM_{key}": str(value) for key, value in slurm.items()},
+                           PATH=f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert process.wait(90) == 0 and words in (pics / "log").read_text(), (pics / "log").read_text()
 
 
 @pytest.mark.slow
