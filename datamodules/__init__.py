@@ -38,19 +38,14 @@ def create(name: str, **kwargs: Any) -> PictureData:
     """Build the data module `name`; reads the folder's listing, opens no picture.
 
     Raises:
-        ValueError: unknown name or keyword (names the closest), a keyword that is missing, or data that cannot be used as asked.
+        ValueError: unknown name or keyword (names the closest), or data that cannot be used as asked.
         FileNotFoundError: the data folder is not there; says what was looked for and where.
     """
     known = accepted(name)
     for key in kwargs:
         if key not in known:
             raise ValueError(f"data set {name!r} has no keyword {_closest(key, known)}")
-    try:
-        return _data_class(name)(**kwargs)
-    except TypeError as error:
-        if "required keyword-only argument" not in str(error):
-            raise
-        raise ValueError(f"data set {name!r}: {error}") from error
+    return _data_class(name)(**kwargs)
 
 
 def detect(data_dir: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -43,11 +44,11 @@ class PictureData(L.LightningDataModule):
     in_memory: ClassVar[bool] = False
 
     data_dir: str | None = None
-    image_size: int | tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    crop_pct: float
+    image_size: int | tuple[int, int] = 224
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = DEFAULT_CROP_PCT
     crop_mode: str = "center"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = 0.5

@@ -24,6 +24,7 @@ class Scans:
         return Image.fromarray(self.pixels[int(name)]).convert("RGB")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(PictureData):
     """Fixed stratified split: 360 test, of the other 1,437 `val_fraction` by `split_seed`.
 
@@ -32,6 +33,7 @@ class DataModule(PictureData):
     """
 
     in_memory: ClassVar[bool] = True
+    image_size: int | tuple[int, int] = 32
 
     def read(self) -> tuple[list[str], dict[str, Split]]:
         self.crop_pct = 1.0

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 import datamodules
@@ -185,10 +184,8 @@ def trainer(run: Run) -> L.Trainer:
     world, plugins = plan.world_size(cfg), [AtomicCheckpointIO()]
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
-    strategy = DDPStrategy(timeout=COLLECTIVE_TIMEOUT) if cfg.strategy in ("auto", "ddp") and world > 1 else cfg.strategy
     return L.Trainer(
-        accelerator=cfg.accelerator if plan.on_gpu(cfg) else "cpu", devices=cfg.devices, num_nodes=cfg.num_nodes,
-        strategy=strategy, precision=cfg.precision, max_epochs=cfg.epochs,
+        **plan.placement(cfg), max_epochs=cfg.epochs,
         accumulate_grad_batches=1 if cfg.eval_only else run.data.accumulation(world), gradient_clip_val=cfg.clip_grad,
         logger=loggers(run), callbacks=callbacks, plugins=plugins, default_root_dir=run.folder, num_sanity_val_steps=0,
         use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,

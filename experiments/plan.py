@@ -3,11 +3,14 @@ import os
 import time
 from typing import Any
 
+import lightning as L
 import torch
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from experiments.config import Config, UsageError, size
+from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from models import cost
 
 FREE_SHARE = 0.8  # of the memory found; the rest is for the framework, buffers and fragmentation
@@ -21,17 +24,32 @@ def device_problem(cfg: Config) -> str | None:
         return f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes {cfg.num_nodes} are {world_size(cfg)}"
     if cfg.num_nodes > 1 and not launched and "SLURM_NTASKS" not in os.environ:
         return f"--num_nodes {cfg.num_nodes}: torchrun or srun starts a run on several machines, as experiments/launch/ does"
-    if cfg.strategy != "auto" and cfg.strategy not in StrategyRegistry.available_strategies():
-        return f"--strategy {cfg.strategy}: Lightning has {', '.join(StrategyRegistry.available_strategies())}"
     if cfg.accelerator == "cpu":
-        return None
+        return _lightning_problem(cfg)
     if cfg.accelerator == "gpu" and gpus == 0:
         return "--accelerator gpu: this machine has no GPU that PyTorch can use; --accelerator cpu works anywhere"
     if gpus == 0 and cfg.devices > 1:
         return f"--devices {cfg.devices}: this machine has no GPU; add --accelerator cpu for {cfg.devices} processes on its CPU"
     if 0 < gpus < cfg.devices:
         return f"--devices {cfg.devices}: this machine has {gpus} GPU{'s' * (gpus > 1)}; --devices {gpus}, more machines are --num_nodes"
+    return _lightning_problem(cfg)
+
+
+def _lightning_problem(cfg: Config) -> str | None:
+    """What Lightning says against strategy, precision and devices together, before anything is written."""
+    try:
+        L.Trainer(**placement(cfg), logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    except (ValueError, MisconfigurationException) as error:
+        return f"--strategy {cfg.strategy} --precision {cfg.precision}: {error}"
     return None
+
+
+def placement(cfg: Config) -> dict[str, Any]:
+    """Where the Trainer runs: its accelerator, devices, num_nodes, strategy and precision."""
+    ddp = cfg.strategy in ("auto", "ddp") and world_size(cfg) > 1
+    strategy = DDPStrategy(timeout=COLLECTIVE_TIMEOUT) if ddp else cfg.strategy
+    return {"accelerator": "gpu" if on_gpu(cfg) else "cpu", "devices": cfg.devices, "num_nodes": cfg.num_nodes, "strategy": strategy,
+            "precision": precision(cfg) if cfg.precision == "auto" else cfg.precision}
 
 
 def world_size(cfg: Config) -> int:

@@ -89,7 +89,9 @@ class Preemption(Callback):
         if save:
             trainer.save_checkpoint(self.path)  # ends with a barrier: no rank leaves before the file is whole
         if trainer.is_global_zero:
-            what = f"saved step {trainer.global_step} to {self.path}; the same command goes on" if save else "there was nothing to save"
+            failed = save and getattr(trainer.strategy.checkpoint_io, "error", None)
+            saved = f"saved step {trainer.global_step} to {self.path}; the same command goes on"
+            what = failed or (saved if save else "there was nothing to save")
             print(f"{signum.name}: {what}", flush=True)
             if signum == signals.signal.SIGUSR1:
                 signals.requeue()

@@ -104,7 +104,7 @@ def timm_cfg(name: str, num_outputs: int) -> dict[str, Any]:
     """What timm's tools ask of a model: input size, normalisation, where its head and its first convolution are."""
     entry = REGISTRY[name]
     return {"num_classes": num_outputs, "input_size": (3, entry.image_size, entry.image_size), "mean": entry.mean, "std": entry.std,
-            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct, "pool_size": None, "fixed_input_size": True,
+            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct, "pool_size": (entry.image_size // 32,) * 2, "fixed_input_size": True,
             "first_conv": entry.build.first_conv, "classifier": entry.build.classifier, "architecture": name}
 
 

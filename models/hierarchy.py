@@ -16,11 +16,13 @@ class PooledHead(nn.Module):
 
     def __init__(self, dim: int, num_outputs: int, *, axes: tuple[int, int], norm_eps: float | None = None, dropout: float = 0.0):
         super().__init__()
-        self.axes, self.drop = axes, nn.Dropout(dropout)
+        self.axes, self.drop, self.pool = axes, nn.Dropout(dropout), True
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, eps=norm_eps)
         self.fc = nn.Linear(dim, num_outputs) if num_outputs else nn.Identity()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if not self.pool:
+            return x  # the map, for who pools it elsewhere
         x = self.drop(self.norm(x.mean(self.axes)))  # (B, D)
         return x if pre_logits else self.fc(x)
 
@@ -89,9 +91,12 @@ class Hierarchy(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """A fresh last layer of another width, N(0, 0.02) and zero bias as at the start; 0 leaves it out."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh last layer of another width, N(0, 0.02) and zero bias as at the start; 0 leaves it out. `global_pool` is timm's word:
+        '' gives out the map unpooled, `avg` pools it again, None leaves that as it is."""
         self.num_classes = num_classes
+        if global_pool is not None:
+            self.head.pool = bool(global_pool)
         old = next(self.head.parameters(), next(self.parameters()))
         self.head.fc = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype) if num_classes else nn.Identity()
         init_trunc_normal_(self.head.fc)

@@ -9,8 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.layers import resample_abs_pos_embed
 from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models import HALF, register
@@ -36,11 +38,31 @@ class PlainTransformer(nn.Module):
         self.num_prefix_tokens = len(self.prefix)
         self.pos_embed: Tensor | None = None
 
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Width, stride and name of each block's map, in timm's form."""
+        stride = self.patch_embed.proj.stride[0]
+        return [{"num_chs": self.embed_dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(self.blocks))]
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> normalised tokens (B, P + N, D)."""
         x = self.embed(x)
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
+
+    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
+                              output_fmt: str = "NCHW", intermediates_only: bool = False) -> Any:
+        """The patches' maps (B, D, H, W) behind the chosen blocks (all, the last n, or by number), alone or as (final tokens, maps);
+        timm's signature. `norm` normalises every map; `stop_early` leaves out the blocks behind the last one chosen."""
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        chosen, last = feature_take_indices(len(self.blocks), indices)
+        x, maps, (rows, _) = self.embed(x), [], self.patch_embed.grid_size
+        for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
+            x = block(x)
+            if i in chosen:
+                tokens = (self.norm(x) if norm else x)[:, self.num_prefix_tokens:][:, :self.patch_embed.num_patches]
+                maps.append(rearrange(tokens, "b (h w) d -> b d h w", h=rows))
+        return maps if intermediates_only else (self.norm(x), maps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens -> logits (B, num_outputs), or pooled features (B, D) with `pre_logits`."""

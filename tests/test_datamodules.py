@@ -52,6 +52,10 @@ def test_names_need_no_torch():
     assert found == sorted(found) and {"digits", "folder", "imagenet"} <= set(found) and not {"base", "transforms"} & set(found)
 
 
+def test_create_needs_nothing_but_a_name():
+    assert datamodules.create("digits").spec["image_size"] == [32, 32]
+
+
 def test_create_refuses_and_names_the_closest():
     with pytest.raises(ValueError, match="'digit'; closest: 'digits'; there are: .*folder, imagenet"):
         datamodules.create("digit")
@@ -59,8 +63,6 @@ def test_create_refuses_and_names_the_closest():
         datamodules.create("folder", per_clas=3)
     with pytest.raises(ValueError, match="no keyword 'per_class'"):
         datamodules.create("digits", **COMMON, per_class=3)
-    with pytest.raises(ValueError, match="missing .* 'image_size'"):
-        datamodules.create("digits")
     with pytest.raises(ValueError, match="val_fraction 1.5: .* below 1"):
         datamodules.create("digits", **COMMON, val_fraction=1.5)
 

@@ -144,7 +144,8 @@ def test_the_real_command_starts_its_own_processes(pics):
     ("--data digits", "--model"), ("--model vit_nano4 --data_dir nowhere", "nowhere"), ("--model vit_nano4 --data digits --image_size 30", "32x32"),
     ("--model vit_nano4 --data digits --global_batch_size 5000", "--global_batch_size"), ("--devices 2", "--accelerator cpu"),
     ("--accelerator gpu", "no GPU"), ("--recipe demo --init nowhere.pth", "nowhere.pth"), ("--resume nowhere", "nowhere"),
-    ("--devices 3 --accelerator cpu", "--global_batch_size"), ("--strategy dpp", "ddp"), ("--name ../up", "--name"),
+    ("--devices 3 --accelerator cpu", "--global_batch_size"), ("--strategy dpp", "ddp"), ("--strategy fsdp", "--strategy"),
+    ("--name ../up", "--name"),
     ("--patience 2 --val_fraction 0", "--patience"),
 ])
 def test_mistakes_exit_2_in_few_lines_and_leave_nothing(tmp_path, launch, line, words):
