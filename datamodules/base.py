@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from datamodules.pictures import EvalPictures, Split, TrainPictures, hold_out
 from datamodules.samplers import EvalSampler, TrainSampler
 from datamodules.transforms import Transform, eval_transform, train_transform
+from datamodules.workers import heed_only_the_parent
 
 WORKER_TIMEOUT_SECONDS = 300
 
@@ -249,6 +250,7 @@ class PictureData(L.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
+            worker_init_fn=heed_only_the_parent,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # its own: iter() would draw from the global one
         )

@@ -22,6 +22,8 @@ from experiments.config import Command, Config, UsageError, did_you_mean, read, 
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, Progress
+from lightning_modules.preemption import COLLECTIVE_TIMEOUT, Preemption
+from lightning_modules.signals import notice
 from lightning_modules.task import Classify
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost, pretrained
@@ -58,7 +60,8 @@ def resolve(command: Command) -> Run:
         backend = "cpu:gloo,cuda:nccl" if plan.on_gpu(command.config) else "gloo"
         os.environ.setdefault("MASTER_ADDR", environment.main_address)
         os.environ.setdefault("MASTER_PORT", str(environment.main_port))
-        dist.init_process_group(backend, rank=environment.global_rank(), world_size=environment.world_size())
+        dist.init_process_group(backend, rank=environment.global_rank(), world_size=environment.world_size(), timeout=COLLECTIVE_TIMEOUT)
+        notice.together = True  # from here on no rank leaves alone
     run, shared = None, [None]
     if environment.global_rank() == 0:
         try:
@@ -172,17 +175,20 @@ def trainer(run: Run) -> L.Trainer:
     cfg, checkpoints = run.cfg, run.folder / "checkpoints"
     meter = Meter(cfg.global_batch_size, cfg.log_every_steps)
     callbacks = [meter, Progress(meter, cfg.epochs * run.data.steps_per_epoch, cfg.epochs),
-                 LastCheckpoint(checkpoints, cfg.save_every_steps)]
+                 Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
     if run.data.sizes["val"]:
         callbacks.append(BestCheckpoint(checkpoints, Classify.monitor, Classify.mode))
         if cfg.patience:
             callbacks.append(EarlyStopping(Classify.monitor, mode=Classify.mode, patience=cfg.patience))
-    world = plan.world_size(cfg)
-    passes = 1 if cfg.eval_only else run.data.accumulation(world)
+    world, passes = plan.world_size(cfg), 1
+    if not cfg.eval_only:
+        passes = run.data.accumulation(world)
+    plugins: list[Any] = [AtomicCheckpointIO(passes)]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
     return L.Trainer(
-        **plan.placement(cfg), max_epochs=cfg.epochs,
-        accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad, logger=loggers(run), callbacks=callbacks,
-        plugins=[AtomicCheckpointIO(passes)], default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False,
+        **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad, logger=loggers(run),
+        callbacks=callbacks, plugins=plugins, default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
 
 

@@ -5,10 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from experiments.config import Config, UsageError, size
+from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from models import cost
 
 FREE_SHARE = 0.8  # of the memory found; the rest is for the framework, buffers and fragmentation
@@ -20,6 +22,8 @@ def device_problem(cfg: Config) -> str | None:
     launched = os.environ.get("WORLD_SIZE")
     if launched and int(launched) != world_size(cfg):
         return f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes {cfg.num_nodes} are {world_size(cfg)}"
+    if cfg.num_nodes > 1 and not launched and "SLURM_NTASKS" not in os.environ:
+        return f"--num_nodes {cfg.num_nodes}: torchrun or srun starts a run on several machines, as experiments/launch/ does"
     if cfg.accelerator == "cpu":
         return _lightning_problem(cfg)
     if cfg.accelerator == "gpu" and gpus == 0:
@@ -42,7 +46,8 @@ def _lightning_problem(cfg: Config) -> str | None:
 
 def placement(cfg: Config) -> dict[str, Any]:
     """Where the Trainer runs: its accelerator, devices, num_nodes, strategy and precision."""
-    strategy = "ddp" if cfg.strategy == "auto" and world_size(cfg) > 1 else cfg.strategy
+    ddp = cfg.strategy in ("auto", "ddp") and world_size(cfg) > 1
+    strategy = DDPStrategy(timeout=COLLECTIVE_TIMEOUT) if ddp else cfg.strategy
     return {"accelerator": "gpu" if on_gpu(cfg) else "cpu", "devices": cfg.devices, "num_nodes": cfg.num_nodes, "strategy": strategy,
             "precision": precision(cfg) if cfg.precision == "auto" else cfg.precision}
 

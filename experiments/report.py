@@ -1,5 +1,8 @@
 """What a run says of itself: lists, the plan, the result on screen and in result.json."""
+import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -17,8 +20,12 @@ from experiments.config import RECIPES, Config, recipe_names, size
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, clock, peak_memory_mb
+from lightning_modules.preemption import Preempted, disarm_launcher
+from lightning_modules.signals import PREEMPTED, notice
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost, pretrained
+
+LOST_RANK = re.compile("closed by peer|reset by peer|Broken pipe|connectFullMesh|Socket Timeout|Timed out waiting|NCCL.*remote process")
 
 
 def listing(cfg: Config) -> int:
@@ -94,21 +101,44 @@ def finished(run: Run) -> int:
 
 @contextmanager
 def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
-    """Close the tracker with the right state however the run ends; a picture that cannot be read ends it with one line and exit 1."""
+    """Close the tracker with the right state however the run ends. A picture that cannot be read ends it with one line and exit 1; of
+    several ranks all leave at once, so that none waits in a collective for another."""
     code = 1
     try:
         if trainer.is_global_zero:
             print(f"run directory {run.folder}" + (f", resumed from {run.resume}" if run.resume else ""), flush=True)
         yield
         code = 0
+    except Preempted as asked:
+        code = asked.code
+        raise
     except PictureError as error:
         line = [line for line in str(error).splitlines() if "cannot read picture" in line][-1]  # after a worker's own traceback
         print(f"run.py: {line[line.find('cannot read picture'):]}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except Exception as error:
+        code = PREEMPTED if notice.asked > 1 else 1
+        if trainer.world_size == 1 and code == 1:
+            raise
+        _tell(error, trainer)
+        raise SystemExit(code) from None
     finally:
+        disarm_launcher(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.close(code)
+        if code == PREEMPTED or code and trainer.world_size > 1:
+            sys.stdout.flush()
+            os._exit(code)  # leaving in good order would wait for ranks that are gone, or for a tracker's network
+
+
+def _tell(error: Exception, trainer: L.Trainer) -> None:
+    """The traceback of the rank that failed; one line from those that have only lost it."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    if LOST_RANK.search(str(error)):
+        print(f"rank {trainer.global_rank}: another rank has left, its own words tell why ({first[:150]})", file=sys.stderr, flush=True)
+    else:
+        print(f"rank {trainer.global_rank}:\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
 
 
 def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:

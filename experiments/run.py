@@ -2,8 +2,10 @@
 import sys
 
 from experiments.config import read
+from lightning_modules.signals import listening
 
 
+@listening()  # before torch: a signal during start-up leaves no process behind
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve, train, evaluate, write the result. Returns the exit code."""
     command = read(argv)

@@ -30,7 +30,7 @@ class Meter(Callback):
         self.batches, self.seconds, self.steps = 0, 0.0, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.step_before, self.mark = trainer.global_step, time.monotonic()
+        self.step_before, self.mark = trainer.global_step, time.monotonic()  # resumed inside an epoch, that has no on_train_epoch_start
         for logger in trainer.loggers:
             if isinstance(logger, History):
                 logger.cut(trainer.global_step)
@@ -57,15 +57,25 @@ class Meter(Callback):
             self._log(trainer, pl_module, {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")})
             self.mark = time.monotonic()
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.batches:  # there was no validation
+            self._log(trainer, pl_module, {})
+
     def training_row(self, trainer: L.Trainer) -> dict[str, float]:
         """Means of the training values and global throughput since the last row; {} right after one."""
         if not self.batches:
             return {}
-        means = trainer.strategy.reduce(torch.stack([value.float() for value in self.sums.values()]) / self.batches, reduce_op="mean")
-        row = {f"train/{name}": float(value) for name, value in zip(self.sums, means)}
+        row = {f"train/{name}": value / self.batches for name, value in self._mean_sums(trainer).items()}
         if self.steps:
             row["perf/images_per_sec"] = self.steps * self.global_batch_size / max(self.seconds, 1e-9)
         return row
+
+    def _mean_sums(self, trainer: L.Trainer) -> dict[str, float]:
+        """`sums`, averaged over the ranks; a collective."""
+        if not self.sums:
+            return {}
+        own = torch.stack([value.float().to(trainer.strategy.root_device) for value in self.sums.values()])
+        return dict(zip(self.sums, trainer.strategy.reduce(own, reduce_op="mean").tolist()))
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, metrics: dict[str, float]) -> None:
         row = {"epoch": trainer.current_epoch, **self.training_row(trainer), **metrics}
@@ -76,15 +86,14 @@ class Meter(Callback):
         self._forget()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = {"train_seconds": self.train_seconds, "seconds": self.seconds, "steps": self.steps, "sums": {}}
-        if self.sums:  # of all ranks, and in steps: a resume may have another number of ranks or passes
-            means = trainer.strategy.reduce(torch.stack([value.float() for value in self.sums.values()]), reduce_op="mean")
-            state["sums"] = dict(zip(self.sums, (means / trainer.accumulate_grad_batches).tolist()))
-        checkpoint["meter"] = state
+        in_steps = {name: value / trainer.accumulate_grad_batches for name, value in self._mean_sums(trainer).items()}
+        checkpoint["meter"] = {"train_seconds": self.train_seconds, "seconds": self.seconds, "steps": self.steps, "sums": in_steps,
+                               "lr": pl_module.lr_used}  # in steps: a resume may have another number of ranks or passes
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state, passes = checkpoint["meter"], trainer.accumulate_grad_batches
-        self.train_seconds, self.seconds, self.steps, self.batches = state["train_seconds"], state["seconds"], state["steps"], state["steps"] * passes
+        self.train_seconds, self.seconds, self.steps = state["train_seconds"], state["seconds"], state["steps"]
+        self.batches, pl_module.lr_used = self.steps * passes, state["lr"]
         self.sums = {name: torch.tensor(value * passes, device=pl_module.device) for name, value in state["sums"].items()}
 
 
@@ -110,8 +119,8 @@ class Progress(Callback):
         self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{self.epochs}", refresh=False)
         self.bar.set_postfix_str(f"loss {loss:.3f}, acc {100 * float(outputs['acc1']):.1f} %, {speed:.0f} images/s")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
             return
         done = trainer.global_step
         left = (time.monotonic() - self.start) / max(1, done - self.start_step) * (self.total_steps - done)

@@ -1,6 +1,7 @@
 """Weights & Biases that never prompts, never blocks and never costs a run: without a key or a network it logs offline."""
 import netrc
 import os
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lightning_modules.signals import PREEMPTED
+
+PREEMPTED_SECONDS = 20
 HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
 
 
@@ -80,7 +84,12 @@ class SafeWandbLogger(WandbLogger):
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:
-        """End the W&B run with its state: 0 finished, anything else failed."""
-        if self._experiment is not None:
-            wandb.finish(exit_code=exit_code)
-            self._experiment = None
+        """End the W&B run with its state: 0 finished, 75 preempted, anything else failed. A preempted one has no time to wait for long."""
+        if self._experiment is None:
+            return
+        if exit_code == PREEMPTED:
+            self._experiment.mark_preempting()
+        finish = threading.Thread(target=wandb.finish, kwargs={"exit_code": exit_code}, daemon=True)
+        finish.start()
+        finish.join(PREEMPTED_SECONDS if exit_code == PREEMPTED else None)
+        self._experiment = None
