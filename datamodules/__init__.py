@@ -31,7 +31,7 @@ def accepted(name: str) -> list[str]:
     """
     from dataclasses import fields
 
-    return [field.name for field in fields(_data_class(name)) if field.init]
+    return [field.name for field in fields(data_class(name)) if field.init]
 
 
 def create(name: str, **kwargs: Any) -> PictureData:
@@ -45,7 +45,7 @@ def create(name: str, **kwargs: Any) -> PictureData:
     for key in kwargs:
         if key not in known:
             raise ValueError(f"data set {name!r} has no keyword {_closest(key, known)}")
-    return _data_class(name)(**kwargs)
+    return data_class(name)(**kwargs)
 
 
 def detect(data_dir: str) -> str:
@@ -72,12 +72,13 @@ def detect(data_dir: str) -> str:
     return "folder"
 
 
-def _data_class(name: str) -> type[PictureData]:
+def data_class(name: str) -> type[PictureData]:
+    """The class behind a data set's name. Raises ValueError for an unknown one."""
     if name not in names():
         raise ValueError(f"there is no data set {_closest(name, names())}")
     return import_module(f"datamodules.{name}").DataModule
 
 
 def _closest(word: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return f"{word!r}; closest: {nearest[0]!r}; there are: {', '.join(known)}"
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"{word!r}{f'; closest: {nearest[0]!r}' if nearest else ''}; there are: {', '.join(known)}"

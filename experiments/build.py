@@ -19,6 +19,7 @@ import models
 from datamodules.base import PictureData
 from experiments import plan, rundir
 from experiments.config import Command, Config, UsageError, did_you_mean, read, size
+from experiments.keywords import check_values
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, Progress
@@ -29,6 +30,7 @@ from lightning_modules.tracking import SafeWandbLogger
 from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
+PREPARATION = ("image_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 @dataclass
@@ -76,12 +78,12 @@ def resolve(command: Command) -> Run:
 
 def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     """Check names, read the folder, fill what was left out, enter the run directory. Returns the run and its decision as plain data."""
-    command = _with_data(command)
+    command, saved = _with_data(_with_saved(command)), _saved(command.config)
     cfg, alone = command.config, command.recipe_alone
     _check_names(cfg)
     problems = [plan.device_problem(cfg)]
-    left_out = {**models.preprocessing(cfg.model), "precision": None}
-    left_out["image_size"] = "x".join(map(str, dict.fromkeys(left_out["image_size"])))
+    left_out = models.preprocessing(cfg.model) | {key: saved["spec"][key] for key in PREPARATION if saved}
+    left_out["image_size"] = "x".join(map(str, left_out["image_size"]))
     cfg, alone = (replace(each.filled(**left_out), precision=plan.precision(each) if each.precision == "auto" else each.precision)
                   for each in (cfg, alone))
     data = None
@@ -91,8 +93,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
             data.accumulation(plan.world_size(cfg))
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
-    if cfg.patience and data and not data.sizes["val"]:
-        problems.append("--patience watches val, and these data have no val split")
+    problems += _unfit(cfg, data) if data else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
@@ -107,7 +108,10 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     network, line = model(cfg, data)
     for note in (*command.notes, *([line] if line else [])):
         print(note)
-    folder, resume, finished = (Path(cfg.runs_dir) / cfg.name, None, False) if cfg.dry_run else rundir.enter(cfg, data.spec, data.identity)
+    if cfg.dry_run:
+        folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, data.identity)
+    else:
+        folder, resume, finished = rundir.enter(cfg, data.spec, data.identity)
     decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
                 "finished": finished}
     return Run(cfg, folder, resume, finished, data, network), decision
@@ -132,22 +136,52 @@ def _with_data(command: Command) -> Command:
     return read([*command.argv, "--data", datamodules.detect(cfg.data_dir) if cfg.data_dir else "imagenet"])
 
 
+def _saved(cfg: Config) -> dict[str, Any]:
+    """The checkpoint of ours that an evaluation takes its weights from, without its weights; {} where it is none."""
+    if not cfg.eval_only or not Path(cfg.init).exists():
+        return {}
+    content = pretrained.read_checkpoint(pretrained.checkpoint_in(cfg.init), mapped=True)
+    return {key: content[key] for key in ("config", "spec")} if {"config", "spec"} <= content.keys() else {}
+
+
+def _with_saved(command: Command) -> Command:
+    """An evaluation of one of our runs is of its network, on its data set and prepared as there, where nothing else is said."""
+    saved, cfg = _saved(command.config).get("config", {}), command.config
+    if not saved:
+        return command
+    taken = {key: saved.get(key) for key in ("model", "model_args") if cfg.model is None}
+    taken |= {key: saved.get(key) for key in ("data", "data_dir", "data_args") if not (cfg.data or cfg.data_dir)}
+    return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
+
+
+def _unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
+    """What the data cannot be used for."""
+    problems = ["--patience watches val, and these data have no val split"] * bool(cfg.patience and not data.sizes["val"])
+    if not cfg.eval_only and not data.sizes["train"]:
+        problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
+    elif not cfg.eval_only and data.spec["num_outputs"] < 2:
+        problems.append(f"{data.data_dir} has the single class {data.spec['class_names'][0]}: nothing can be learned from it")
+    return problems
+
+
 def _check_names(cfg: Config) -> None:
     models.check_name(cfg.model)
+    if not cfg.model.startswith("timm/"):
+        check_values(models.REGISTRY[cfg.model].build.__init__, cfg.model_args, f"--model_args of {cfg.model}", models.keywords(cfg.model))
+    elif reserved := cfg.model_args.keys() & {"num_classes", "in_chans", "img_size", "pretrained", "checkpoint_path"}:
+        raise UsageError(f"--model_args.{min(reserved)} is not for here: --image_size, --init and the data decide it")
     if cfg.data not in datamodules.names():
         raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
                          f"(there are {', '.join(datamodules.names())})")
     known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for knob in fields(PictureData)}]
-    for key in cfg.data_args:
-        if key not in known:
-            raise UsageError(f"data {cfg.data} has no argument {key!r}{did_you_mean(key, known)} (it takes {', '.join(known) or 'none'})")
+    check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
 
 
 def datamodule(cfg: Config) -> L.LightningDataModule:
     """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order."""
     names = {}
-    if cfg.eval_only and cfg.init and Path(cfg.init).exists():
-        names = {"class_names": pretrained.read_spec(cfg.init).get("class_names")}
+    if saved := _saved(cfg):
+        names = {"class_names": saved["spec"].get("class_names")}
     return datamodules.create(
         cfg.data, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation,
         crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale, hflip=cfg.hflip, val_fraction=cfg.val_fraction,
@@ -159,7 +193,8 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     """The network with its first weights, and the line that says where they come from ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
-    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset") if cfg.init else ""
+    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only) \
+        if cfg.init else ""
     return network, line
 
 

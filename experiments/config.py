@@ -1,5 +1,4 @@
 """The one declaration of every knob, and `parse`: defaults < recipe < config file < flags, in any order of flags.
-
 Pure and light: no clock, no randomness, no torch, no file but the recipe and the config file.
 """
 import argparse
@@ -93,11 +92,12 @@ class Config:
             if not isinstance(getattr(self, key), dict):
                 raise UsageError(f"--{key} takes keywords, as --{key}.name value")
         if self.image_size is not None:
-            size(self.image_size)
+            height, width = size(self.image_size)
+            object.__setattr__(self, "image_size", height if height == width else f"{height}x{width}")  # one spelling of one size
         if self.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", self.name):
             raise UsageError(f"--name {self.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
-        if self.eval_only and not (self.init or self.resume):
-            raise UsageError("--eval_only needs weights: --init PATH, --init pretrained or --init RUN")
+        if self.eval_only and (self.resume or not self.init):
+            raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
         if self.resume and self.overwrite:
             raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
 
@@ -112,6 +112,8 @@ class Config:
         for key in ("hflip", "label_smoothing", "val_fraction", "crop_pct"):
             if getattr(self, key) is not None and not 0 <= getattr(self, key) <= 1:
                 raise UsageError(f"--{key} {getattr(self, key)}: must lie between 0 and 1")
+        if self.crop_pct == 0:
+            raise UsageError("--crop_pct 0: must be above 0")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise UsageError(f"--crop_scale [{low},{high}]: give two shares of the area, smaller first, above 0 and up to 1")
@@ -164,6 +166,7 @@ def _tidy(message: str) -> str:
     line = re.sub(r'Parser key "([\w.]+)":', r"--\1:", re.sub(r"<class '(\w+)'>", r"\1", line))
     line = re.sub(r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] Errors:.*Given value type: .* Given value:",
                   lambda found: f"expected {found[1].replace(', NoneType', ' or null')}, got", line)
+    line = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda found: " or ".join(found[1].replace("'", "").split(", ")), line)
     return re.sub(r"argument (--\w+)\S*: invalid _boolean_type value:", r"\1: expected true or false, got", line)
 
 
@@ -184,6 +187,8 @@ def _read(argv: list[str]) -> Command:
     if (values["warmup_epochs"] or 0) > values["epochs"] and "warmup_epochs" not in chosen:
         notes.append(f"warm-up: the recipe's {values['warmup_epochs']:g} epochs are more than --epochs; a tenth of those instead")
         values["warmup_epochs"] = alone["warmup_epochs"] = None
+    if values["data_dir"] and "data" not in chosen:  # the folder says what it is; a recipe's data set is for where nothing is said
+        values["data"] = alone["data"] = None
     values = _scale_lr(values, notes, true_peak="lr" in chosen)
     if not chosen & {"lr", "lr_scaling", "lr_batch"}:  # then the peak follows from the batch size, which names the run already
         alone["lr"] = values["lr"]

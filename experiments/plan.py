@@ -24,6 +24,8 @@ def device_problem(cfg: Config) -> str | None:
         return f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes {cfg.num_nodes} are {world_size(cfg)}"
     if cfg.num_nodes > 1 and not launched and "SLURM_NTASKS" not in os.environ:
         return f"--num_nodes {cfg.num_nodes}: torchrun or srun starts a run on several machines, as experiments/launch/ does"
+    if cfg.precision == "16-mixed" and not on_gpu(cfg):
+        return "--precision 16-mixed needs a GPU; on CPU it is 32-true or bf16-mixed"
     if cfg.accelerator == "cpu":
         return _lightning_problem(cfg)
     if cfg.accelerator == "gpu" and gpus == 0:

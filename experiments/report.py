@@ -63,6 +63,11 @@ def _layers(cfg: Config) -> None:
 def dry_run(run: Run) -> int:
     """Print what the run would do, what it needs and how long it may take."""
     cfg, data, world = run.cfg, run.data, plan.world_size(run.cfg)
+    if cfg.eval_only:
+        split = "test" if data.sizes["test"] else "val"
+        print(plan.table([("model", f"{cfg.model}, weights of {cfg.init}"), ("scores", f"{data.sizes[split]:,} pictures of {split}"),
+                          ("run directory", f"{run.folder} ({_state(run)})")]))
+        return 0
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
     fixed, per_picture = plan.memory(meta, cfg)
@@ -87,8 +92,10 @@ def dry_run(run: Run) -> int:
 
 
 def _state(run: Run) -> str:
-    if (run.folder / rundir.RESULT).is_file():
+    if run.finished:
         return "already finished"
+    if run.cfg.overwrite:
+        return "would be deleted and started again" if run.folder.exists() else "new"
     start = rundir.resume_point(run.folder, run.cfg)
     return f"would resume from {start.file}" if start else "new"
 
@@ -154,7 +161,8 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     cfg, steps = run.cfg, trainer.global_step
     values: dict[str, Any] = {
         "model": cfg.model, "data": cfg.data, "params": cost.parameters(task.model), "gmacs": round(_gmacs(run), 4),
-        **scores, "epochs": cfg.epochs, "steps": steps, "lr": cfg.lr, "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
+        **scores, "epochs": 0 if cfg.eval_only else cfg.epochs, "steps": steps, "lr": cfg.lr,
+        "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
         "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures, "finished": True}
     try:
@@ -183,9 +191,10 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
     sizes = run.data.sizes
     if run.cfg.eval_only:
         stage = "test" if sizes["test"] else "val"
-        weights = {"ckpt_path": run.resume, "weights_only": True} if run.resume else {}
-        (trainer.test if sizes["test"] else trainer.validate)(task, run.data, verbose=False, **weights)
+        (trainer.test if sizes["test"] else trainer.validate)(task, run.data, verbose=False)
         scores = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(stage)}
+        for logger in trainer.loggers:
+            logger.log_metrics({"epoch": 0, **scores}, step=0)
         metric = f"{stage}/{task.monitor.split('/')[1]}"
         return {"metric": metric, "best": scores[metric], "best_epoch": None, "stopped_epoch": None, **scores}
     state, epoch = None, -1

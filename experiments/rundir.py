@@ -27,6 +27,19 @@ def run_name(cfg: Config, recipe_alone: Config) -> str:
     return f"{cfg.data}-{cfg.model}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
 
 
+def look(cfg: Config, identity: dict[str, Any]) -> bool:
+    """Whether the run is already finished, as `enter` would find it; nothing is written. Raises UsageError for a directory of another run."""
+    folder = Path(cfg.runs_dir) / cfg.name
+    _check_free(folder)
+    if cfg.overwrite or not (folder / CONFIG).is_file():
+        return False
+    _check_same(folder, cfg)
+    result = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
+    if result.get("finished"):
+        _check_same_data(folder, result, identity)
+    return bool(result.get("finished"))
+
+
 def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[Path, str | None, bool]:
     """Make or re-enter the run's directory. Returns (directory, checkpoint to resume from or None, already finished).
 
@@ -34,12 +47,8 @@ def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[
     other data, cannot be written, has no checkpoint left that can be read, or is something else altogether.
     """
     folder = Path(cfg.runs_dir) / cfg.name
-    _check_free(folder)
-    if (folder / CONFIG).is_file() and not cfg.overwrite:
-        _check_same(folder, cfg)
-        if (folder / RESULT).is_file() and (result := json.loads((folder / RESULT).read_text())).get("finished"):
-            _check_same_data(folder, result, identity)
-            return folder, None, True
+    if look(cfg, identity):
+        return folder, None, True
     start = None if cfg.overwrite else resume_point(folder, cfg)
     if start:
         _check_fits(start, cfg, spec, identity)
@@ -188,8 +197,7 @@ def _check_free(folder: Path) -> None:
 
 
 def _check_same(folder: Path, cfg: Config) -> None:
-    there = _flat(Config(**{key: _tupled(value) for key, value in stored(folder).items()}), "training", "where")
-    here = _flat(cfg, "training", "where")
+    there, here = _spread(stored(folder), "training", "where"), _flat(cfg, "training", "where")
     apart = [f"{key} {there.get(key)} -> {here.get(key)}" for key in {**there, **here} if there.get(key) != here.get(key)]
     if apart:
         raise UsageError(f"{folder} is a run with other values ({', '.join(apart)}): --name another, or --overwrite it")
@@ -197,24 +205,26 @@ def _check_same(folder: Path, cfg: Config) -> None:
 
 def _flat(cfg: Config, *roles: str) -> dict[str, Any]:
     """Knobs of these roles, dictionaries spread out, in plain values that survive YAML."""
-    flat, values = {}, plain(cfg)
+    return _spread(plain(cfg), *roles)
+
+
+def _spread(values: dict[str, Any], *roles: str) -> dict[str, Any]:
+    flat = {}
     for knob in fields(Config):
-        if knob.metadata["role"] in roles:
+        if knob.metadata["role"] in roles and knob.name in values:
             value = values[knob.name]
             flat |= {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
-    if flat.get("data_dir"):
-        flat["data_dir"] = os.path.abspath(flat["data_dir"])
-    return flat
+    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init") if flat.get(key) and os.path.exists(flat[key])}
 
 
 def _spelled(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return "x".join(map(_spelled, value)) if isinstance(value, list) else Path(str(value)).name
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, str) and os.path.isabs(value):  # weights: the run's name or the file's, and which of that name
+        path = Path(value)
+        name = path.parents[1].name if path.parent.name == "checkpoints" else path.name
+        return f"{name}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+    return "x".join(map(_spelled, value)) if isinstance(value, list) else str(value)
 
 
 def write_text(path: Path, text: str) -> None:

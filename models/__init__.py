@@ -64,9 +64,14 @@ def check_name(name: str) -> None:
         if not timm.is_model(arch):
             near = closest(arch.split(".")[0], timm.list_models()).replace("mean ", "mean timm/").replace(", ", ", timm/")
             raise ValueError(f"timm has no model named {arch!r}{near}")
+        bare, _, tag = arch.partition(".")
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")]
+        if tag and tag not in tags:
+            raise ValueError(f"timm/{bare} has no weights tagged {tag!r}{closest(tag, tags)} (its tags: {', '.join(tags) or 'none'})")
     elif name not in REGISTRY:
         also = f"; timm has it: --model timm/{name}" if timm.is_model(name) else ""
-        raise ValueError(f"no model named {name!r}{closest(name, names()) or f'; there are {chr(44).join(names())}'}{also}")
+        near = closest(name, names()) or f"; there are {', '.join(names())}"
+        raise ValueError(f"no model named {name!r}{near}{also}")
 
 
 def keywords(name: str) -> list[str]:
@@ -94,10 +99,21 @@ def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, i
     for key in model_args:
         if key not in keywords(name):
             raise ValueError(f"model {name} has no argument {key!r}{closest(key, keywords(name))} (it takes {', '.join(keywords(name))})")
+    _check_ranges(num_outputs, model_args)
     size = entry.image_size if image_size is None else image_size
     model = entry.build(num_outputs=num_outputs, image_size=size, in_chans=in_chans, **{**entry.args, **model_args})
     model.pretrained_cfg = model.default_cfg = timm_cfg(name, num_outputs)
     return model
+
+
+def _check_ranges(num_outputs: int, model_args: dict[str, Any]) -> None:
+    if num_outputs < 0:
+        raise ValueError(f"num_outputs {num_outputs}: must not be negative (0 leaves the head out)")
+    for key, value in model_args.items():
+        if key in ("depth", "patch_size", "embed_dim", "num_heads", "window_size") and isinstance(value, int) and value < 1:
+            raise ValueError(f"{key} {value}: must be at least 1")
+        if key in ("dropout", "attn_dropout", "drop_path") and not 0 <= value < 1:
+            raise ValueError(f"{key} {value}: must be at least 0 and below 1")
 
 
 def timm_cfg(name: str, num_outputs: int) -> dict[str, Any]:

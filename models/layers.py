@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 
 def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
-    """(height, width) of a size given as one side or as both."""
+    """(height, width) of a size given as one side or as both. Raises ValueError."""
+    if isinstance(size, str) or not isinstance(size, int) and len(size) != 2:
+        raise ValueError(f"a size is one side or (height, width) in pixels, not {size!r}")
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 

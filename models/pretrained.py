@@ -100,7 +100,7 @@ def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
     """
     arch = name[len("timm/"):] if name.startswith("timm/") else models.REGISTRY[name].timm
     if arch is None:
-        raise ValueError(f"there are no published weights for {name}")
+        raise ValueError(f"there are no published weights for {name}" + (f", and no file or run {tag}" if tag else ""))
     arch = f"{arch.split('.')[0]}.{tag}" if tag else arch
     tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(f"{arch.split('.')[0]}.*"))
     if not tags or "." in arch and arch.partition(".")[2] not in tags:
@@ -119,11 +119,12 @@ def head_keys(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
 
 
-def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = False) -> str:
+def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = False, whole: bool = False) -> str:
     """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that says what was loaded.
 
     Missing and unexpected tensors are reported in the line; tensors of another shape are resized where they are positions. A head of
-    another size raises ValueError unless `reset_head`, which `pretrained` implies; so does any other misfit.
+    another size raises ValueError unless `reset_head`, which `pretrained` implies; so does any other misfit, and
+    with `whole`, as for an evaluation, a tensor left at its fresh values.
     """
     if source == "pretrained" or not Path(source).exists() and _looks_like_tag(source):
         weights = published_weights(name, None if source == "pretrained" else source)
@@ -145,6 +146,9 @@ def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = F
         notes.append(f"head of {len(weights[key])} outputs left out, a fresh one of {len(own[key])} starts")
         weights = {key: value for key, value in weights.items() if key not in heads}
     missing, unexpected = model.load_state_dict(weights, strict=False)
+    if whole and missing:
+        raise ValueError(f"--init {source} leaves {_some(missing)} untrained: there is nothing to evaluate"
+                         + "; its head is of other classes than the data's" * (set(missing) <= heads))
     notes += [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
     return f"init {source}: {len(weights) - len(unexpected)} of {len(own)} tensors" + "".join(f"; {note}" for note in notes)
 
@@ -157,7 +161,10 @@ def fit(model: nn.Module, weights: dict[str, Tensor], source: str) -> tuple[dict
     resized = sum(key in adapted and adapted[key].shape != value.shape for key, value in weights.items())
     notes += [f"{resized} tensors resized to the image size"] * bool(resized)
     if not adapted.keys() & own.keys():
-        if [value.shape for value in adapted.values()] != [value.shape for value in own.values()]:
+        heads = head_keys(model)
+        alike = len(adapted) == len(own) and all(theirs.shape == ours.shape or key in heads
+                                                 for theirs, (key, ours) in zip(adapted.values(), own.items()))
+        if not alike:
             raise ValueError(f"--init {source}: none of its {len(adapted)} tensors has a name of this model (first: {next(iter(adapted))}; "
                              f"the model's first: {next(iter(own))})")
         notes.append("no name matched, every shape did: taken in order")

@@ -116,7 +116,7 @@ def name_of(line: str) -> str:
     ("--lr 1e-3 --epochs 2", "digits-vit_nano4-s0-epochs2-lr0.001"), ("--devices 2 --workers 0 --logger csv", "digits-vit_nano4-s0"),
     ("--model timm/resnet18 --data digits", "digits-timm_resnet18-s0"), ("--model_args.drop_path 0.2", "digits-vit_nano4-s0-drop_path0.2"),
     ("--global_batch_size 32", "digits-vit_nano4-s0-global_batch_size32"),
-    ("--recipe demo --eval_only --init a/b.pth", "digits-vit_nano4-s0-eval-initb.pth"),
+    ("--recipe demo --eval_only --init a/b.pth", "digits-vit_nano4-s0-eval-inita_b.pth"),
 ])
 def test_run_names(line, name):
     assert name_of(line) == name

@@ -80,7 +80,7 @@ def _rank(argv: list[str], env: dict[str, str], folder: str, log: str, fault: Fa
     multiprocessing.set_start_method("fork", force=True)  # of the loader's workers, as for a command by itself on Linux
     if fault:
         fault.plant(Path(folder))
-    conftest._child(argv, env, folder, log, None)
+    conftest._child(argv, env, folder, log, None, None)
 
 
 def torchrun_env(rank: int, ranks: int, nodes: int, port: int) -> dict[str, str]:
