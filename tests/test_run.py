@@ -114,6 +114,35 @@ def test_resume_from_another_run_carries_its_full_state(pics, launch):
     assert [int(row["epoch"]) for row in rows_of(pics / "runs" / "onward")] == [2]
 
 
+def test_a_run_is_evaluated_as_it_was_trained_and_repeated_from_its_config(pics, launch):
+    line = f"{TINY} --epochs 1 --mean [0.1,0.2,0.3] --crop_pct 0.7"
+    assert launch(line).code == 0
+    (folder,) = (pics / "runs").iterdir()
+    scored = launch(f"--eval_only --init {folder} --logger csv --name scored")
+    assert scored.code == 0, scored.out
+    assert result_of(pics / "runs" / "scored")["test/acc1"] == result_of(folder)["test/acc1"]
+    assert result_of(pics / "runs" / "scored")["test/loss"] == pytest.approx(result_of(folder)["test/loss"], rel=1e-6)
+    assert rows_of(pics / "runs" / "scored")[0]["test/acc1"]
+    again = launch(f"--config {folder}/config.yaml")
+    assert again.code == 0 and "already finished" in again.out, again.out
+
+
+def test_weights_left_untrained_are_no_evaluation(pics, launch):
+    torch.save({"cls_token": torch.zeros(1, 1, 32)}, pics / "part.pth")
+    part = launch(f"{TINY} --eval_only --init part.pth")
+    assert part.code == 2 and "untrained" in part.out, part.out
+    assert launch(f"{TINY} --epochs 1 --name three").code == 0
+    write_pictures(pics / "four" / "val", {"a": 2, "b": 2, "c": 2, "d": 2})
+    other = launch(f"{TINY.replace('--data_dir pics', '--data_dir four')} --eval_only --init runs/three --init_head reset")
+    assert other.code == 2, other.out
+
+
+def test_without_val_there_is_a_history_all_the_same(pics, launch):
+    assert launch(f"{TINY} --epochs 2 --val_fraction 0 --name bare").code == 0
+    assert [(int(row["epoch"]), int(row["step"])) for row in rows_of(pics / "runs" / "bare")] == [(0, 5), (1, 10)]
+    assert all(float(row["train/loss"]) > 0 for row in rows_of(pics / "runs" / "bare"))
+
+
 def test_half_precision_and_a_distilled_student_train(pics, launch):
     line = TINY.replace("--model vit_nano4", "--model deit_ti16_distilled").replace("--micro_batch_size 4", "--model_args.num_heads 2")
     ended = launch(f"{line} --precision bf16-mixed --epochs 1 --name half")
@@ -136,6 +165,10 @@ def test_the_real_command_starts_its_own_processes(pics):
     ("--data digits", "--model"), ("--model vit_nano4 --data_dir nowhere", "nowhere"), ("--model vit_nano4 --data digits --image_size 30", "32x32"),
     ("--model vit_nano4 --data digits --global_batch_size 5000", "--global_batch_size"), ("--devices 2", "--accelerator cpu"),
     ("--accelerator gpu", "no GPU"), ("--recipe demo --init nowhere.pth", "nowhere.pth"), ("--resume nowhere", "nowhere"),
+    ("--model vit_nano4 --data digits --model_args.depth abc", "depth 'abc'"), ("--model vit_nano4 --data digits --model_args.depth 0", "depth 0"),
+    ("--model vit_nano4 --data digits --model_args.num_outputs 5", "num_outputs"), ("--precision 16-mixed", "16-mixed"),
+    ("--model timm/vit_tiny_patch16_224.nosuch --data digits", "augreg_in21k"), ("--eval_only --resume nowhere", "--init"),
+    ("--model timm/resnet18 --data digits --model_args.pretrained true", "--init"),
     ("--devices 3 --accelerator cpu", "--global_batch_size"), ("--strategy dpp", "ddp"), ("--strategy fsdp", "--strategy"),
     ("--name ../up", "--name"),
     ("--patience 2 --val_fraction 0", "--patience"),
