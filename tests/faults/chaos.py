@@ -127,7 +127,7 @@ def trial(kind: str, folder: Path, name: str, ranks: int, workers: int, longest:
 
 
 def main() -> int:
-    number, chance = int(sys.argv[1]) if len(sys.argv) > 1 else 50, random.Random(0)
+    number, chance = int(sys.argv[1]) if len(sys.argv) > 1 else 50, random.Random(os.environ.get("CHAOS_SEED", "0"))
     folder, ended, hits = Path(tempfile.mkdtemp(prefix="chaos-")), {}, Counter()
     write_pictures(folder / "pics" / "train", {"dark": 14, "grey": 13, "light": 13}, seed=1)
     wait(start("vitlab", folder, "warm-up", 1, 0), 300)  # the fork server imports once, which is not to count
