@@ -174,6 +174,9 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, folder: Path, every_n_steps: int | None = None):
         self.path, self.every_n_steps, self.saved_step, self.unsaved = folder / LAST[0], every_n_steps, 0, False
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved_step = trainer.global_step  # else the first pass after a resume, inside an optimizer step, would save again
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         due = self.every_n_steps and step != self.saved_step and step % self.every_n_steps == 0
