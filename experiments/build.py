@@ -23,6 +23,7 @@ from experiments.keywords import check_values
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, Progress
+from lightning_modules.predictions import Predictions
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT, Preemption
 from lightning_modules.signals import notice
 from lightning_modules.task import Classify
@@ -78,7 +79,7 @@ def resolve(command: Command) -> Run:
 
 def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     """Check names, read the folder, fill what was left out, enter the run directory. Returns the run and its decision as plain data."""
-    command, saved = _with_data(_with_saved(command)), _saved(command.config)
+    command, saved = _with_saved(_with_data(_with_saved(command))), _saved(command.config)  # reading the line again forgets what was taken
     cfg, alone = command.config, command.recipe_alone
     _check_names(cfg)
     problems = [plan.device_problem(cfg)]
@@ -210,6 +211,7 @@ def trainer(run: Run) -> L.Trainer:
     cfg, checkpoints = run.cfg, run.folder / "checkpoints"
     meter = Meter(cfg.global_batch_size, cfg.log_every_steps)
     callbacks = [meter, Progress(meter, cfg.epochs * run.data.steps_per_epoch, cfg.epochs),
+                 Predictions(run.folder, run.data.spec["class_names"]),
                  Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
     if run.data.sizes["val"]:
         callbacks.append(BestCheckpoint(checkpoints, Classify.monitor, Classify.mode))

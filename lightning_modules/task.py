@@ -55,15 +55,18 @@ class Classify(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self.losses(batch)  # logged by the Meter callback
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metrics)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch, "val", self.val_metrics)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_metrics)
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self._evaluate(batch, "test", self.test_metrics)
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> None:
-        metrics.update(self(batch["image"]), batch["target"], batch["valid"])
+    def _evaluate(self, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> Tensor:
+        """Count the batch and return its logits (B, num_outputs)."""
+        logits = self(batch["image"])
+        metrics.update(logits, batch["target"], batch["valid"])
         self.log_dict(metrics.named(stage), on_step=False, on_epoch=True, logger=False, batch_size=len(batch["target"]))
+        return logits
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self.model, lr=self.schedule["peak"], weight_decay=self.weight_decay)
