@@ -21,7 +21,7 @@ from lightning_modules.checkpoints import AtomicCheckpointIO, plain
 from models import pretrained
 
 pytestmark = pytest.mark.fault
-needs_mounts = pytest.mark.skipif(not mounts_allowed(), reason="this sandbox allows no file systems of one's own (unshare -rm)")
+needs_mounts = pytest.mark.skipif(not mounts_allowed(), reason="file systems of one's own are not allowed here (unshare -rm)")
 
 
 @needs_mounts
