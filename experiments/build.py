@@ -131,7 +131,7 @@ def _with_data(command: Command) -> Command:
     """The command with a data set named: what the folder says it is, or imagenet; the recipe may follow from it."""
     cfg = command.config
     if cfg.model is None:
-        raise UsageError("--model is missing: --list models prints the names; without any flag the demo runs")
+        raise UsageError("--model is missing: --list models prints the names; --recipe demo is a small one to try")
     if cfg.data:
         return command
     return read([*command.argv, "--data", datamodules.detect(cfg.data_dir) if cfg.data_dir else "imagenet"])

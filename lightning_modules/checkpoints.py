@@ -164,7 +164,7 @@ class BestCheckpoint(Checkpoint):
         return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+        self.best = state["best"] if self.path.is_file() else None  # another run's state: its best weights are not here
 
 
 class LastCheckpoint(Checkpoint):

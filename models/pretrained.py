@@ -71,9 +71,8 @@ def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable file of weights: {_line(error)}") from None
-    except Exception as error:  # torch's restricted unpickler raises pickle.UnpicklingError and others
-        raise ValueError(f"{path} holds more than tensors and plain data and is not loaded (it could run code): "
-                         f"{_line(error)}") from None
+    except Exception:  # torch's restricted unpickler raises pickle.UnpicklingError and others, with advice to load it unsafely
+        raise ValueError(f"{path} is no file of weights, or holds more than tensors and plain data, and is not loaded (it could run code)") from None
     raise ValueError(f"{path} is damaged: its sha256 is not the one it was written with")
 
 

@@ -114,6 +114,13 @@ def test_resume_from_another_run_carries_its_full_state(pics, launch):
     assert [int(row["epoch"]) for row in rows_of(pics / "runs" / "onward")] == [2]
 
 
+def test_a_run_resumed_from_another_keeps_a_best_of_its_own(pics, launch):
+    assert launch(f"{TINY} --epochs 2 --name first").code == 0
+    ended = launch(f"{TINY} --epochs 3 --name second --resume runs/first --lr 0")
+    assert ended.code == 0, ended.out
+    assert (pics / "runs" / "second" / "checkpoints" / "best.ckpt").is_file() and result_of(pics / "runs" / "second")["best_epoch"] == 2
+
+
 def test_a_run_is_evaluated_as_it_was_trained_and_repeated_from_its_config(pics, launch):
     line = f"{TINY} --epochs 1 --mean [0.1,0.2,0.3] --crop_pct 0.7"
     assert launch(line).code == 0
