@@ -141,8 +141,7 @@ def _saved(cfg: Config) -> dict[str, Any]:
     """The checkpoint of ours that an evaluation takes its weights from, without its weights; {} where it is none."""
     if not cfg.eval_only or not Path(cfg.init).exists():
         return {}
-    content = pretrained.read_checkpoint(pretrained.checkpoint_in(cfg.init), mapped=True)
-    return {key: content[key] for key in ("config", "spec")} if {"config", "spec"} <= content.keys() else {}
+    return pretrained.read_about(cfg.init)
 
 
 def _with_saved(command: Command) -> Command:

@@ -190,14 +190,12 @@ def _some(keys: list[str]) -> str:
     return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
 
 
-def read_spec(path: str | Path) -> dict[str, Any]:
-    """The data specification kept in one of our checkpoints or exported files; {} for other weights."""
+def read_about(path: str | Path) -> dict[str, Any]:
+    """`config` and `spec` as kept in one of our checkpoints or exported files; {} for other weights."""
     file = checkpoint_in(path)
-    if file.suffix == ".safetensors":
-        return _exported(file).get("spec", {})
-    content = read_checkpoint(file)
-    spec = content.get("spec") if isinstance(content, dict) else None
-    return spec if isinstance(spec, dict) else {}
+    content = _exported(file) if file.suffix == ".safetensors" else read_checkpoint(file)
+    known = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("config", "spec"))
+    return {key: content[key] for key in ("config", "spec")} if known else {}
 
 
 def _exported(file: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def test_round_trip(run, capsys, words, use_ema):
     assert metadata["model"] == "vit_nano4" and metadata["model_args"] == {"embed_dim": 32, "depth": 2}
     assert metadata["classes"] == ["b", "a", "c"] and metadata["mean"] == [0.4, 0.5, 0.6] and metadata["crop_pct"] == 0.9
     assert metadata["source_sha256"] == export.sha256(run / "checkpoints" / "best.ckpt") and metadata["vitlab"]["use_ema"] is use_ema
-    assert pretrained.read_spec(file)["class_names"] == ["b", "a", "c"]
+    assert pretrained.read_about(file)["spec"]["class_names"] == ["b", "a", "c"]
 
 
 @pytest.mark.parametrize("words, line", [

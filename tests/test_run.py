@@ -11,7 +11,7 @@ import yaml
 from conftest import result_of, weights_of, write_pictures
 
 import models
-from experiments import run
+from experiments import export, run
 from lightning_modules.checkpoints import BestCheckpoint
 
 TINY = "--data_dir pics --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2 " \
@@ -135,6 +135,19 @@ def test_a_run_is_evaluated_as_it_was_trained_and_repeated_from_its_config(pics,
     assert rows_of(pics / "runs" / "scored")[0]["test/acc1"]
     again = launch(f"--config {folder}/config.yaml")
     assert again.code == 0 and "already finished" in again.out, again.out
+
+
+def test_an_exported_file_and_old_foreign_weights_are_evaluated(pics, launch):
+    assert launch(f"{TINY} --epochs 1 --mean [0.1,0.2,0.3] --name one").code == 0
+    assert export.main([str(pics / "runs" / "one"), "--out", str(pics / "one.safetensors")]) == 0
+    exported = launch("--eval_only --init one.safetensors --data_dir pics --logger csv --name exported")
+    assert exported.code == 0, exported.out
+    assert result_of(pics / "runs" / "exported")["test/acc1"] == result_of(pics / "runs" / "one")["test/acc1"]
+    weights = {key.removeprefix("model."): value for key, value in weights_of(pics / "runs" / "one" / "checkpoints" / "best.ckpt").items()}
+    torch.save(weights, pics / "old.pth", _use_new_zipfile_serialization=False)
+    old = launch(f"{TINY} --mean [0.1,0.2,0.3] --eval_only --init old.pth --name old")
+    assert old.code == 0, old.out
+    assert result_of(pics / "runs" / "old")["test/acc1"] == result_of(pics / "runs" / "one")["test/acc1"]
 
 
 def test_weights_left_untrained_are_no_evaluation(pics, launch):
