@@ -18,8 +18,9 @@ import datamodules
 import models
 from datamodules.base import PictureData
 from experiments import plan, rundir
-from experiments.config import Command, Config, UsageError, did_you_mean, read, size
+from experiments.config import Command, Config, read
 from experiments.keywords import check_values
+from experiments.usage import UsageError, did_you_mean, size
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, Progress

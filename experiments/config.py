@@ -5,18 +5,16 @@ import argparse
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import yaml
 from jsonargparse import ActionYesNo, ArgumentParser
 
-RECIPES = Path(__file__).parent / "recipes"
+from experiments import recipe as recipes
+from experiments.checks import check
+from experiments.usage import UsageError, did_you_mean, size
 
-
-class UsageError(ValueError):
-    """The command line or a config file is wrong; the message is for the person who typed it."""
+BOOLEAN = (bool, bool | None)
 
 
 def knob(default: Any, text: str, *, role: Literal["training", "place", "where", "numerics"] = "training") -> Any:
@@ -45,6 +43,14 @@ class Config:
     split_seed: int = knob(0, "seed of that split (never --seed)")
     crop_scale: tuple[float, float] = knob((0.08, 1.0), "area of the random resized crop, as [0.08,1.0]")
     hflip: float = knob(0.5, "probability of a horizontal flip in training")
+    rand_augment: str | None = knob(None, "RandAugment in timm's words, as rand-m9-n2-p0.5-mstd0.5-inc1")
+    random_erasing: float = knob(0.0, "probability of erasing a box of a training picture")
+    repeated_augment: int = knob(1, "times a picture comes in an epoch, each time augmented anew; the epoch's length stays")
+    mixup: float = knob(0.0, "alpha of mixup; 0 is off")
+    cutmix: float = knob(0.0, "alpha of CutMix; 0 is off")
+    augment_args: dict[str, Any] = knob(dict, "rarer: auto_augment color_jitter vflip crop_ratio erasing_mode erasing_count mix_prob "
+                                        "mix_switch_prob mix_mode cutmix_minmax, as --augment_args.mix_mode elem")
+    train_size: int | str | None = knob(None, "side of training crops where it is not --image_size: 160, or rising with the epochs, 128-224")
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = knob(None, "of resizing; left out: the model's own")
     crop_pct: float | None = knob(None, "share of the resized picture that evaluation crops; left out: the model's own")
     crop_mode: Literal["center", "squash", "border"] | None = knob(None, "of evaluation, in timm's words; left out: the model's own")
@@ -57,11 +63,26 @@ class Config:
     lr: float = knob(1e-3, "true peak learning rate; given here or in --config it is not scaled")
     lr_scaling: Literal["none", "linear", "sqrt"] = knob("none", "how a recipe's lr grows with global_batch_size / lr_batch", role="place")
     lr_batch: int = knob(256, "batch size that a recipe's lr is meant for", role="place")
+    schedule: Literal["cosine", "timm", "deit", "swin", "convnext"] = knob(
+        "cosine", "warm-up and cosine: by step; or as timm's, DeiT's, Swin's or ConvNeXt's own trainer does it")
     min_lr: float = knob(0.0, "learning rate at the end of the cosine")
-    warmup_epochs: float | None = knob(None, "epochs of linear warm-up from 0; left out: a tenth of --epochs, 5 at most")
-    weight_decay: float = knob(0.05, "of AdamW; none on norms, biases, tokens and positions")
-    clip_grad: float | None = knob(1.0, "largest global norm of the gradient; null does not clip")
-    label_smoothing: float = knob(0.1, "of the cross entropy")
+    warmup_lr: float = knob(0.0, "learning rate at the start of the warm-up")
+    warmup_epochs: float | None = knob(None, "epochs of linear warm-up; left out: a tenth of --epochs, 5 at most")
+    warmup_steps: int | None = knob(None, "the same in optimizer steps")
+    optimizer: Literal["adamw", "lamb", "sgd", "muon"] = knob("adamw", "timm's; muon takes AdamW for what is no hidden matrix")
+    optimizer_args: dict[str, Any] = knob(dict, "its own keywords, as --optimizer_args.betas [0.9,0.95]")
+    weight_decay: float = knob(0.05, "none on norms, biases, tokens and positions")
+    layer_decay: float | None = knob(None, "factor of the learning rate for each layer further from the head, as 0.75")
+    head_lr_scale: float = knob(1.0, "factor of the head's learning rate")
+    freeze: str | None = knob(None, "what stays as it is: backbone, or the first share of the layers, as 0.5")
+    clip_grad: float | None = knob(1.0, "largest gradient; null does not clip")
+    clip_mode: Literal["norm", "value"] = knob("norm", "what --clip_grad bounds: the global norm, or each value")
+    loss: Literal["cross_entropy", "bce", "bce_rsb", "bce_deit3", "sigmoid"] = knob(
+        "cross_entropy", "binary cross entropies: of the targets as they are, of ResNet strikes back, of DeiT III, of big_vision")
+    label_smoothing: float = knob(0.1, "of the targets")
+    ema_decay: float | None = knob(None, "keep an exponential moving average of the weights, as 0.9999, scored beside them")
+    use_ema: bool | None = knob(None, "choose, score and predict with the averaged weights; left out: where they are kept")
+    average_checkpoints: str | None = knob(None, "end with the mean of the weights of several epochs: last-5 or best-3")
     patience: int | None = knob(None, "stop after so many epochs without a better val metric; left out: never")
     seed: int = knob(0, "of weights, order, augmentation and dropout")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = knob(
@@ -84,55 +105,17 @@ class Config:
     # instead of training
     eval_only: bool = knob(False, "score the test split if there is one, else val")
     dry_run: bool = knob(False, "print the plan, the memory and a time forecast; train nothing, write nothing", role="place")
-    list: Literal["models", "data", "recipes"] | None = knob(None, "print what there is and stop", role="place")
+    list: Literal["models", "data", "recipes", "losses", "metrics"] | None = knob(None, "print what there is and stop", role="place")
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        for key in ("model_args", "data_args"):
-            if not isinstance(getattr(self, key), dict):
-                raise UsageError(f"--{key} takes keywords, as --{key}.name value")
         if self.image_size is not None:
             height, width = size(self.image_size)
             object.__setattr__(self, "image_size", height if height == width else f"{height}x{width}")  # one spelling of one size
-        if self.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", self.name):
-            raise UsageError(f"--name {self.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
-        if self.eval_only and (self.resume or not self.init):
-            raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
-        if self.resume and self.overwrite:
-            raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
-
-    def _check_ranges(self) -> None:
-        for key in ("epochs", "global_batch_size", "micro_batch_size", "lr_batch", "devices", "num_nodes", "log_every_steps",
-                    "save_every_steps", "patience"):
-            if getattr(self, key) is not None and getattr(self, key) < 1:
-                raise UsageError(f"--{key} {getattr(self, key)}: must be at least 1")
-        for key in ("lr", "min_lr", "weight_decay", "warmup_epochs", "clip_grad", "seed", "split_seed", "workers"):
-            if getattr(self, key) is not None and getattr(self, key) < 0:
-                raise UsageError(f"--{key} {getattr(self, key)}: must not be negative")
-        for key in ("hflip", "label_smoothing", "val_fraction", "crop_pct"):
-            if getattr(self, key) is not None and not 0 <= getattr(self, key) <= 1:
-                raise UsageError(f"--{key} {getattr(self, key)}: must lie between 0 and 1")
-        if self.crop_pct == 0:
-            raise UsageError("--crop_pct 0: must be above 0")
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise UsageError(f"--crop_scale [{low},{high}]: give two shares of the area, smaller first, above 0 and up to 1")
-        if self.warmup_epochs is not None and self.warmup_epochs > self.epochs:
-            raise UsageError(f"--warmup_epochs {self.warmup_epochs:g} is more than --epochs {self.epochs}")
-        if self.min_lr > self.lr:
-            raise UsageError(f"--min_lr {self.min_lr:g} is more than the peak, --lr {self.lr:g}")
+        check(self)
 
     def filled(self, **values: Any) -> "Config":
         """A copy in which the knobs left out (None) take these values."""
         return replace(self, **{key: value for key, value in values.items() if getattr(self, key) is None})
-
-
-def size(text: int | str | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of `224`, `512x1024` or a pair. Raises UsageError."""
-    parts = text if isinstance(text, list | tuple) else str(text).lower().split("x")
-    if len(parts) not in (1, 2) or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--image_size {text}: give one side, as 224, or HEIGHTxWIDTH, as 512x1024")
-    return int(parts[0]), int(parts[-1])
 
 
 @dataclass(frozen=True)
@@ -172,56 +155,36 @@ def _tidy(message: str) -> str:
 
 def _read(argv: list[str]) -> Command:
     _check_flags(argv)
-    parser = _parser([])
+    parser, known = _parser([]), [knob_.name for knob_ in fields(Config)]
     given = {key: value for key, value in vars(parser.parse_args(argv, defaults=False)).items() if not key.startswith("__")}
     config_file = given.pop("config", None)
-    stored = _yaml_keys(Path(config_file), f"--config {config_file}") if config_file else {}
-    recipe, why = choose_recipe({**stored, **given}, "recipe" in given)
-    layers = [RECIPES / f"{recipe}.yaml"] if recipe != "none" else []
+    stored = recipes.yaml_keys(Path(config_file), f"--config {config_file}", known) if config_file else {}
+    recipe, why = recipes.choose_recipe({**stored, **given}, "recipe" in given)
+    layers = [recipes.RECIPES / f"{recipe}.yaml"] if recipe != "none" else []
     if layers:
-        _check_recipe(layers[0])
+        recipes.check_recipe(layers[0], known)
     alone = vars(_parser(layers).parse_args([]))
     values = vars(_parser([*layers, Path(config_file)] if config_file else layers).parse_args(argv))
     chosen = {*stored, *given}
     notes = [f"recipe {recipe} ({why})"]
-    if (values["warmup_epochs"] or 0) > values["epochs"] and "warmup_epochs" not in chosen:
-        notes.append(f"warm-up: the recipe's {values['warmup_epochs']:g} epochs are more than --epochs; a tenth of those instead")
-        values["warmup_epochs"] = alone["warmup_epochs"] = None
+    _shorten_warmup(values, alone, chosen, notes)
     if values["data_dir"] and "data" not in chosen:  # the folder says what it is; a recipe's data set is for where nothing is said
         values["data"] = alone["data"] = None
-    values = _scale_lr(values, notes, true_peak="lr" in chosen)
-    if not chosen & {"lr", "lr_scaling", "lr_batch"}:  # then the peak follows from the batch size, which names the run already
-        alone["lr"] = values["lr"]
-    known = [knob_.name for knob_ in fields(Config)]
+    values = recipes.scale_lr(values, notes, true_peak="lr" in chosen)
+    if not chosen & {"lr", "lr_scaling", "lr_batch"}:  # then the rates follow from the batch size, which names the run already
+        alone |= {key: values[key] for key in ("lr", "min_lr", "warmup_lr") if key not in chosen}
     config, recipe_alone = (Config(**{key: layer[key] for key in known} | {"recipe": recipe}) for layer in (values, alone))
     return Command(config, recipe_alone, tuple(notes), tuple(argv))
 
 
-def choose_recipe(given: dict[str, Any], asked: bool) -> tuple[str, str]:
-    """The recipe's name (or `none`) and why, from the knobs that were given. Raises UsageError for an unknown one."""
-    known = recipe_names()
-    if given.get("recipe"):
-        name, why = given["recipe"], "asked for" if asked else "from the config file"
-        if name != "none" and name not in known:
-            raise UsageError(f"no recipe named {name!r}{did_you_mean(name, known)} (there are {', '.join(known)}, none)")
-        return name, why
-    if not any(given.get(key) for key in ("model", "data", "data_dir", "init", "list")):
-        return "demo", "no model and no data named"
-    on_imagenet = given.get("data") == "imagenet" or not (given.get("data") or given.get("data_dir"))
-    if on_imagenet and given.get("model") in known:
-        return given["model"], "the model's own on ImageNet"
-    if given.get("init") and not on_imagenet and not given.get("eval_only") and "finetune" in known:
-        return "finetune", "--init on other data"
-    return "none", "none fits; the defaults"
-
-
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+def _shorten_warmup(values: dict[str, Any], alone: dict[str, Any], chosen: set[str], notes: list[str]) -> None:
+    """A recipe's warm-up gives way to a choice on the command line: of its other unit, or of fewer epochs than it takes."""
+    for key, other in (("warmup_epochs", "warmup_steps"), ("warmup_steps", "warmup_epochs")):
+        if other in chosen and key not in chosen:
+            values[key] = None
+    if "warmup_epochs" not in chosen and (values["warmup_epochs"] or 0) > values["epochs"]:
+        notes.append(f"warm-up: the recipe's {values['warmup_epochs']:g} epochs are more than --epochs; a tenth of those instead")
+        values["warmup_epochs"] = alone["warmup_epochs"] = None
 
 
 def _parser(files: list[Path]) -> ArgumentParser:
@@ -233,7 +196,7 @@ def _parser(files: list[Path]) -> ArgumentParser:
     for knob_ in fields(Config):
         default = knob_.default_factory()
         options: dict[str, Any] = {"default": default, "help": knob_.metadata["help"].replace("%", "%%")}
-        if hints[knob_.name] is bool:
+        if hints[knob_.name] in BOOLEAN:
             parser.add_argument(f"--{knob_.name}", action=ActionYesNo(no_prefix="no_"), nargs="?", **options)
         else:
             parser.add_argument(f"--{knob_.name}", type=hints[knob_.name], **options)
@@ -242,46 +205,13 @@ def _parser(files: list[Path]) -> ArgumentParser:
 
 def _check_flags(argv: list[str]) -> None:
     known = {f"--{knob_.name}": get_type_hints(Config)[knob_.name] for knob_ in fields(Config)} | {"--config": str, "--help": bool}
-    negations = {f"--no_{flag[2:]}" for flag, hint in known.items() if hint is bool}
+    negations = {f"--no_{flag[2:]}" for flag, hint in known.items() if hint in BOOLEAN}
     for word in argv:
         flag = word.split("=")[0]
         root = flag.split(".")[0]
         if not word.startswith("--") or flag in negations or root in known and (flag == root or known[root] == dict[str, Any]):
             continue
         raise UsageError(f"unknown flag {flag}{did_you_mean(root, [*known, *negations])} (--help lists them all)")
-
-
-def _yaml_keys(file: Path, name: str) -> dict[str, Any]:
-    """The top level of a YAML file, its keys checked against Config. Raises UsageError."""
-    try:
-        content = yaml.safe_load(file.read_text()) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{name} is not YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{name} holds no keys")
-    known = [knob_.name for knob_ in fields(Config)]
-    for key in content:
-        if key not in known:
-            raise UsageError(f"{name}: unknown key {key!r}{did_you_mean(str(key), known)}")
-    return content
-
-
-def _check_recipe(file: Path) -> None:
-    for key in _yaml_keys(file, f"recipe {file.stem}"):
-        if key in ("data_args", "data_dir", "runs_dir", "name", "resume", "recipe"):
-            raise UsageError(f"recipe {file.stem} sets {key!r}: a recipe may set model and data, never paths or data_args")
-
-
-def _scale_lr(values: dict[str, Any], notes: list[str], *, true_peak: bool) -> dict[str, Any]:
-    """Apply the recipe's scaling rule, unless the rate was given as the true peak."""
-    rule, batch, base, lr = values["lr_scaling"], values["global_batch_size"], values["lr_batch"], values["lr"]
-    if true_peak or rule == "none" or not base or base < 1:
-        return {**values, "lr_scaling": "none"}
-    peak = lr * batch / base if rule == "linear" else lr * (batch / base) ** 0.5
-    notes.append(f"lr {peak:g} = {lr:g} x {f'{batch}/{base}' if rule == 'linear' else f'sqrt({batch}/{base})'}")
-    return {**values, "lr": peak}
 
 
 def plain(cfg: Config) -> dict[str, Any]:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from experiments.config import UsageError, did_you_mean
+from experiments.usage import UsageError, did_you_mean
 
 
 def check_values(build: Callable, given: dict[str, Any], flag: str, known: list[str]) -> None:

@@ -9,7 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from experiments.config import Config, UsageError, size
+from experiments.config import Config
+from experiments.usage import UsageError, size
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from models import cost
 

@@ -16,7 +16,9 @@ import models
 from datamodules.decode import PictureError
 from experiments import plan, rundir
 from experiments.build import Run
-from experiments.config import RECIPES, Config, recipe_names, size
+from experiments.config import Config
+from experiments.recipe import RECIPES, recipe_names
+from experiments.usage import size
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, clock, peak_memory_mb

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from experiments.config import Config, UsageError, plain
+from experiments.config import Config, plain
+from experiments.usage import UsageError
 from models import pretrained
 
 CONFIG, RESULT = "config.yaml", "result.json"

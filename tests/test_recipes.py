@@ -2,7 +2,8 @@
 import pytest
 import yaml
 
-from experiments.config import RECIPES, parse, recipe_names
+from experiments.config import parse
+from experiments.recipe import RECIPES, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -1,0 +1,62 @@
+"""Values of knobs that cannot be, alone or together. No torch."""
+import re
+from typing import TYPE_CHECKING
+
+from experiments.usage import UsageError
+
+if TYPE_CHECKING:
+    from experiments.config import Config
+
+AT_LEAST_1 = ("epochs", "global_batch_size", "micro_batch_size", "lr_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
+              "patience", "repeated_augment")
+NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "clip_grad", "seed", "split_seed", "workers",
+                "mixup", "cutmix", "head_lr_scale")
+SHARES = ("hflip", "label_smoothing", "val_fraction", "crop_pct", "random_erasing", "layer_decay", "ema_decay")
+
+
+def check(cfg: "Config") -> None:
+    """Raises UsageError for the first knob that is out of its range, or at odds with another."""
+    _check_ranges(cfg)
+    for key in ("model_args", "data_args", "augment_args", "optimizer_args"):
+        if not isinstance(getattr(cfg, key), dict):
+            raise UsageError(f"--{key} takes keywords, as --{key}.name value")
+    if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
+        raise UsageError(f"--name {cfg.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
+    if cfg.eval_only and (cfg.resume or not cfg.init):
+        raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
+    if cfg.resume and cfg.overwrite:
+        raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
+    _check_training(cfg)
+
+
+def _check_ranges(cfg: "Config") -> None:
+    for keys, fits, rule in ((AT_LEAST_1, lambda value: value >= 1, "must be at least 1"),
+                             (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+                             (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1")):
+        for key in keys:
+            value = getattr(cfg, key)
+            if value is not None and not fits(value):
+                raise UsageError(f"--{key} {value}: {rule}")
+    for key in ("crop_pct", "layer_decay"):
+        if getattr(cfg, key) == 0:
+            raise UsageError(f"--{key} 0: must be above 0")
+    low, high = cfg.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UsageError(f"--crop_scale [{low},{high}]: give two shares of the area, smaller first, above 0 and up to 1")
+
+
+def _check_training(cfg: "Config") -> None:
+    """How it learns: knobs that contradict each other."""
+    if cfg.warmup_epochs is not None and cfg.warmup_steps is not None:
+        raise UsageError("--warmup_epochs and --warmup_steps say the same thing: give one, the other as null")
+    if cfg.warmup_epochs is not None and cfg.warmup_epochs > cfg.epochs:
+        raise UsageError(f"--warmup_epochs {cfg.warmup_epochs:g} is more than --epochs {cfg.epochs}")
+    if cfg.schedule in ("timm", "deit") and (cfg.warmup_steps is not None or (cfg.warmup_epochs or 0) % 1):
+        raise UsageError(f"--schedule {cfg.schedule} changes the rate once an epoch: its warm-up is a whole number of --warmup_epochs")
+    for key in ("min_lr", "warmup_lr"):
+        if getattr(cfg, key) > cfg.lr:
+            raise UsageError(f"--{key} {getattr(cfg, key):g} is more than the peak, --lr {cfg.lr:g}")
+    if cfg.use_ema and cfg.ema_decay is None and not cfg.eval_only:
+        raise UsageError("--use_ema needs averaged weights: --ema_decay 0.9999 keeps them")
+    if cfg.average_checkpoints is not None and not re.fullmatch(r"(last|best)-[1-9]\d*", cfg.average_checkpoints):
+        raise UsageError(f"--average_checkpoints {cfg.average_checkpoints}: last-5 or best-3, for example")
