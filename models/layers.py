@@ -29,17 +29,19 @@ def grid_of(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]
 
 
 class PatchEmbed(nn.Module):
-    """Cut a picture (B, C, height, width) of a fixed size into patches and project each: (B, N, D), row by row."""
+    """Cut a picture (B, C, height, width) into patches and project each: (B, N, D), row by row. `any_size` takes others than `image_size`."""
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int):
         super().__init__()
         self.image_size, self.grid_size = pair(image_size), grid_of(image_size, patch_size)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.num_patches, self.any_size = self.grid_size[0] * self.grid_size[1], False
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
     def check(self, x: Tensor) -> None:
         """Raises ValueError for pictures of another size."""
-        if tuple(x.shape[-2:]) != self.image_size:
+        if self.any_size:
+            grid_of(tuple(x.shape[-2:]), self.proj.kernel_size)
+        elif tuple(x.shape[-2:]) != self.image_size:
             raise ValueError(f"the network was built for pictures of {self.image_size[0]}x{self.image_size[1]} and got "
                              f"{x.shape[-2]}x{x.shape[-1]}; build it with that image_size")
 

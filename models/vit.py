@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models import HALF, register
-from models.layers import Block, NormedPatchEmbed, PatchEmbed, drop_path_rates, lecun_normal_, sincos2d
+from models.layers import Block, NormedPatchEmbed, PatchEmbed, drop_path_rates, grid_of, lecun_normal_, sincos2d
 
 GELU: dict[str, Callable[[], nn.Module]] = {"erf": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh")}
 
@@ -43,6 +43,18 @@ class PlainTransformer(nn.Module):
         """Width, stride and name of each block's map, in timm's form."""
         stride = self.patch_embed.proj.stride[0]
         return [{"num_chs": self.embed_dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(self.blocks))]
+
+    def set_any_size(self) -> None:
+        """Take pictures of other sizes too, as in training at a lower resolution: positions are resized to them in every forward pass."""
+        self.patch_embed.any_size = True
+
+    def positions(self, image: Tensor) -> Tensor:
+        """Positions (1, P + N, D) for the patches of pictures (B, C, height, width); bicubic, antialiased (timm's resample_abs_pos_embed)."""
+        grid = grid_of(tuple(image.shape[-2:]), self.patch_embed.proj.kernel_size)
+        if grid == self.patch_embed.grid_size:
+            return self.pos_embed
+        lead = self.num_prefix_tokens if self.prefix_has_pos else 0
+        return resample_abs_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens=lead)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> normalised tokens (B, P + N, D)."""
@@ -146,7 +158,7 @@ class ViT(PlainTransformer):
         pool: `cls` reads the class token, `mean` has none and averages the patches.
         pos: `learned` positions (with one for the class token), fixed `sincos2d`, or `none`.
         norm_pos: the last norm before pooling (`pre_pool`, as published) or after it (`post_pool`, timm's `fc_norm`).
-        head: `linear`, or `mlp_tanh` with the paper's hidden layer between pooling and head (big_vision's rep_size).
+        head: `linear`, or `mlp_tanh` with the paper's hidden layer between pooling and head (big_vision's rep_size); head_bias: its start.
         patch_norm: norms around the patch projection; layer_scale: start of LayerScale, None for none.
         dropout: after positions, attention's projection and both MLP layers; attn_dropout: on attention weights.
         drop_path: stochastic depth at the last block, rising linearly from 0.
@@ -157,7 +169,7 @@ class ViT(PlainTransformer):
                  embed_dim: int = 768, depth: int = 12, num_heads: int = 12, dim_head: int | None = None, mlp_ratio: float = 4.0,
                  qkv_bias: bool = True, out_bias: bool = True, patch_norm: bool = False, layer_scale: float | None = None,
                  gelu: str = "erf", norm_eps: float = 1e-6, pool: str = "cls", pos: str = "learned", norm_pos: str = "pre_pool",
-                 head: str = "linear", dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0):
+                 head: str = "linear", head_bias: float = 0.0, dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0):
         check_choice("pool", pool, ("cls", "mean"))
         check_choice("pos", pos, ("learned", "sincos2d", "none"))
         check_choice("norm_pos", norm_pos, ("pre_pool", "post_pool"))
@@ -166,7 +178,7 @@ class ViT(PlainTransformer):
         if pool == "mean":
             self.prefix = ()
         super().__init__(num_outputs, embed_dim)
-        self.pool = pool
+        self.pool, self.head_bias = pool, head_bias
         embed = partial(NormedPatchEmbed, norm_eps=norm_eps) if patch_norm else PatchEmbed
         self.patch_embed = embed(image_size, patch_size, in_chans, embed_dim)
         for token in self.prefix:
@@ -222,17 +234,17 @@ class ViT(PlainTransformer):
 
     def init_head_(self, head: nn.Linear) -> None:
         nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        nn.init.constant_(head.bias, self.head_bias)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> tokens with their positions (B, P + N, D)."""
-        x = self.patch_embed(x)  # (B, N, D)
-        if self.pos_embed is not None and not self.prefix_has_pos:
-            x = x + self.pos_embed
+        pos, x = None if self.pos_embed is None else self.positions(x), self.patch_embed(x)  # (B, N, D)
+        if pos is not None and not self.prefix_has_pos:
+            x = x + pos
         if self.prefix:
             x = torch.cat([*(getattr(self, token).expand(len(x), -1, -1) for token in self.prefix), x], dim=1)  # (B, P + N, D)
-        if self.pos_embed is not None and self.prefix_has_pos:
-            x = x + self.pos_embed
+        if pos is not None and self.prefix_has_pos:
+            x = x + pos
         return self.pos_drop(x)
 
     def pool_tokens(self, x: Tensor) -> Tensor:

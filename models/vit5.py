@@ -125,6 +125,10 @@ class ViT5(PlainTransformer):
     def init_head_(self, head: nn.Linear) -> None:
         init_trunc_normal_(head)
 
+    def set_any_size(self) -> None:
+        """Raises ValueError: the table of rotary angles is that of one grid."""
+        raise ValueError("ViT-5's rotary positions are those of one picture size")
+
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> class token, patches with positions, registers (B, T, D)."""
         x = self.patch_embed(x) + self.pos_embed  # (B, N, D)
