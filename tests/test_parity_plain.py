@@ -227,9 +227,7 @@ def test_seeds_mean_then_norm():
 @pytest.mark.parametrize("ours, theirs", [("vit_ti16", "vit_tiny_patch16_224"), ("deit3_s16", "deit3_small_patch16_224"),
                                           ("deit_ti16_distilled", "deit_tiny_distilled_patch16_224")])
 def test_other_sizes_equal_timms_dynamic_ones(ours, theirs):
-    twin = timm.create_model(theirs, num_classes=10, depth=2, dynamic_img_size=True).eval()
-    for parameter in twin.parameters():
-        nn.init.normal_(parameter, std=0.05)
+    twin = randomise(timm.create_model(theirs, num_classes=10, depth=2, dynamic_img_size=True)).eval()
     network = models.create(ours, 10, depth=2).eval()
     network.load_state_dict(twin.state_dict())
     with pytest.raises(ValueError, match="built for pictures of 224x224"):
@@ -237,6 +235,6 @@ def test_other_sizes_equal_timms_dynamic_ones(ours, theirs):
     network.set_any_size()
     for size in ((160, 160), (96, 256), (224, 224)):
         image = torch.randn(2, 3, *size)
-        torch.testing.assert_close(network(image), twin(image), atol=1e-6, rtol=0)
+        torch.testing.assert_close(network(image), twin(image), atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="not a multiple of the patch size"):
         network(torch.zeros(1, 3, 100, 96))
