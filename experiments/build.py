@@ -114,7 +114,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         cfg = replace(cfg, micro_batch_size=before["micro_batch_size"] if same_world else plan.micro_batch_size(meta, cfg))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
-    for note in (*command.notes, *([line] if line else [])):
+    for note in (*command.notes, *([line] if line else []), *([] if cfg.eval_only else data.notes())):
         print(note)
     if cfg.dry_run:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, data.identity)
@@ -256,8 +256,9 @@ def trainer(run: Run) -> L.Trainer:
         plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
     return L.Trainer(
         **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad,
-        gradient_clip_algorithm=cfg.clip_mode, logger=loggers(run), callbacks=callbacks, plugins=plugins, default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
+        gradient_clip_algorithm=cfg.clip_mode, logger=loggers(run), callbacks=callbacks, plugins=plugins,
+        default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
 
 
 def loggers(run: Run) -> list[Any]:
