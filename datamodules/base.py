@@ -180,7 +180,7 @@ class PictureData(L.LightningDataModule):
     def accumulation(self, world_size: int) -> int:
         """Passes per optimizer step (`passes_per_step`); even ones where training mixes pairs. Raises ValueError where there is none."""
         pairs = self.mixing and self.augment.mix_mode != "roll" and not self.eval_only
-        return passes_per_step(self.global_batch_size, world_size, self.micro_batch_size, multiple=2 if pairs else 1)
+        return passes_per_step(self.global_batch_size, world_size, self.micro_batch_size, even=pairs)
 
     def setup(self, stage: str) -> None:
         self._resume = None  # load_state_dict, if there is a checkpoint, comes after

@@ -76,8 +76,8 @@ def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState(bits).permutation(size)
 
 
-def passes_per_step(global_batch_size: int, world_size: int, micro_batch_size: int | None, multiple: int = 1) -> int:
-    """The smallest divisor k of the per-rank batch with per-rank batch / k at most `micro_batch_size` and a multiple of `multiple`.
+def passes_per_step(global_batch_size: int, world_size: int, micro_batch_size: int | None, even: bool = False) -> int:
+    """The smallest divisor k of the per-rank batch with per-rank batch / k at most `micro_batch_size`, and even where that is asked.
 
     Raises:
         ValueError: global_batch_size is not a multiple of world_size, or there is no such k.
@@ -88,7 +88,7 @@ def passes_per_step(global_batch_size: int, world_size: int, micro_batch_size: i
         raise ValueError(f"--global_batch_size {global_batch_size} is not a multiple of the {world_size} processes; {near} would be")
     largest = micro_batch_size or per_rank
     for passes in range(1, per_rank + 1):
-        if per_rank % passes == 0 and per_rank // passes <= largest and per_rank // passes % multiple == 0:
+        if per_rank % passes == 0 and per_rank // passes <= largest and not (even and per_rank // passes % 2):
             return passes
     limit = f" of at most --micro_batch_size {largest}" if micro_batch_size else ""
     raise ValueError(

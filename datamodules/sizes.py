@@ -33,4 +33,4 @@ def _scaled(side: int, image_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _round(pixels: float) -> int:
-    return max(1, round(pixels / MULTIPLE)) * MULTIPLE
+    return max(1, int(pixels / MULTIPLE + 0.5)) * MULTIPLE
