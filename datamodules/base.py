@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,11 +10,16 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.augment import inactive, read_augment
+from datamodules.checks import check_values
+from datamodules.erasing import Boxes
+from datamodules.mixing import Mixer
+from datamodules.on_device import OnDevice
 from datamodules.pictures import EvalPictures, Split, TrainPictures, hold_out
-from datamodules.samplers import EvalSampler, TrainSampler
+from datamodules.samplers import EvalSampler, TrainSampler, passes_per_step
+from datamodules.sizes import training_sizes
 from datamodules.transforms import Transform, eval_transform, train_transform
 from datamodules.workers import heed_only_the_parent
 
@@ -30,6 +35,12 @@ class PictureData(L.LightningDataModule):
         mean, std: of RGB in 0-1.
         crop_pct, crop_mode, interpolation: timm's words for evaluation; interpolation also for training crops.
         crop_scale, hflip: area range of the random resized crop, probability of a flip.
+        rand_augment: timm's policy string, such as rand-m9-n2-p0.5-mstd0.5-inc1.
+        random_erasing: probability, of N(0,1) noise in a box of the normalised picture (timm's).
+        repeated_augment: copies of each picture in a batch (`TrainSampler`).
+        mixup, cutmix: Beta parameters, 0 is off; with either, targets in training are (B, K) float32, `label_smoothing` folded in.
+        augment_args: fields of `Augment`.
+        train_size, epochs: size of training crops where it is not image_size (`training_sizes`).
         val_fraction, split_seed: part of train held out where there is no `val`; `seed` moves order and augmentation only.
         global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an epoch is dropped.
         micro_batch_size: largest number of pictures in one pass of one rank.
@@ -52,6 +63,15 @@ class PictureData(L.LightningDataModule):
     crop_mode: str = "center"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = 0.5
+    rand_augment: str | None = None
+    random_erasing: float = 0.0
+    repeated_augment: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+    augment_args: dict[str, Any] = field(default_factory=dict)
+    train_size: str | int | None = None
+    epochs: int = 1
     val_fraction: float = 0.1
     split_seed: int = 0
     seed: int = 0
@@ -66,11 +86,15 @@ class PictureData(L.LightningDataModule):
         size = self.image_size
         self.image_size = (size, size) if isinstance(size, int) else tuple(size)
         self.mean, self.std, self.crop_scale = tuple(self.mean), tuple(self.std), tuple(self.crop_scale)
-        self._check_values()
+        self.augment = read_augment(self.augment_args)
+        check_values(self)
+        self.train_sizes = training_sizes(self.train_size, self.image_size, self.epochs)
         self.class_names, self.splits = self.read()
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
-        self._statistics: dict[torch.device, torch.Tensor] = {}
+        mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
+        mixer = Mixer(**mixing, num_classes=len(self.class_names)) if self.mixing else None
+        self._on_device = OnDevice(self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed)
         self._resume: tuple[int, int] | None = None  # epoch and samples of it, for the next train_dataloader()
 
     def read(self) -> tuple[list[str], dict[str, Split]]:
@@ -84,10 +108,16 @@ class PictureData(L.LightningDataModule):
         rest, val = hold_out(train, self.val_fraction, self.split_seed, class_names)
         return {"train": rest, "val": val}
 
-    def train_transform(self) -> Transform:
-        """RGB picture -> (3, H, W) uint8, random."""
+    def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
+        """RGB picture -> (3, H, W) uint8 of `size` or else image_size, random."""
         return train_transform(
-            self.image_size, interpolation=self.interpolation, mean=self.mean, crop_scale=self.crop_scale, hflip=self.hflip
+            size or self.image_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            crop_scale=self.crop_scale,
+            hflip=self.hflip,
+            rand_augment=self.rand_augment,
+            augment=self.augment,
         )
 
     def eval_transform(self) -> Transform:
@@ -128,7 +158,19 @@ class PictureData(L.LightningDataModule):
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a position in training to mean the same samples: plain values."""
-        return {"seed": self.seed, "global_batch_size": self.global_batch_size, "sizes": self.sizes, "fingerprint": self.fingerprint}
+        order = {"seed": self.seed, "global_batch_size": self.global_batch_size, "repeated_augment": self.repeated_augment}
+        return {**order, "sizes": self.sizes, "fingerprint": self.fingerprint}
+
+    @property
+    def mixing(self) -> bool:
+        """Whether batches are mixed in training, and targets soft."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def notes(self) -> list[str]:
+        """Lines for people: given values that change nothing."""
+        flag = "rand_augment" if self.rand_augment else "auto_augment"
+        policy = self.rand_augment or self.augment.auto_augment
+        return inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -136,17 +178,9 @@ class PictureData(L.LightningDataModule):
         return self.sizes["train"] // self.global_batch_size
 
     def accumulation(self, world_size: int) -> int:
-        """Passes per optimizer step: the smallest divisor k of the per-rank batch with per-rank batch / k <= micro_batch_size.
-
-        Raises:
-            ValueError: global_batch_size is not a multiple of world_size.
-        """
-        per_rank, left = divmod(self.global_batch_size, world_size)
-        if left or not per_rank:
-            near, given = max(1, per_rank) * world_size, self.global_batch_size
-            raise ValueError(f"--global_batch_size {given} is not a multiple of the {world_size} processes; {near} would be")
-        largest = self.micro_batch_size or per_rank
-        return next(k for k in range(1, per_rank + 1) if per_rank % k == 0 and per_rank // k <= largest)
+        """Passes per optimizer step (`passes_per_step`); even ones where training mixes pairs. Raises ValueError where there is none."""
+        pairs = self.mixing and self.augment.mix_mode != "roll" and not self.eval_only
+        return passes_per_step(self.global_batch_size, world_size, self.micro_batch_size, multiple=2 if pairs else 1)
 
     def setup(self, stage: str) -> None:
         self._resume = None  # load_state_dict, if there is a checkpoint, comes after
@@ -168,8 +202,11 @@ class PictureData(L.LightningDataModule):
             world_size=self._world_size,
             epoch=epoch,
             start=start,
+            repeats=self.repeated_augment,
         )
-        pictures = TrainPictures(self.splits["train"], self.train_transform(), self.seed)
+        transforms = {size: self.train_transform(size) for size in set(self.train_sizes)}
+        boxes = Boxes(self.random_erasing, self.augment.erasing_count) if self.random_erasing else None
+        pictures = TrainPictures(self.splits["train"], [transforms[size] for size in self.train_sizes], self.seed, boxes)
         return self._loader(pictures, sampler, self.global_batch_size // self._world_size // passes)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -204,16 +241,13 @@ class PictureData(L.LightningDataModule):
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])
 
-    def on_after_batch_transfer(self, batch: dict[str, torch.Tensor], dataloader_idx: int) -> dict[str, torch.Tensor]:
-        """`image` uint8 0-255 -> normalised float32 (B, 3, H, W), in the arithmetic of timm's PrefetchLoader; float pictures pass."""
-        image = batch["image"]
-        if image.dtype != torch.uint8:
-            return batch
-        if image.device not in self._statistics:
-            pair = torch.tensor([self.mean, self.std], dtype=torch.float64).mul(255).float()  # (2, 3)
-            self._statistics[image.device] = pair.view(2, 1, 3, 1, 1).to(image.device)
-        mean, std = self._statistics[image.device]
-        return {**batch, "image": image.float().sub_(mean).div_(std)}
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """What the device side needs and the host knows (`OnDevice.before`)."""
+        return self._on_device.before(batch, getattr(self.trainer, "current_epoch", 0), self._rank)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Normalised, erased and mixed on the device (`OnDevice.after`)."""
+        return self._on_device.after(batch)
 
     @property
     def worker_count(self) -> int:
@@ -259,28 +293,3 @@ class PictureData(L.LightningDataModule):
         given, largest = self.global_batch_size, self.sizes["train"]
         if given > largest:
             raise ValueError(f"--global_batch_size {given} is larger than the training set; the largest that fits is {largest}")
-
-    def _check_values(self) -> None:
-        try:
-            str_to_interp_mode(self.interpolation)
-        except KeyError:
-            raise ValueError(f"interpolation {self.interpolation!r}: nearest, bilinear, bicubic, box, hamming or lanczos") from None
-        low, high = self.crop_scale
-        rules = {
-            "image_size": (len(self.image_size) == 2 and min(self.image_size) > 0, "a positive number of pixels, or (height, width)"),
-            "mean": (len(self.mean) == 3, "three numbers"),
-            "std": (len(self.std) == 3 and min(self.std) > 0, "three positive numbers"),
-            "crop_pct": (self.crop_pct > 0, "positive"),
-            "crop_mode": (self.crop_mode in ("center", "squash", "border"), "center, squash or border"),
-            "crop_scale": (0 < low <= high <= 1, "two areas, 0 < low <= high <= 1"),
-            "hflip": (0 <= self.hflip <= 1, "a probability"),
-            "val_fraction": (0 <= self.val_fraction < 1, "at least 0 and below 1"),
-            "split_seed": (0 <= self.split_seed < 2**32, "0 to 2^32 - 1"),
-            "seed": (self.seed >= 0, "at least 0"),
-            "global_batch_size": (self.global_batch_size >= 1, "at least 1"),
-            "micro_batch_size": (self.micro_batch_size is None or self.micro_batch_size >= 1, "at least 1"),
-            "workers": (self.workers is None or self.workers >= 0, "at least 0"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{name} {getattr(self, name)!r}: {rule}")

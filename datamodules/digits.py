@@ -28,8 +28,8 @@ class Scans:
 class DataModule(PictureData):
     """Fixed stratified split: 360 test, of the other 1,437 `val_fraction` by `split_seed`.
 
-    Training shifts by up to one of the eight pixels. A digit is never flipped nor cropped, whatever `hflip`, `crop_scale` and
-    `crop_pct` say.
+    Training shifts by up to one of the eight pixels. A digit is never flipped nor cropped, whatever `hflip`, `crop_scale`, `crop_pct` and
+    `augment_args` (vflip, crop_ratio) say.
     """
 
     in_memory: ClassVar[bool] = True
@@ -48,5 +48,12 @@ class DataModule(PictureData):
         train, test = hold_out(every, TEST_FRACTION, 0, classes)
         return classes, {**self.with_val(train, classes), "test": test}
 
-    def train_transform(self) -> Transform:
-        return shift_transform(self.image_size, interpolation=self.interpolation, shift=1 / 8)
+    def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
+        return shift_transform(
+            size or self.image_size,
+            interpolation=self.interpolation,
+            shift=1 / 8,
+            mean=self.mean,
+            rand_augment=self.rand_augment,
+            augment=self.augment,
+        )

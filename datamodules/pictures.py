@@ -30,20 +30,30 @@ class Split:
 
 
 class TrainPictures(Dataset):
-    """Key (index, epoch) -> image (3, H, W) uint8, target, index; the augmentation is a function of (seed, epoch, index) alone."""
+    """Key (index, epoch) or (index, epoch, copy) -> image (3, H, W) uint8, target, index; a function of seed and key alone.
 
-    def __init__(self, split: Split, transform: Transform, seed: int) -> None:
-        self.split, self.transform, self.seed = split, transform, seed
+    Args:
+        transforms: of each epoch; the last holds for all later ones.
+        boxes: decides from the image where the device will erase it; the sample then has `erase`, an int64 tensor.
+    """
+
+    def __init__(
+        self, split: Split, transforms: list[Transform], seed: int, boxes: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> None:
+        self.split, self.transforms, self.seed, self.boxes = split, transforms, seed, boxes
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict:
-        index, epoch = key
+    def __getitem__(self, key: tuple[int, ...]) -> dict:
+        index, epoch, *copy = key
         picture = self.split.open(self.split.names[index])
-        with keyed_rng(self.seed, epoch, index):
-            image = self.transform(picture)
-        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index}
+        transform, erase = self.transforms[min(epoch, len(self.transforms) - 1)], {}
+        with keyed_rng(self.seed, epoch, index, *copy):
+            image = transform(picture)
+            if self.boxes is not None:
+                erase = {"erase": self.boxes(image)}
+        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, **erase}
 
 
 class EvalPictures(Dataset):
@@ -62,15 +72,15 @@ class EvalPictures(Dataset):
 
 
 @contextmanager
-def keyed_rng(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed `random`, `numpy.random` and torch's CPU generator for one sample; outside a worker the states before are put back.
+def keyed_rng(seed: int, *key: int) -> Iterator[None]:
+    """Seed `random`, `numpy.random` and torch's CPU generator by seed and key; outside a worker the states before are put back.
 
     timm's transforms draw from all three. The CUDA generators are never touched (`torch.manual_seed` would seed them).
     """
     restore = get_worker_info() is None
     if restore:
         before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    seeds = np.random.SeedSequence(seed, spawn_key=(epoch, index)).generate_state(3).tolist()
+    seeds = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()
     random.seed(seeds[0])
     np.random.seed(seeds[1])
     torch.default_generator.manual_seed(seeds[2])

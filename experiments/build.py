@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ from experiments.config import Command, Config, read
 from experiments.keywords import check_values
 from experiments.usage import UsageError, did_you_mean, size
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from lightning_modules.freeze import freeze
 from lightning_modules.history import History
+from lightning_modules.losses import LOSSES, check_loss
 from lightning_modules.meter import Meter, Progress
+from lightning_modules.optim import check_optimizer, optimizer
 from lightning_modules.predictions import Predictions
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT, Preemption
+from lightning_modules.schedules import SCHEDULES
 from lightning_modules.signals import notice
 from lightning_modules.task import Classify
 from lightning_modules.tracking import SafeWandbLogger
@@ -96,6 +101,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
     problems += _unfit(cfg, data) if data else []
+    problems += _unlearnable(cfg, data.spec["num_outputs"]) if data and not cfg.eval_only else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
@@ -108,7 +114,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         cfg = replace(cfg, micro_batch_size=before["micro_batch_size"] if same_world else plan.micro_batch_size(meta, cfg))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
-    for note in (*command.notes, *([line] if line else [])):
+    for note in (*command.notes, *([line] if line else []), *([] if cfg.eval_only else data.notes())):
         print(note)
     if cfg.dry_run:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, data.identity)
@@ -165,6 +171,18 @@ def _unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
     return problems
 
 
+def _unlearnable(cfg: Config, num_outputs: int) -> list[str]:
+    """What loss and optimizer say against their settings."""
+    problems = []
+    for check in (partial(check_loss, cfg.loss, smoothing=cfg.label_smoothing, mixing=bool(cfg.mixup or cfg.cutmix), num_outputs=num_outputs),
+                  partial(check_optimizer, cfg.optimizer, cfg.optimizer_args)):
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _check_names(cfg: Config) -> None:
     models.check_name(cfg.model)
     if not cfg.model.startswith("timm/"):
@@ -186,6 +204,8 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     return datamodules.create(
         cfg.data, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation,
         crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale, hflip=cfg.hflip, val_fraction=cfg.val_fraction,
+        rand_augment=cfg.rand_augment, random_erasing=cfg.random_erasing, repeated_augment=cfg.repeated_augment, mixup=cfg.mixup,
+        cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing, augment_args=cfg.augment_args, train_size=cfg.train_size, epochs=cfg.epochs,
         split_seed=cfg.split_seed, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size,
         workers=cfg.workers, eval_only=cfg.eval_only, **names, **cfg.data_args)
 
@@ -196,15 +216,26 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
     line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only) \
         if cfg.init else ""
+    if cfg.train_size is not None and hasattr(network, "set_any_size"):
+        network.set_any_size()
+    if cfg.freeze and not cfg.eval_only:
+        names, count = freeze(network, cfg.freeze), cost.parameters(network)
+        fixed = sum(parameter.numel() for name, parameter in network.named_parameters() if name in {*names})
+        line += f"{'; ' * bool(line)}freeze {cfg.freeze}: {fixed:,} of {count:,} parameters stay as they are"
     return network, line
 
 
 def task(run: Run) -> Classify:
-    cfg = run.cfg
-    warmup = min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
-    return Classify(run.model, run.data.spec, rundir.plain(cfg), steps_per_epoch=run.data.steps_per_epoch, lr=cfg.lr, min_lr=cfg.min_lr,
-                    warmup_epochs=warmup, epochs=cfg.epochs, weight_decay=cfg.weight_decay, label_smoothing=cfg.label_smoothing,
-                    seed=cfg.seed)
+    cfg, per_epoch = run.cfg, run.data.steps_per_epoch
+    warmup = cfg.warmup_steps
+    if warmup is None:
+        warmup = round((min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs) * per_epoch)
+    schedule = partial(SCHEDULES[cfg.schedule], peak=cfg.lr, min_lr=cfg.min_lr, warmup_lr=cfg.warmup_lr, warmup_steps=warmup,
+                       total_steps=cfg.epochs * per_epoch, steps_per_epoch=per_epoch)
+    make_optimizer = partial(optimizer, name=cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay,
+                             head_lr_scale=cfg.head_lr_scale, **cfg.optimizer_args)
+    return Classify(run.model, run.data.spec, rundir.plain(cfg), loss=partial(LOSSES[cfg.loss], smoothing=cfg.label_smoothing),
+                    schedule=schedule, make_optimizer=make_optimizer, seed=cfg.seed)
 
 
 def trainer(run: Run) -> L.Trainer:
@@ -224,9 +255,10 @@ def trainer(run: Run) -> L.Trainer:
     if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
     return L.Trainer(
-        **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad, logger=loggers(run),
-        callbacks=callbacks, plugins=plugins, default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
+        **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad,
+        gradient_clip_algorithm=cfg.clip_mode, logger=loggers(run), callbacks=callbacks, plugins=plugins,
+        default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False,
+        enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
 
 
 def loggers(run: Run) -> list[Any]:

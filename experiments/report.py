@@ -21,6 +21,7 @@ from experiments.recipe import RECIPES, recipe_names
 from experiments.usage import size
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.history import History
+from lightning_modules.losses import LOSSES
 from lightning_modules.meter import Meter, clock, peak_memory_mb
 from lightning_modules.preemption import Preempted, disarm_launcher
 from lightning_modules.signals import PREEMPTED, notice
@@ -46,6 +47,13 @@ def listing(cfg: Config) -> int:
     elif cfg.list == "data":
         for name in datamodules.names():
             print(f"{name:<12}{import_module(f'datamodules.{name}').__doc__.splitlines()[0]}")
+    elif cfg.list == "losses":
+        for name, loss in LOSSES.items():
+            made, how = getattr(loss, "func", loss), getattr(loss, "keywords", {})
+            print(f"{name:<16}{' '.join(made.__doc__.split(chr(10))[0].split())}" + "".join(f" {key} {value};" for key, value in how.items()))
+    elif cfg.list == "metrics":
+        print("acc1, acc5  share of pictures whose class is the likeliest, or among the five likeliest\n"
+              "loss        mean cross entropy, without smoothing")
     else:
         for name in recipe_names():
             print(f"{name:<26}{(RECIPES / f'{name}.yaml').read_text().splitlines()[0].lstrip('# ')}")

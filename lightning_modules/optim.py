@@ -1,29 +1,93 @@
-"""Optimizer, weight-decay groups and the learning rate as a pure function of the step."""
-import math
+"""Optimizers through timm: which parameters decay, which learn at a rate of their own, and setting the rate of a step."""
+import inspect
+from typing import Any
 
-from timm.optim import param_groups_weight_decay
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
+
+from lightning_modules import schedules
+from models.pretrained import head_keys
+
+DEFAULTS: dict[str, dict[str, Any]] = {  # where timm's factory would give something else than the optimizer's own authors
+    "adamw": {}, "lamb": {}, "sgd": {}, "muon": {"momentum": 0.95}}
 
 
-def adamw(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) that decays matrices only: no 1-D tensor, no bias, no name in `model.no_weight_decay()` (as timm)."""
-    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
-    return AdamW(param_groups_weight_decay(model, weight_decay, exempt), lr=lr, betas=betas, eps=eps)
+def check_optimizer(name: str, optimizer_args: dict[str, Any]) -> None:
+    """Raise ValueError, naming the flag, for an unknown optimizer or an argument that it does not take (timm drops some silently)."""
+    if name not in DEFAULTS:
+        raise ValueError(f"--optimizer {name}: choose from {', '.join(DEFAULTS)}")
+    allowed = sorted(set(inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters) - {"params", "lr", "weight_decay"})
+    if unknown := sorted(set(optimizer_args) - set(allowed)):
+        raise ValueError(f"--optimizer_args {', '.join(unknown)}: {name} takes {', '.join(allowed)}")
 
 
-def warmup_cosine(step: int, *, peak: float, min_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of optimizer step `step` (0-based): linear from 0 to `peak` over the warm-up, then half a cosine down to `min_lr`.
+def optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float, layer_decay: float | None = None, head_lr_scale: float = 1.0,
+              **optimizer_args: Any) -> Optimizer:
+    """An optimizer of the trainable parameters: `adamw`, `lamb`, `sgd` (Nesterov momentum 0.9) or `muon`, with timm's defaults.
 
-    Step 0 of a warm-up has rate 0, as in big_vision (utils.py:1113-1138); past the last step it stays at `min_lr`.
+    No decay for 1-D tensors, biases and the names in `model.no_weight_decay()`. Muon orthogonalises hidden matrices and kernels; the first
+    layer, the heads and what does not decay learn by AdamW at the same rate. LAMB clips the gradient's norm to 1 by itself
+    (`max_grad_norm`).
+
+    Args:
+        lr: the rate of a group is this times its `lr_scale`.
+        layer_decay: factor per layer from the head down to the input (timm's `param_groups_layer_decay`).
+        head_lr_scale: factor for the classifiers.
     """
-    if step < warmup_steps:
-        return peak * step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return min_lr + (peak - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    check_optimizer(name, optimizer_args)
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise ValueError(f"--layer_decay {layer_decay}: must be above 0 and at most 1")
+    if not head_lr_scale > 0:
+        raise ValueError(f"--head_lr_scale {head_lr_scale}: must be above 0")
+    groups = parameter_groups(model, weight_decay, layer_decay, muon=name == "muon")
+    if not groups:
+        raise ValueError("no parameter is left to train: --freeze froze them all")
+    if head_lr_scale != 1:
+        groups = scale_apart(groups, model, head_lr_scale)
+    made = create_optimizer_v2(groups, name, lr=lr, **DEFAULTS[name] | optimizer_args)
+    set_lr(made, lr)
+    return made
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None, *, muon: bool = False) -> list[dict[str, Any]]:
+    """timm's groups of the trainable parameters: by decay, or by layer and decay; for Muon also by `use_fallback`."""
+    settings = {"weight_decay": weight_decay, "no_weight_decay_list": model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()}
+    if muon:
+        settings["fallback_list"] = not_hidden(model)
+    if layer_decay is None:
+        return param_groups_weight_decay(model, **settings)
+    return param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
+
+
+def not_hidden(model: nn.Module) -> set[str]:
+    """Names of the parameters on the rim: the first layer with positions and tokens, the classifiers, and all that never decays."""
+    layers = group_parameters(model, model.group_matcher(coarse=False))
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    return set(layers[0]) | head_keys(model) | set(exempt)
+
+
+def scale_apart(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
+    """Split each group into the rest and the classifiers' parameters, whose `lr_scale` is multiplied."""
+    names, split = head_keys(model), []
+    heads = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+    for group in groups:
+        for part, factor in ((False, 1.0), (True, scale)):
+            if parameters := [p for p in group["params"] if (id(p) in heads) == part]:
+                split.append({**group, "params": parameters, "lr_scale": group.get("lr_scale", 1.0) * factor})
+    return split
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Give every group the rate, times its own `lr_scale` where it has one (timm's word)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
+    return optimizer(model, "adamw", lr=lr, weight_decay=weight_decay)
+
+
+def warmup_cosine(step: int, **settings: float) -> float:
+    return schedules.cosine(step, **{"warmup_lr": 0.0, "steps_per_epoch": 1, **settings})

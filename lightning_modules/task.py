@@ -1,14 +1,15 @@
 """How a network learns a task: model, loss, optimizer and metrics wired into Lightning. The maths stands in optim and evaluation."""
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_modules.evaluation import ClassificationMetrics
-from lightning_modules.optim import adamw, set_lr, warmup_cosine
+from lightning_modules.freeze import hold_frozen
+from lightning_modules.optim import set_lr
 
 
 def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
@@ -17,37 +18,44 @@ def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
 
 
 class Classify(L.LightningModule):
-    """Single-label classification with label-smoothed cross entropy.
+    """Single-label classification.
 
     Args:
         model: (B, 3, H, W) -> logits (B, num_outputs).
         spec: the data's specification (design: task, num_outputs, class_names, ...); kept in the checkpoint.
         config: the resolved config as plain data; kept in the checkpoint.
-        steps_per_epoch: optimizer steps, whatever the ranks and accumulation.
+        loss: logits (B, K), targets (B,) int64 or, mixed, (B, K) float -> scalar.
+        schedule: optimizer step (0-based) -> learning rate.
+        make_optimizer: model -> optimizer; its groups may carry `lr_scale`.
+        seed: of dropout and drop path.
     """
 
     monitor, mode = "val/acc1", "max"
 
-    def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, steps_per_epoch: int, lr: float, min_lr: float,
-                 warmup_epochs: float, epochs: int, weight_decay: float, label_smoothing: float, seed: int):
+    def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, loss: Callable[[Tensor, Tensor], Tensor],
+                 schedule: Callable[[int], float], make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], seed: int):
         super().__init__()
         if hasattr(model, "set_distilled_training"):  # no teacher here: one output, the mean of both heads
             model.set_distilled_training(False)
         self.model, self.spec, self.config = model, spec, config
-        self.weight_decay, self.label_smoothing, self.seed = weight_decay, label_smoothing, seed
-        self.schedule = {"peak": lr, "min_lr": min_lr, "warmup_steps": round(warmup_epochs * steps_per_epoch),
-                         "total_steps": epochs * steps_per_epoch}
+        self.loss, self.schedule, self.make_optimizer, self.seed = loss, schedule, make_optimizer, seed
         self.lr_used = 0.0
         self.val_metrics, self.test_metrics = ClassificationMetrics(spec["num_outputs"]), ClassificationMetrics(spec["num_outputs"])
+
+    def train(self, mode: bool = True) -> "Classify":
+        """As always, but what is frozen stays in evaluation mode."""
+        super().train(mode)
+        hold_frozen(self.model)
+        return self
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(image)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` (mean over the batch), and `acc1` of the batch."""
-        logits = self(batch["image"]).float()
-        loss = F.cross_entropy(logits, batch["target"], label_smoothing=self.label_smoothing)
-        return {"loss": loss, "acc1": (logits.detach().argmax(1) == batch["target"]).float().mean()}
+        """`loss` (mean over the batch), and `acc1` of the batch: of mixed targets the heaviest counts."""
+        logits, target = self(batch["image"]).float(), batch["target"]
+        heaviest = target.argmax(1) if target.is_floating_point() else target
+        return {"loss": self.loss(logits, target), "acc1": (logits.detach().argmax(1) == heaviest).float().mean()}
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -69,10 +77,10 @@ class Classify(L.LightningModule):
         return logits
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self.model, lr=self.schedule["peak"], weight_decay=self.weight_decay)
+        return self.make_optimizer(self.model)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.lr_used = warmup_cosine(self.global_step, **self.schedule)
+        self.lr_used = self.schedule(self.global_step)
         set_lr(optimizer, self.lr_used)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

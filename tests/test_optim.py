@@ -33,7 +33,7 @@ def test_schedule_without_warm_up_and_past_its_end():
 def test_decay_groups_equal_timms_on_the_same_architecture():
     ours = adamw(models.create("vit_ti16"), lr=1.0, weight_decay=0.3)
     twin = timm.create_model("vit_tiny_patch16_224")
-    theirs = param_groups_weight_decay(twin, 0.3, twin.no_weight_decay())
+    theirs = param_groups_weight_decay(twin, 0.3, no_weight_decay_list=twin.no_weight_decay())
     assert [(group["weight_decay"], len(group["params"])) for group in ours.param_groups] == [
         (group["weight_decay"], len(group["params"])) for group in theirs]
     decayed = {id(parameter) for group in ours.param_groups if group["weight_decay"] for parameter in group["params"]}
