@@ -27,6 +27,7 @@ class Classify(L.LightningModule):
     """
 
     monitor, mode = "val/acc1", "max"
+    ema: nn.Module | None = None  # the network with averaged weights while training keeps one (lightning_modules/ema.py)
 
     def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, steps_per_epoch: int, lr: float, min_lr: float,
                  warmup_epochs: float, epochs: int, weight_decay: float, label_smoothing: float, seed: int):
@@ -38,7 +39,7 @@ class Classify(L.LightningModule):
         self.schedule = {"peak": lr, "min_lr": min_lr, "warmup_steps": round(warmup_epochs * steps_per_epoch),
                          "total_steps": epochs * steps_per_epoch}
         self.lr_used = 0.0
-        self.val_metrics, self.test_metrics = ClassificationMetrics(spec["num_outputs"]), ClassificationMetrics(spec["num_outputs"])
+        self.val_metrics, self.val_ema_metrics, self.test_metrics = (ClassificationMetrics(spec["num_outputs"]) for _ in range(3))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model(image)
@@ -56,14 +57,16 @@ class Classify(L.LightningModule):
         return self.losses(batch)  # logged by the Meter callback
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, "val", self.val_metrics)
+        if self.ema is not None:
+            self._evaluate(self.ema, batch, "val_ema", self.val_ema_metrics)
+        return self._evaluate(self.model, batch, "val", self.val_metrics)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(self.model, batch, "test", self.test_metrics)
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> Tensor:
+    def _evaluate(self, network: nn.Module, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> Tensor:
         """Count the batch and return its logits (B, num_outputs)."""
-        logits = self(batch["image"])
+        logits = network(batch["image"])
         metrics.update(logits, batch["target"], batch["valid"])
         self.log_dict(metrics.named(stage), on_step=False, on_epoch=True, logger=False, batch_size=len(batch["target"]))
         return logits
