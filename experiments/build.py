@@ -21,6 +21,8 @@ from experiments import plan, rundir
 from experiments.config import Command, Config, read
 from experiments.keywords import check_values
 from experiments.usage import UsageError, did_you_mean, size
+from lightning_modules import ema
+from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, Progress
@@ -194,29 +196,40 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     """The network with its first weights, and the line that says where they come from ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
-    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only) \
-        if cfg.init else ""
+    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only,
+                                 use_ema=cfg.use_ema if cfg.eval_only else None) if cfg.init else ""
     return network, line
 
 
 def task(run: Run) -> Classify:
     cfg = run.cfg
     warmup = min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
-    return Classify(run.model, run.data.spec, rundir.plain(cfg), steps_per_epoch=run.data.steps_per_epoch, lr=cfg.lr, min_lr=cfg.min_lr,
+    classify = Classify(run.model, run.data.spec, rundir.plain(cfg), steps_per_epoch=run.data.steps_per_epoch, lr=cfg.lr, min_lr=cfg.min_lr,
                     warmup_epochs=warmup, epochs=cfg.epochs, weight_decay=cfg.weight_decay, label_smoothing=cfg.label_smoothing,
                     seed=cfg.seed)
+    classify.monitor = monitor(cfg)
+    return classify
+
+
+def monitor(cfg: Config) -> str:
+    """The metric that chooses the best epoch."""
+    return ema.MONITOR if ema.uses_ema(cfg.ema_decay, cfg.use_ema) else Classify.monitor
 
 
 def trainer(run: Run) -> L.Trainer:
     cfg, checkpoints = run.cfg, run.folder / "checkpoints"
     meter = Meter(cfg.global_batch_size, cfg.log_every_steps)
     callbacks = [meter, Progress(meter, cfg.epochs * run.data.steps_per_epoch, cfg.epochs),
-                 Predictions(run.folder, run.data.spec["class_names"]),
-                 Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
+                 Predictions(run.folder, run.data.spec["class_names"])]
+    if not cfg.eval_only:  # before those that save
+        callbacks += [ema.Ema(cfg.ema_decay)] if cfg.ema_decay is not None else []
+        callbacks += [Averaging(checkpoints, cfg.average_checkpoints, monitor(cfg), Classify.mode, ema.uses_ema(cfg.ema_decay, cfg.use_ema))] \
+            if cfg.average_checkpoints else []
+    callbacks += [Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
     if run.data.sizes["val"]:
-        callbacks.append(BestCheckpoint(checkpoints, Classify.monitor, Classify.mode))
+        callbacks.append(BestCheckpoint(checkpoints, monitor(cfg), Classify.mode))
         if cfg.patience:
-            callbacks.append(EarlyStopping(Classify.monitor, mode=Classify.mode, patience=cfg.patience))
+            callbacks.append(EarlyStopping(monitor(cfg), mode=Classify.mode, patience=cfg.patience))
     world, passes = plan.world_size(cfg), 1
     if not cfg.eval_only:
         passes = run.data.accumulation(world)
