@@ -12,7 +12,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 import datamodules
@@ -22,18 +21,11 @@ from experiments import plan, rundir
 from experiments.config import Command, Config, read
 from experiments.keywords import check_values
 from experiments.usage import UsageError, did_you_mean, size
-from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.freeze import freeze
-from lightning_modules.history import History
-from lightning_modules.losses import LOSSES, check_loss
-from lightning_modules.meter import Meter, Progress
-from lightning_modules.optim import check_optimizer, optimizer
-from lightning_modules.predictions import Predictions
-from lightning_modules.preemption import COLLECTIVE_TIMEOUT, Preemption
-from lightning_modules.schedules import SCHEDULES
+from lightning_modules.losses import check_loss
+from lightning_modules.optim import check_optimizer
+from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from lightning_modules.signals import notice
-from lightning_modules.task import Classify
-from lightning_modules.tracking import SafeWandbLogger
 from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
@@ -214,8 +206,8 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     """The network with its first weights, and the line that says where they come from ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
-    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only) \
-        if cfg.init else ""
+    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only,
+                                 use_ema=cfg.use_ema if cfg.eval_only else None) if cfg.init else ""
     if cfg.train_size is not None and hasattr(network, "set_any_size"):
         network.set_any_size()
     if cfg.freeze and not cfg.eval_only:
@@ -223,47 +215,3 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
         fixed = sum(parameter.numel() for name, parameter in network.named_parameters() if name in {*names})
         line += f"{'; ' * bool(line)}freeze {cfg.freeze}: {fixed:,} of {count:,} parameters stay as they are"
     return network, line
-
-
-def task(run: Run) -> Classify:
-    cfg, per_epoch = run.cfg, run.data.steps_per_epoch
-    warmup = cfg.warmup_steps
-    if warmup is None:
-        warmup = round((min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs) * per_epoch)
-    schedule = partial(SCHEDULES[cfg.schedule], peak=cfg.lr, min_lr=cfg.min_lr, warmup_lr=cfg.warmup_lr, warmup_steps=warmup,
-                       total_steps=cfg.epochs * per_epoch, steps_per_epoch=per_epoch)
-    make_optimizer = partial(optimizer, name=cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay,
-                             head_lr_scale=cfg.head_lr_scale, **cfg.optimizer_args)
-    return Classify(run.model, run.data.spec, rundir.plain(cfg), loss=partial(LOSSES[cfg.loss], smoothing=cfg.label_smoothing),
-                    schedule=schedule, make_optimizer=make_optimizer, seed=cfg.seed)
-
-
-def trainer(run: Run) -> L.Trainer:
-    cfg, checkpoints = run.cfg, run.folder / "checkpoints"
-    meter = Meter(cfg.global_batch_size, cfg.log_every_steps)
-    callbacks = [meter, Progress(meter, cfg.epochs * run.data.steps_per_epoch, cfg.epochs),
-                 Predictions(run.folder, run.data.spec["class_names"]),
-                 Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
-    if run.data.sizes["val"]:
-        callbacks.append(BestCheckpoint(checkpoints, Classify.monitor, Classify.mode))
-        if cfg.patience:
-            callbacks.append(EarlyStopping(Classify.monitor, mode=Classify.mode, patience=cfg.patience))
-    world, passes = plan.world_size(cfg), 1
-    if not cfg.eval_only:
-        passes = run.data.accumulation(world)
-    plugins: list[Any] = [AtomicCheckpointIO(passes)]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
-    return L.Trainer(
-        **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad,
-        gradient_clip_algorithm=cfg.clip_mode, logger=loggers(run), callbacks=callbacks, plugins=plugins,
-        default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
-
-
-def loggers(run: Run) -> list[Any]:
-    cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
-    if cfg.logger == "wandb":
-        config = {**rundir.plain(cfg), "params": cost.parameters(run.model), "commit": rundir.commit()}
-        found.append(SafeWandbLogger(run.folder, config=config))
-    return found

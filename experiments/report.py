@@ -19,7 +19,9 @@ from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
 from experiments.usage import size
+from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import LastCheckpoint
+from lightning_modules.ema import uses_ema
 from lightning_modules.history import History
 from lightning_modules.losses import LOSSES
 from lightning_modules.meter import Meter, clock, peak_memory_mb
@@ -197,7 +199,8 @@ def _stop(trainer: L.Trainer, line: str) -> None:
 
 
 def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
-    """`val/*` of the best checkpoint (read from the history), `test/*` where there is a labelled test split, and which epoch was best."""
+    """`val/*` of the best checkpoint (read from the history), `test/*` where there is a labelled test split, and which epoch was best. With
+    averaged checkpoints `val/*` and `test/*` are theirs, and `best` stays that of the epoch."""
     sizes = run.data.sizes
     if run.cfg.eval_only:
         stage = "test" if sizes["test"] else "val"
@@ -207,20 +210,34 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
             logger.log_metrics({"epoch": 0, **scores}, step=0)
         metric = f"{stage}/{task.monitor.split('/')[1]}"
         return {"metric": metric, "best": scores[metric], "best_epoch": None, "stopped_epoch": None, **scores}
-    state, epoch = None, -1
+    averaged, state, epoch = _averaged(task, trainer), None, -1
     if sizes["val"] or sizes["test"]:
-        checkpoint = pretrained.read_checkpoint(pretrained.checkpoint_in(run.folder))
-        state, epoch = checkpoint["state_dict"], checkpoint["epoch"]
+        file = pretrained.checkpoint_in(run.folder, pretrained.FILES[1:])
+        checkpoint = pretrained.read_checkpoint(file)
+        state, epoch = pretrained.network_state(checkpoint, uses_ema(run.cfg.ema_decay, run.cfg.use_ema), file), checkpoint["epoch"]
     rows = next(logger.rows for logger in trainer.loggers if isinstance(logger, History))
     best = next((row for row in reversed(rows) if row["epoch"] <= epoch and task.monitor in row), {})
     scores = {"metric": task.monitor, "best": best.get(task.monitor), "best_epoch": int(best["epoch"]) if best else None,
               "stopped_epoch": trainer.current_epoch - 1}
-    scores |= {key: value for key, value in best.items() if key.startswith("val")}
-    if sizes["test"]:
-        task.load_state_dict(state)
-        trainer.test(task, run.data, verbose=False)
-        scores |= {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test")}
+    if averaged:
+        state, scores["averaged_epochs"] = pretrained.network_state(averaged, None, file), " ".join(map(str, averaged["averaged_epochs"]))
+    else:
+        scores |= {key: value for key, value in best.items() if key.startswith("val")}
+    for split, score, wanted in (("val", trainer.validate, averaged), ("test", trainer.test, True)):
+        if wanted and sizes[split]:
+            task.model.load_state_dict(state)
+            score(task, run.data, verbose=False)
+            scores |= {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(split)}
     return scores
+
+
+def _averaged(task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any] | None:
+    """The checkpoint averaged over several epochs, where the run makes one. Exit 1 when the disk does not take it, or a file is damaged."""
+    try:
+        return next((callback.finish(trainer, task) for callback in trainer.callbacks if isinstance(callback, Averaging)), None)
+    except (OSError, ValueError) as error:
+        _stop(trainer, f"the weights are not averaged: {error}. Make room, or delete a damaged file (the others are averaged), and run the same "
+                       "command again")
 
 
 def _gmacs(run: Run) -> float:

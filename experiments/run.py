@@ -9,7 +9,7 @@ from lightning_modules.signals import listening
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve, train, evaluate, write the result. Returns the exit code."""
     command = read(argv)
-    from experiments import build, report  # torch and lightning: seconds, so after --help and mistakes
+    from experiments import build, report, training  # torch and lightning: seconds, so after --help and mistakes
     try:
         if command.config.list:
             return report.listing(command.config)
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
             return report.dry_run(run)
         if run.finished:
             return report.finished(run)
-        task, trainer = build.task(run), build.trainer(run)
+        task, trainer = training.task(run), training.trainer(run)
     except (ValueError, FileNotFoundError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2

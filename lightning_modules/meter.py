@@ -126,7 +126,7 @@ class Progress(Callback):
         left = (time.monotonic() - self.start) / max(1, done - self.start_step) * (self.total_steps - done)
         row = self.meter.last_row
         line = " | ".join([f"epoch {trainer.current_epoch + 1}/{self.epochs}", f"loss {row.get('train/loss', float('nan')):.4f}",
-                           *(f"{name} {100 * row[name]:.2f} %" for name in ("train/acc1", "val/acc1") if name in row),
+                           *(f"{name} {100 * row[name]:.2f} %" for name in ("train/acc1", "val/acc1", "val_ema/acc1") if name in row),
                            f"{row.get('perf/images_per_sec', 0):.0f} images/s", f"{clock(left)} left"])
         (self.bar.write if self.bar is not None else print)(line)
         sys.stdout.flush()

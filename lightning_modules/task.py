@@ -31,6 +31,7 @@ class Classify(L.LightningModule):
     """
 
     monitor, mode = "val/acc1", "max"
+    ema: nn.Module | None = None  # the network with averaged weights while training keeps one (lightning_modules/ema.py)
 
     def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, loss: Callable[[Tensor, Tensor], Tensor],
                  schedule: Callable[[int], float], make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], seed: int):
@@ -40,7 +41,7 @@ class Classify(L.LightningModule):
         self.model, self.spec, self.config = model, spec, config
         self.loss, self.schedule, self.make_optimizer, self.seed = loss, schedule, make_optimizer, seed
         self.lr_used = 0.0
-        self.val_metrics, self.test_metrics = ClassificationMetrics(spec["num_outputs"]), ClassificationMetrics(spec["num_outputs"])
+        self.val_metrics, self.val_ema_metrics, self.test_metrics = (ClassificationMetrics(spec["num_outputs"]) for _ in range(3))
 
     def train(self, mode: bool = True) -> "Classify":
         """As always, but what is frozen stays in evaluation mode."""
@@ -64,14 +65,16 @@ class Classify(L.LightningModule):
         return self.losses(batch)  # logged by the Meter callback
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, "val", self.val_metrics)
+        if self.ema is not None:
+            self._evaluate(self.ema, batch, "val_ema", self.val_ema_metrics)
+        return self._evaluate(self.model, batch, "val", self.val_metrics)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self._evaluate(batch, "test", self.test_metrics)
+        return self._evaluate(self.model, batch, "test", self.test_metrics)
 
-    def _evaluate(self, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> Tensor:
+    def _evaluate(self, network: nn.Module, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> Tensor:
         """Count the batch and return its logits (B, num_outputs)."""
-        logits = self(batch["image"])
+        logits = network(batch["image"])
         metrics.update(logits, batch["target"], batch["valid"])
         self.log_dict(metrics.named(stage), on_step=False, on_epoch=True, logger=False, batch_size=len(batch["target"]))
         return logits

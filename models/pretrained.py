@@ -14,21 +14,25 @@ from torch import Tensor, nn
 
 import models
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # where trainers keep the weights inside a checkpoint
+# where trainers keep the weights inside a checkpoint
+EMA, RAW = ("ema_state_dict", "state_dict_ema", "model_ema"), ("state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, our LightningModules
+AVERAGED, BEST = "averaged.ckpt", "best.ckpt"  # of a run directory: the mean of several epochs, and the best epoch
 LAST = ("last.ckpt", "last-1.ckpt")  # of a run directory: the last step saved, and the one saved before
+FILES = (AVERAGED, BEST, *LAST)  # whose weights a run directory stands for, the first that is there
 SEAL = b"sha256:"  # our checkpoints end in this and 64 hex digits: the comment of the zip archive that torch.save writes
 
 
-def checkpoint_in(path: str | Path) -> Path:
-    """The file of weights that a path names: itself, or the best (else last) checkpoint of a run directory. Raises FileNotFoundError."""
+def checkpoint_in(path: str | Path, names: tuple[str, ...] = FILES) -> Path:
+    """The file of weights that a path names: itself, or of a run directory the averaged checkpoint, else the best, else the last (the first
+    of `names`). Raises FileNotFoundError."""
     check_local(path)
     path = Path(path)
     if not path.is_dir():
         if not path.is_file():
             raise FileNotFoundError(f"no weights at {path}")
         return path
-    for name in ("best.ckpt", *LAST):
+    for name in names:
         if (path / "checkpoints" / name).is_file():
             return path / "checkpoints" / name
     raise FileNotFoundError(f"{path} is not a run with weights: there is no checkpoints/best.ckpt or checkpoints/last.ckpt in it")
@@ -76,13 +80,13 @@ def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]
     raise ValueError(f"{path} is damaged: its sha256 is not the one it was written with")
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Names -> tensors of a file or run directory, unwrapped from the trainer's dict and freed of the prefixes trainers add."""
-    state = read_checkpoint(checkpoint_in(path))
-    for key in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-            break
+def read_weights(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
+    """Names -> tensors of a file or run directory, unwrapped from the trainer's dict and freed of the prefixes trainers add.
+
+    use_ema: as for `load`. Raises ValueError when the file has no such weights.
+    """
+    file = checkpoint_in(path)
+    state = _chosen(_content(file), use_ema, file)
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     if not state:
         raise ValueError(f"{path} holds no tensors by name")
@@ -118,18 +122,18 @@ def head_keys(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
 
 
-def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = False, whole: bool = False) -> str:
+def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = False, whole: bool = False, use_ema: bool | None = None) -> str:
     """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that says what was loaded.
 
     Missing and unexpected tensors are reported in the line; tensors of another shape are resized where they are positions. A head of
     another size raises ValueError unless `reset_head`, which `pretrained` implies; so does any other misfit, and
-    with `whole`, as for an evaluation, a tensor left at its fresh values.
+    with `whole`, as for an evaluation, a tensor left at its fresh values. `use_ema` chooses among the weights of a file, as for `load`.
     """
     if source == "pretrained" or not Path(source).exists() and _looks_like_tag(source):
         weights = published_weights(name, None if source == "pretrained" else source)
         reset_head |= source == "pretrained"
     else:
-        weights = read_weights(source)
+        weights = read_weights(source, use_ema)
     weights, notes = fit(model, weights, source)
     own, heads = model.state_dict(), head_keys(model)
     wrong = {key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape}
@@ -207,28 +211,52 @@ def _exported(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not a readable file of weights: {_line(error)}") from None
 
 
+def _content(file: Path) -> Any:
+    """A file's content, that of an exported file as a checkpoint's."""
+    content = read_checkpoint(file)
+    return {"state_dict": content} | _exported(file) if file.suffix == ".safetensors" else content
+
+
+def _chosen(content: Any, use_ema: bool | None, file: Path) -> Any:
+    """The weights inside a file's content, with the names they have there. A file of one kind (exported, averaged.ckpt) says which."""
+    if not isinstance(content, dict):
+        return content
+    averaged, one_kind = chooses_ema(content, use_ema), isinstance(content.get("use_ema"), bool)
+    if one_kind and use_ema not in (None, averaged):
+        raise ValueError(f"{file} holds the {'averaged' if averaged else 'raw'} weights only")
+    if use_ema and not averaged:
+        raise ValueError(f"{file} keeps no averaged weights (EMA)")
+    return next((content[key] for key in (EMA if averaged and not one_kind else RAW) if isinstance(content.get(key), dict)), content)
+
+
+def chooses_ema(content: dict[str, Any], use_ema: bool | None) -> bool:
+    """Whether it is the averaged weights (EMA) that `use_ema` takes out of a checkpoint. None: as its run did, else where they are kept."""
+    if isinstance(content.get("use_ema"), bool):
+        return content["use_ema"]
+    wanted = (content.get("config") or {}).get("use_ema") if use_ema is None else use_ema
+    return wanted is not False and any(isinstance(content.get(key), dict) for key in EMA)
+
+
 def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network of one of our checkpoints, run directories or exported files, in evaluation mode, and its data specification.
 
-    use_ema: True the averaged weights, False the raw ones, None the averaged ones where the run kept them.
+    use_ema: True the averaged weights (EMA), False the raw ones, None those that the run has chosen and tested: the averaged ones where it
+    kept them, but for `--use_ema false`. The mean of several epochs (averaged.ckpt) is of one kind only.
     Raises FileNotFoundError, or ValueError when the file is no vitlab checkpoint or has no such weights.
     """
     file = checkpoint_in(path)
-    content = read_checkpoint(file)
-    if file.suffix == ".safetensors":
-        content = {"state_dict": content} | _exported(file)
-        if use_ema is not None and use_ema != content.get("use_ema", use_ema):
-            raise ValueError(f"{file} holds the {'raw' if use_ema else 'averaged'} weights only")
-        use_ema = False
+    content = _content(file)
     if not {"state_dict", "config", "spec"} <= content.keys():
         raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec; plain weights go to --init")
-    ema = content.get("ema_state_dict")
-    if use_ema and ema is None:
-        raise ValueError(f"{file} keeps no averaged weights (EMA)")
     config, spec = content["config"], content["spec"]
     model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), **config["model_args"])
-    state = ema if ema is not None and use_ema is not False else content["state_dict"]
-    if file.suffix != ".safetensors":
-        state = {key[len("model."):]: value for key, value in state.items() if key.startswith("model.")}
-    model.load_state_dict(state)
+    model.load_state_dict(network_state(content, use_ema, file))
     return model.eval(), spec
+
+
+def network_state(content: dict[str, Any], use_ema: bool | None, file: Path) -> dict[str, Tensor]:
+    """The network's own state dict out of one of our checkpoints' content. Raises ValueError when it has no such weights."""
+    state = _chosen(content, use_ema, file)
+    if file.suffix == ".safetensors":
+        return state
+    return {key[len("model."):]: value for key, value in state.items() if key.startswith("model.")}
