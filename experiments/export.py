@@ -21,7 +21,7 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
     Args:
         source: run directory or checkpoint.
         out: left out: `model.safetensors` in the run directory, or beside the checkpoint.
-        use_ema: True the averaged weights, False the raw ones, None the averaged ones where the run kept them.
+        use_ema: as for `models.load`.
 
     Raises:
         FileNotFoundError, ValueError: there are no such weights, or they are not a vitlab checkpoint's.
@@ -36,7 +36,7 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
         raise ValueError(f"--out {out}: the name must end in .safetensors")
     config = content["config"]
     about = {"config": {key: config[key] for key in ("model", "model_args", "image_size")}, "spec": spec,
-             "use_ema": content.get("ema_state_dict") is not None and use_ema is not False,
+             "use_ema": pretrained.chooses_ema(content, use_ema),
              "epoch": content.get("epoch"), "step": content.get("global_step"), "source": file.name, "source_sha256": sha256(file)}
     shown = {"model": config["model"], "model_args": config["model_args"], "classes": spec["class_names"], "image_size": spec["image_size"],
              "mean": spec["mean"], "std": spec["std"], "crop_pct": spec["crop_pct"], "source_sha256": about["source_sha256"]}

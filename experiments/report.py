@@ -224,11 +224,12 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
 
 
 def _averaged(task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any] | None:
-    """The checkpoint averaged over several epochs, where the run makes one. Exit 1 when the disk does not take it."""
+    """The checkpoint averaged over several epochs, where the run makes one. Exit 1 when the disk does not take it, or a file is damaged."""
     try:
         return next((callback.finish(trainer, task) for callback in trainer.callbacks if isinstance(callback, Averaging)), None)
-    except OSError as error:
-        _stop(trainer, f"the averaged weights are not saved, {error}. Make room, and run the same command again")
+    except (OSError, ValueError) as error:
+        _stop(trainer, f"the weights are not averaged: {error}. Make room, or delete a damaged file (the others are averaged), and run the same "
+                       "command again")
 
 
 def _gmacs(run: Run) -> float:

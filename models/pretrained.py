@@ -221,23 +221,27 @@ def _chosen(content: Any, use_ema: bool | None, file: Path) -> Any:
     """The weights inside a file's content, with the names they have there. A file of one kind (exported, averaged.ckpt) says which."""
     if not isinstance(content, dict):
         return content
-    only = content.get("use_ema")
-    if isinstance(only, bool):
-        if use_ema not in (None, only):
-            raise ValueError(f"{file} holds the {'averaged' if only else 'raw'} weights only")
-        return content["state_dict"]
-    found = {kind: next((content[key] for key in keys if isinstance(content.get(key), dict)), None) for kind, keys in ((True, EMA), (False, RAW))}
-    if use_ema and found[True] is None:
+    averaged, one_kind = chooses_ema(content, use_ema), isinstance(content.get("use_ema"), bool)
+    if one_kind and use_ema not in (None, averaged):
+        raise ValueError(f"{file} holds the {'averaged' if averaged else 'raw'} weights only")
+    if use_ema and not averaged:
         raise ValueError(f"{file} keeps no averaged weights (EMA)")
-    state = found[False] if use_ema is False or found[True] is None else found[True]
-    return content if state is None else state
+    return next((content[key] for key in (EMA if averaged and not one_kind else RAW) if isinstance(content.get(key), dict)), content)
+
+
+def chooses_ema(content: dict[str, Any], use_ema: bool | None) -> bool:
+    """Whether it is the averaged weights (EMA) that `use_ema` takes out of a checkpoint. None: as its run did, else where they are kept."""
+    if isinstance(content.get("use_ema"), bool):
+        return content["use_ema"]
+    wanted = (content.get("config") or {}).get("use_ema") if use_ema is None else use_ema
+    return wanted is not False and any(isinstance(content.get(key), dict) for key in EMA)
 
 
 def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The trained network of one of our checkpoints, run directories or exported files, in evaluation mode, and its data specification.
 
-    use_ema: True the averaged weights (EMA), False the raw ones, None the averaged ones where the run kept them. The mean of several
-    epochs (averaged.ckpt) is of one kind only.
+    use_ema: True the averaged weights (EMA), False the raw ones, None those that the run has chosen and tested: the averaged ones where it
+    kept them, but for `--use_ema false`. The mean of several epochs (averaged.ckpt) is of one kind only.
     Raises FileNotFoundError, or ValueError when the file is no vitlab checkpoint or has no such weights.
     """
     file = checkpoint_in(path)

@@ -1,6 +1,6 @@
 """EMA: step by step timm's, no part of the task, scored beside the raw weights, resumed to the byte, chosen by --use_ema."""
-import sys
-from functools import partial
+import os
+import signal
 
 import pandas as pd
 import pytest
@@ -13,9 +13,9 @@ from experiments import build, export
 from experiments.config import read
 from lightning_modules.ema import Ema, uses_ema
 from lightning_modules.history import read_history
+from lightning_modules.task import Classify
 from models import pretrained
 
-sys.path.append("tests/faults")
 TINY = "--data_dir pics --image_size 16 --recipe none --global_batch_size 8 --micro_batch_size 4 --lr 2e-3 --workers 0 --logger csv " \
        "--accelerator cpu --ema_decay 0.8"  # 4 steps of 2 passes
 VIT = f"{TINY} --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2"
@@ -116,6 +116,47 @@ def evaluate(network, data, split):
             "acc1": float((logits.argmax(1) == target[valid]).double().mean())}
 
 
+def killed_and_whole(pics, launch, line, kills, ranks):
+    """Two finished runs: one left alone, one killed before these steps and resumed."""
+    assert (ended := launch(f"{line} --devices {ranks} --name whole", ranks=ranks)).code == 0, ended.out
+    for step in kills:
+        assert (ended := launch(f"{line} --devices {ranks} --name killed", ranks=ranks, kill_at_step=step)).code == -9, ended.out
+    assert (ended := launch(f"{line} --devices {ranks} --name killed", ranks=ranks)).code == 0, ended.out
+    return pics / "runs" / "whole", pics / "runs" / "killed"
+
+
+@pytest.mark.parametrize("line, ranks", [(VIT, 1), pytest.param(VIT, 2, marks=pytest.mark.slow), (BATCH_NORM, 2)])
+def test_killed_twice_is_the_uninterrupted_run(pics, launch, line, ranks):
+    line = line.replace("--micro_batch_size 4", f"--micro_batch_size {4 // ranks}")
+    runs = killed_and_whole(pics, launch, f"{line} --epochs 3 --save_every_steps 3", (5, 9), ranks)
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = (checkpoint(run, name) for run in runs)
+        assert equal(one["ema_state_dict"], other["ema_state_dict"]) and equal(one["state_dict"], other["state_dict"])
+        assert not equal(one["ema_state_dict"], one["state_dict"])
+    one, other = ([score for row in read_history(run / "metrics.csv") for score in row.items() if "val" in score[0]] for run in runs)
+    assert one == other and len(one) == 12
+    assert result_of(runs[0])["test/loss"] == result_of(runs[1])["test/loss"]
+
+
+def ask():
+    """SIGTERM in the passes of the sixth optimizer step."""
+    original = Classify.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+    Classify.training_step = training_step
+
+
+@pytest.mark.slow
+def test_preempted_it_is_saved_after_its_update(pics, launch):
+    assert launch(f"{VIT} --epochs 2 --name whole").code == 0
+    assert launch(f"{VIT} --epochs 2 --name asked", before=ask).code == 75
+    assert checkpoint(pics / "runs" / "asked")["global_step"] == 6 and launch(f"{VIT} --epochs 2 --name asked").code == 0
+    assert equal(*(checkpoint(pics / "runs" / name)["ema_state_dict"] for name in ("whole", "asked")))
+
+
 def data_of(run, monkeypatch):
     monkeypatch.chdir(run.parents[1])
     monkeypatch.delenv("VITLAB_DECISION", raising=False)
@@ -137,6 +178,7 @@ def test_both_are_scored_and_one_is_chosen(pics, launch, monkeypatch, line, rank
     best = max(rows, key=lambda row: (row[f"{stage}/acc1"], row["epoch"]))
     assert (result["metric"], result["best"], result["best_epoch"]) == (f"{stage}/acc1", best[f"{stage}/acc1"], best["epoch"])
     assert checkpoint(run, "best.ckpt")["epoch"] == best["epoch"] and result["val_ema/loss"] == best["val_ema/loss"]
+    assert equal(models.load(run)[0].state_dict(), models.load(run, chosen)[0].state_dict())
     expected = evaluate(models.load(run, chosen)[0], data, "test")
     assert {name: result[f"test/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4)
     assert result["test/loss"] != pytest.approx(evaluate(models.load(run, not chosen)[0], data, "test")["loss"], rel=1e-3)
@@ -144,3 +186,37 @@ def test_both_are_scored_and_one_is_chosen(pics, launch, monkeypatch, line, rank
     named = [f"prediction_{name}" for name in data.spec["class_names"]]
     likelihood = [row[f"prediction_{row['target']}"] for _, row in table.iterrows()]
     assert -torch.tensor(likelihood).log().mean() == pytest.approx(result["test/loss"], rel=1e-4) and len(named) == 3
+
+
+def test_eval_only_init_and_export_take_what_is_asked(pics, launch, capsys):
+    line = VIT.replace(" --ema_decay 0.8", "")
+    assert launch(f"{VIT} --epochs 1 --name one").code == 0 and launch(f"{line} --epochs 1 --name plain").code == 0
+    runs = pics / "runs"
+    assert "ema_state_dict" not in checkpoint(runs / "plain") and "val_ema/acc1" not in result_of(runs / "plain")
+    raw, averaged = (models.load(runs / "one", use_ema)[0].state_dict() for use_ema in (False, True))
+    for words, expected in (([], averaged), (["--use_ema", "true"], averaged), (["--use_ema", "false"], raw)):
+        use_ema = {"true": True, "false": False}.get(words[-1] if words else None)
+        assert equal(pretrained.read_weights(runs / "one", use_ema), expected)
+        assert export.main([str(runs / "one"), *words]) == 0
+        assert equal(models.load(runs / "one" / "model.safetensors")[0].state_dict(), expected)
+        assert equal(pretrained.read_weights(runs / "one" / "model.safetensors", use_ema), expected)
+        with pytest.raises(ValueError, match="weights only"):
+            pretrained.read_weights(runs / "one" / "model.safetensors", expected is raw)
+    again = "--eval_only --init runs/one --logger csv --accelerator cpu --workers 0 --global_batch_size 8"
+    for use_ema in ("true", "false"):
+        assert (ended := launch(f"{again} --use_ema {use_ema} --name {use_ema}")).code == 0, ended.out
+    assert result_of(runs / "true")["test/loss"] == pytest.approx(result_of(runs / "one")["test/loss"])
+    assert result_of(runs / "false")["test/loss"] != pytest.approx(result_of(runs / "one")["test/loss"], rel=1e-4)
+    refused = launch(f"{again.replace('one', 'plain')} --use_ema true --name refused")
+    assert refused.code == 2 and "keeps no averaged weights (EMA)" in refused.out and not (runs / "refused").exists()
+
+
+@pytest.mark.parametrize("decay, use_ema, expected", [(None, None, False), (0.9, None, True), (0.9, False, False), (0.9, True, True)])
+def test_which_weights_a_run_chooses(decay, use_ema, expected):
+    assert uses_ema(decay, use_ema) is expected
+
+
+def test_a_decay_that_keeps_nothing():
+    for decay in (1.0, -0.1):
+        with pytest.raises(ValueError, match="--ema_decay"):
+            Ema(decay)
