@@ -1,5 +1,6 @@
 """The first 50 steps beside the official trainers': each one's own main script was run on these pictures from these weights (fixtures say how)."""
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiments.config import parse
 from models.pretrained import fit
 
 FIXTURES = Path(__file__).parent / "fixtures"
+OUTLIERS = 1e-3  # trunc_normal_ gives about one weight in 2**24 a value of its cut, 100 sigma away
 DEIT = "--model_args.patch_size 8 --model_args.embed_dim 64 --model_args.depth 2 --model_args.num_heads 2"
 MIX = "--mixup 0.8 --cutmix 1.0"
 ADAMW = "--lr 1e-3 --warmup_lr 1e-6 --min_lr 1e-5 --weight_decay 0.05"
@@ -116,3 +118,24 @@ def run(command, shapes, monkeypatch, folder):
     finally:
         hook.remove()
     return losses, rates
+
+
+INITS = {"deit_ti16": {}, "deit_ti16_distilled": {}, "deit3_s16": {}, "swin_t": {}, "convnext_t": {}, "vit_b16": {"depth": 2},
+         "vit_b16_mlp_tanh": {"depth": 2, "head": "mlp_tanh"}, "simple_vit_s16": {"depth": 2}}
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_initialisation_has_the_official_moments(name):
+    """Mean and standard deviation by kind of tensor, within five sampling errors of both; constants exactly."""
+    official = json.loads((FIXTURES / f"init_{name}.json").read_text())["kinds"]
+    torch.manual_seed(11)
+    network, kinds = models.create(name.removesuffix("_mlp_tanh"), **INITS[name]), {}
+    for key, parameter in network.named_parameters():
+        kinds.setdefault(re.sub(r"\.\d+(?=\.)", ".*", key), []).append(parameter.detach().flatten())
+    assert kinds.keys() == official.keys()
+    for kind, tensors in kinds.items():
+        (mean, std, count), ours = official[kind], torch.cat(tensors).double()
+        error = std * (1 / count + 1 / len(ours)) ** 0.5
+        measured = ours.mean().item(), ours.std(correction=0).item()
+        assert abs(measured[0] - mean) <= 5 * error + 1e-6 * abs(mean), (kind, measured, mean, std)
+        assert abs(measured[1] - std) <= 5 * error / 2 ** 0.5 + OUTLIERS * std, (kind, measured, mean, std)
