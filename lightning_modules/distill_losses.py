@@ -108,8 +108,8 @@ def _labels(target: Tensor) -> Tensor:
 
 def _others(logits: Tensor, labels: Tensor) -> Tensor:
     """(B, K) without each row's own class: (B, K - 1)."""
-    mask = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels, False)
-    return logits[mask].view(len(logits), -1)
+    place = torch.arange(logits.shape[1] - 1, device=logits.device)[None]
+    return logits.gather(1, place + (place >= labels))  # no boolean mask: a GPU would wait for its count
 
 
 def _divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:

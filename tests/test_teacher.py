@@ -19,7 +19,8 @@ HALF, IMAGENET = {"mean": (0.5,) * 3, "std": (0.5,) * 3}, {"mean": (0.485, 0.456
 OURS = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
 SPEC = {"task": "classification", "num_outputs": 3, "class_names": ["ant", "bee", "cat"], "image_size": [32, 32], "interpolation": "bicubic",
         "mean": [0.5] * 3, "std": [0.5] * 3}
-SCHEDULE = {"steps_per_epoch": 4, "lr": 1e-2, "min_lr": 0.0, "warmup_epochs": 0.0, "epochs": 2, "weight_decay": 0.0, "label_smoothing": 0.0, "seed": 0}
+SCHEDULE = {"steps_per_epoch": 4, "lr": 1e-2, "min_lr": 0.0, "warmup_epochs": 0.0, "epochs": 2, "weight_decay": 0.0, "label_smoothing": 0.0,
+            "seed": 0}
 
 
 def network(seed=0):
