@@ -89,7 +89,7 @@ class Teacher:
         Args:
             source: a run directory or a file with one of our checkpoints (averaged weights where it keeps them), or a model's name,
                 ours or `timm/<name>`.
-            init: the weights of a named model: a file or run; None takes those timm publishes (`timm/<name>.<tag>` says which).
+            init: the weights of a named model: a file or run; None or `pretrained` takes those timm publishes (`timm/<name>.<tag>` says which).
             student: the specification of the student's data: num_outputs, mean, std, and what else is known of the targets.
             image_size: (height, width) of the teacher's pictures; None is its own.
         Raises ValueError for an untrained or misfitting teacher, or one of other classes than the student's; FileNotFoundError.
@@ -139,6 +139,7 @@ class Teachers:
 def _named(name: str, init: str | None, num_outputs: int, image_size: tuple[int, int] | None) -> tuple[nn.Module, dict[str, Any]]:
     """A model by its name with trained weights, and what is known of its targets and pictures."""
     models.check_name(name)
+    init = None if init == "pretrained" else init
     about = pretrained.read_about(init) if init else {}
     if about:
         if about["config"]["model"] != name:

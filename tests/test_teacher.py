@@ -212,7 +212,8 @@ def test_a_name_without_a_file_takes_the_published_weights(monkeypatch):
         asked.append((name, tag))
         return timm.create_model("test_resnet", num_classes=3).state_dict()
     monkeypatch.setattr("models.pretrained.published_weights", published)
-    assert Teacher.load("timm/test_resnet.r160_in1k", student=SPEC) and asked == [("timm/test_resnet.r160_in1k", None)]
+    assert Teacher.load("timm/test_resnet.r160_in1k", student=SPEC) and Teacher.load("timm/test_resnet.r160_in1k", "pretrained", student=SPEC)
+    assert asked == [("timm/test_resnet.r160_in1k", None)] * 2
     with pytest.raises(ValueError, match="has 3 classes, the student's data 10"):
         Teacher.load("timm/test_resnet.r160_in1k", student={**SPEC, "num_outputs": 10})
 
