@@ -21,11 +21,13 @@ from experiments import plan, rundir
 from experiments.config import Command, Config, read
 from experiments.keywords import check_values
 from experiments.usage import UsageError, did_you_mean, size
+from lightning_modules import distill_losses
 from lightning_modules.freeze import freeze
 from lightning_modules.losses import check_loss
 from lightning_modules.optim import check_optimizer
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from lightning_modules.signals import notice
+from lightning_modules.teacher import Teacher, Teachers
 from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
@@ -42,6 +44,7 @@ class Run:
     finished: bool
     data: L.LightningDataModule
     model: nn.Module
+    teacher: Teacher | Teachers | None = None
 
 
 def resolve(command: Command) -> Run:
@@ -88,12 +91,14 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     data = None
     try:
         data = datamodule(cfg)
+        if cfg.teacher:
+            cfg = cfg.filled(distill=distill_losses.default(data.spec["task"]))
         if not problems[0]:
             data.accumulation(plan.world_size(cfg))
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
     problems += _unfit(cfg, data) if data else []
-    problems += _unlearnable(cfg, data.spec["num_outputs"]) if data and not cfg.eval_only else []
+    problems += _unlearnable(cfg, data.spec["num_outputs"], data.spec["task"]) if data and not cfg.eval_only else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
@@ -107,6 +112,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         cfg = replace(cfg, micro_batch_size=before["micro_batch_size"] if same_world else plan.micro_batch_size(meta, cfg))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
+    guide = teacher(cfg, data)
     for note in (*command.notes, *([line] if line else []), *([] if cfg.eval_only else data.notes())):
         print(note)
     if cfg.dry_run:
@@ -115,7 +121,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         folder, resume, finished = rundir.enter(cfg, data.spec, data.identity)
     decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
                 "finished": finished}
-    return Run(cfg, folder, resume, finished, data, network), decision
+    return Run(cfg, folder, resume, finished, data, network, guide), decision
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +130,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _build(cfg: Config, decision: dict[str, Any]) -> Run:
     data = datamodule(cfg)
-    return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, model(cfg, data)[0])
+    return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, model(cfg, data)[0], teacher(cfg, data))
 
 
 def _with_data(command: Command) -> Command:
@@ -166,16 +172,26 @@ def _unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
     return problems
 
 
-def _unlearnable(cfg: Config, num_outputs: int) -> list[str]:
+def _unlearnable(cfg: Config, num_outputs: int, task: str) -> list[str]:
     """What loss and optimizer say against their settings."""
     problems = []
     for check in (partial(check_loss, cfg.loss, smoothing=cfg.label_smoothing, mixing=bool(cfg.mixup or cfg.cutmix), num_outputs=num_outputs),
-                  partial(check_optimizer, cfg.optimizer, cfg.optimizer_args)):
+                  partial(check_optimizer, cfg.optimizer, cfg.optimizer_args),
+                  *([partial(_check_distill, cfg, task)] if cfg.teacher else [])):
         try:
             check()
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def _check_distill(cfg: Config, task: str) -> None:
+    """Raises ValueError for a loss, a keyword of it or a value that cannot be."""
+    entry, hyper = distill_losses.check_name(cfg.distill, task), dict(cfg.distill_args)
+    distill_losses.weights(cfg.distill, hyper.pop("alpha", None))
+    if entry.on_features and "," in cfg.teacher:
+        raise ValueError(f"--distill {cfg.distill} compares the features of one teacher, not of several")
+    distill_losses.create(cfg.distill, task, (1, 1), **hyper)
 
 
 def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
@@ -232,3 +248,11 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
         fixed = sum(parameter.numel() for name, parameter in network.named_parameters() if name in {*names})
         line += f"{'; ' * bool(line)}freeze {cfg.freeze}: {fixed:,} of {count:,} parameters stay as they are"
     return network, line
+
+
+def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | None:
+    """The network or networks that a run learns from. Raises ValueError or FileNotFoundError for one that is untrained or does not fit."""
+    if not cfg.teacher or cfg.eval_only:
+        return None
+    found = [Teacher.load(source.strip(), cfg.teacher_init, student=data.spec, precision=cfg.precision) for source in cfg.teacher.split(",")]
+    return found[0] if len(found) == 1 else Teachers(found, data.spec["task"])

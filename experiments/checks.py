@@ -17,7 +17,7 @@ SHARES = ("hflip", "label_smoothing", "val_fraction", "crop_pct", "random_erasin
 def check(cfg: "Config") -> None:
     """Raises UsageError for the first knob that is out of its range, or at odds with another."""
     _check_ranges(cfg)
-    for key in ("model_args", "data_args", "augment_args", "optimizer_args"):
+    for key in ("model_args", "data_args", "augment_args", "optimizer_args", "distill_args"):
         if not isinstance(getattr(cfg, key), dict):
             raise UsageError(f"--{key} takes keywords, as --{key}.name value")
     if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
@@ -26,6 +26,9 @@ def check(cfg: "Config") -> None:
         raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
     if cfg.resume and cfg.overwrite:
         raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
+    for key in ("teacher_init", "distill", "distill_args"):
+        if getattr(cfg, key) and not cfg.teacher:
+            raise UsageError(f"--{key} is for learning from a teacher: --teacher names it")
     _check_training(cfg)
 
 

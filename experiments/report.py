@@ -19,6 +19,7 @@ from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
 from experiments.usage import size
+from lightning_modules import distill_losses
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.ema import uses_ema
@@ -53,6 +54,9 @@ def listing(cfg: Config) -> int:
         for name, loss in LOSSES.items():
             made, how = getattr(loss, "func", loss), getattr(loss, "keywords", {})
             print(f"{name:<16}{' '.join(made.__doc__.split(chr(10))[0].split())}" + "".join(f" {key} {value};" for key, value in how.items()))
+        for name in distill_losses.names():
+            build = distill_losses.LOSSES[name].build
+            print(f"--distill {name:<10}{build.__doc__.splitlines()[0]} ({', '.join(['alpha', *distill_losses.keywords(name)])})")
     elif cfg.list == "metrics":
         print("acc1, acc5  share of pictures whose class is the likeliest, or among the five likeliest\n"
               "loss        mean cross entropy, without smoothing")

@@ -14,18 +14,18 @@ from experiments.usage import UsageError
 from models import pretrained
 
 CONFIG, RESULT = "config.yaml", "result.json"
-NAMED_APART = ("model", "data", "seed", "eval_only")  # stand in every name
+NAMED_APART = ("model", "data", "distill", "seed", "eval_only")  # stand in every name
 
 
 def run_name(cfg: Config, recipe_alone: Config) -> str:
-    """`<data>-<model>-s<seed>[-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex digits."""
+    """`<data>-<model>[-<distill>]-s<seed>[-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex digits."""
     ours, theirs = _flat(cfg, "training", "numerics"), _flat(recipe_alone, "training", "numerics")
     apart = {key: ours.get(key) for key in {**theirs, **ours} if key not in NAMED_APART and ours.get(key) != theirs.get(key)}
     if len(apart) > 2:
         tail = "-" + hashlib.sha256(json.dumps(apart, sort_keys=True, default=str).encode()).hexdigest()[:6]
     else:
         tail = "".join(f"-{key.split('.')[-1]}{_spelled(value)}" for key, value in sorted(apart.items()))
-    return f"{cfg.data}-{cfg.model}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
+    return f"{cfg.data}-{cfg.model}{f'-{cfg.distill}' if cfg.distill else ''}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
 
 
 def look(cfg: Config, identity: dict[str, Any]) -> bool:
@@ -216,7 +216,8 @@ def _spread(values: dict[str, Any], *roles: str) -> dict[str, Any]:
         if knob.metadata["role"] in roles and knob.name in values:
             value = values[knob.name]
             flat |= {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
-    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init") if flat.get(key) and os.path.exists(flat[key])}
+    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init", "teacher", "teacher_init")
+                   if flat.get(key) and os.path.exists(flat[key])}
 
 
 def _spelled(value: Any) -> str:
