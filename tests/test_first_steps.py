@@ -27,8 +27,8 @@ MIX = "--mixup 0.8 --cutmix 1.0"
 ADAMW = "--lr 1e-3 --warmup_lr 1e-6 --min_lr 1e-5 --weight_decay 0.05"
 COMMANDS = {
     "deit": f"--model deit_s16 {DEIT} {MIX} {ADAMW} --schedule deit --clip_grad null",
-    "deit3": f"--model deit3_s16 {DEIT} {MIX} --schedule deit --lr 4e-3 --warmup_lr 1e-6 --min_lr 1e-5 --weight_decay 0.05 --optimizer lamb --optimizer_args.eps 1e-8 "
-             "--loss bce_deit3 --label_smoothing 0 --clip_grad null",
+    "deit3": f"--model deit3_s16 {DEIT} {MIX} --schedule deit --lr 4e-3 --warmup_lr 1e-6 --min_lr 1e-5 --weight_decay 0.05 "
+             "--optimizer lamb --optimizer_args.eps 1e-8 --loss bce_deit3 --label_smoothing 0 --clip_grad null",
     "swin": "--model swin_t --model_args.embed_dim 24 --model_args.depths [2,2] --model_args.num_heads [2,4] --model_args.window_size 4 "
             f"{MIX} {ADAMW} --schedule swin --clip_grad 1",
     "convnext": f"--model convnext_t --model_args.dims [16,32,64,128] --model_args.depths [1,1,2,1] {MIX} --schedule convnext --lr 4e-3 "
