@@ -25,7 +25,8 @@ def run_name(cfg: Config, recipe_alone: Config) -> str:
         tail = "-" + hashlib.sha256(json.dumps(apart, sort_keys=True, default=str).encode()).hexdigest()[:6]
     else:
         tail = "".join(f"-{key.split('.')[-1]}{_spelled(value)}" for key, value in sorted(apart.items()))
-    return f"{cfg.data}-{cfg.model}{f'-{cfg.distill}' if cfg.distill else ''}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
+    start = "-".join(filter(None, (cfg.data, cfg.model, cfg.distill)))
+    return f"{start}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
 
 
 def look(cfg: Config, identity: dict[str, Any]) -> bool:
