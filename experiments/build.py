@@ -3,8 +3,7 @@ import json
 import logging
 import os
 import warnings
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,11 @@ from torch import nn
 
 import datamodules
 import models
-from datamodules.base import PictureData
-from experiments import plan, rundir
+from experiments import plan, preflight, rundir
 from experiments.config import Command, Config, read
-from experiments.keywords import check_values
-from experiments.usage import UsageError, did_you_mean, size
+from experiments.usage import UsageError, size
 from lightning_modules import distill_losses
 from lightning_modules.freeze import freeze
-from lightning_modules.losses import check_loss
-from lightning_modules.optim import check_optimizer
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from lightning_modules.signals import notice
 from lightning_modules.teacher import Teacher, Teachers
@@ -82,7 +77,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     """Check names, read the folder, fill what was left out, enter the run directory. Returns the run and its decision as plain data."""
     command, saved = _with_saved(_with_data(_with_saved(command))), _saved(command.config)  # reading the line again forgets what was taken
     cfg, alone = command.config, command.recipe_alone
-    _check_names(cfg)
+    preflight.check_names(cfg)
     problems = [plan.device_problem(cfg)]
     left_out = models.preprocessing(cfg.model) | {key: saved["spec"][key] for key in PREPARATION if saved}
     left_out["image_size"] = "x".join(map(str, left_out["image_size"]))
@@ -97,13 +92,14 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
             data.accumulation(plan.world_size(cfg))
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
-    problems += _unfit(cfg, data) if data else []
-    problems += _unlearnable(cfg, data.spec["num_outputs"], data.spec["task"]) if data and not cfg.eval_only else []
+    problems += preflight.unfit(cfg, data) if data else []
+    problems += preflight.unlearnable(cfg, data.spec["num_outputs"], data.spec["task"]) if data and not cfg.eval_only else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
-    _check_train_sizes(meta, cfg, data)
+    preflight.check_train_sizes(meta, cfg, data)
+    cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
     if cfg.micro_batch_size is None:  # once chosen it stays: a resume splits its batches as before
@@ -113,7 +109,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
     guide = teacher(cfg, data)
-    for note in (*command.notes, *([line] if line else []), *([] if cfg.eval_only else data.notes())):
+    for note in (*command.notes, *notes, *([line] if line else []), *preflight.advice(cfg, data)):
         print(note)
     if cfg.dry_run:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, data.identity)
@@ -158,67 +154,6 @@ def _with_saved(command: Command) -> Command:
     taken = {key: saved.get(key) for key in ("model", "model_args") if cfg.model is None}
     taken |= {key: saved.get(key) for key in ("data", "data_dir", "data_args") if not (cfg.data or cfg.data_dir)}
     return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
-
-
-def _unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
-    """What the data cannot be used for."""
-    problems = ["--patience watches val, and these data have no val split"] * bool(cfg.patience and not data.sizes["val"])
-    if (cfg.average_checkpoints or "").startswith("best") and not data.sizes["val"]:
-        problems.append(f"--average_checkpoints {cfg.average_checkpoints} chooses by val, and these data have no val split: last-5, for example")
-    if not cfg.eval_only and not data.sizes["train"]:
-        problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
-    elif not cfg.eval_only and data.spec["num_outputs"] < 2:
-        problems.append(f"{data.data_dir} has the single class {data.spec['class_names'][0]}: nothing can be learned from it")
-    return problems
-
-
-def _unlearnable(cfg: Config, num_outputs: int, task: str) -> list[str]:
-    """What loss and optimizer say against their settings."""
-    problems = []
-    for check in (partial(check_loss, cfg.loss, smoothing=cfg.label_smoothing, mixing=bool(cfg.mixup or cfg.cutmix), num_outputs=num_outputs),
-                  partial(check_optimizer, cfg.optimizer, cfg.optimizer_args),
-                  *([partial(_check_distill, cfg, task)] if cfg.teacher else [])):
-        try:
-            check()
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _check_distill(cfg: Config, task: str) -> None:
-    """Raises ValueError for a loss, a keyword of it or a value that cannot be."""
-    entry, hyper = distill_losses.check_name(cfg.distill, task), dict(cfg.distill_args)
-    distill_losses.weights(cfg.distill, hyper.pop("alpha", None))
-    if entry.on_features and "," in cfg.teacher:
-        raise ValueError(f"--distill {cfg.distill} compares the features of one teacher, not of several")
-    distill_losses.create(cfg.distill, task, (1, 1), **hyper)
-
-
-def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
-    """Try the network, on no device, at every size of training crops. Raises UsageError where it takes pictures of one size only."""
-    if cfg.train_size is None or cfg.eval_only:
-        return
-    try:
-        if hasattr(meta, "set_any_size"):
-            meta.set_any_size()
-        for height, width in sorted({*data.train_sizes}):
-            meta(torch.zeros(2, 3, height, width, device="meta"))
-    except (ValueError, AssertionError, RuntimeError) as error:
-        hint = "; timm's plain transformers take --model_args.dynamic_img_size true" if cfg.model.startswith("timm/") else ""
-        raise UsageError(f"--train_size {cfg.train_size}: {cfg.model} does not take it: {str(error).splitlines()[0]}{hint}") from None
-
-
-def _check_names(cfg: Config) -> None:
-    models.check_name(cfg.model)
-    if not cfg.model.startswith("timm/"):
-        check_values(models.REGISTRY[cfg.model].build.__init__, cfg.model_args, f"--model_args of {cfg.model}", models.keywords(cfg.model))
-    elif reserved := cfg.model_args.keys() & {"num_classes", "in_chans", "img_size", "pretrained", "checkpoint_path"}:
-        raise UsageError(f"--model_args.{min(reserved)} is not for here: --image_size, --init and the data decide it")
-    if cfg.data not in datamodules.names():
-        raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
-                         f"(there are {', '.join(datamodules.names())})")
-    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for knob in fields(PictureData)}]
-    check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
 
 
 def datamodule(cfg: Config) -> L.LightningDataModule:

@@ -40,9 +40,12 @@ def _check_ranges(cfg: "Config") -> None:
             value = getattr(cfg, key)
             if value is not None and not fits(value):
                 raise UsageError(f"--{key} {value}: {rule}")
-    for key in ("crop_pct", "layer_decay"):
+    for key in ("crop_pct", "layer_decay", "head_lr_scale", "clip_grad"):
         if getattr(cfg, key) == 0:
-            raise UsageError(f"--{key} 0: must be above 0")
+            raise UsageError(f"--{key} 0: must be above 0" + "; null does not clip" * (key == "clip_grad"))
+    for key in ("label_smoothing", "ema_decay"):
+        if getattr(cfg, key) == 1:
+            raise UsageError(f"--{key} 1: must be below 1")
     low, high = cfg.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale [{low},{high}]: give two shares of the area, smaller first, above 0 and up to 1")

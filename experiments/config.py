@@ -53,8 +53,9 @@ class Config:
     repeated_augment: int = knob(1, "times a picture comes in an epoch, each time augmented anew; the epoch's length stays")
     mixup: float = knob(0.0, "alpha of mixup; 0 is off")
     cutmix: float = knob(0.0, "alpha of CutMix; 0 is off")
-    augment_args: dict[str, Any] = knob(dict, "rarer: auto_augment color_jitter vflip crop_ratio erasing_mode erasing_count mix_prob "
-                                        "mix_switch_prob mix_mode cutmix_minmax, as --augment_args.mix_mode elem")
+    augment_args: dict[str, Any] = knob(dict, "rarer: auto_augment (original, v0, 3a, augmix-m3-w3), color_jitter, vflip, crop_ratio, "
+                                        "erasing_mode (pixel, rand, const), erasing_count, mix_prob, mix_switch_prob, mix_mode (batch, pair, "
+                                        "elem, roll), cutmix_minmax; as --augment_args.mix_mode elem")
     train_size: int | str | None = knob(None, "side of training crops where it is not --image_size: 160, or rising with the epochs, 128-224")
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = knob(None, "of resizing; left out: the model's own")
     crop_pct: float | None = knob(None, "share of the resized picture that evaluation crops; left out: the model's own")

@@ -14,6 +14,7 @@ from experiments.usage import UsageError
 from models import pretrained
 
 CONFIG, RESULT = "config.yaml", "result.json"
+OPTIMIZER = ("optimizer", "optimizer_args", "weight_decay", "layer_decay", "head_lr_scale", "freeze")  # what its saved state is the state of
 NAMED_APART = ("model", "data", "distill", "seed", "eval_only")  # stand in every name
 
 
@@ -157,6 +158,7 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
         raise UsageError(f"{start.file} is not the state of a vitlab run; weights alone go to --init")
     there, here = content["config"], plain(cfg)
     apart = [f"{key} {there.get(key)} -> {here[key]}" for key in ("model", "model_args") if there.get(key) != here[key]]
+    apart += [f"{key} {there[key]} -> {here[key]}" for key in OPTIMIZER if not cfg.eval_only and there.get(key, here[key]) != here[key]]
     apart += [f"image_size {content['spec']['image_size']} -> {spec['image_size']}"] * (content["spec"]["image_size"] != spec["image_size"])
     classes, now = content["spec"]["class_names"], spec["class_names"]
     if classes != now:

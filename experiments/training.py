@@ -29,7 +29,8 @@ def task(run: Run) -> Classify:
     cfg, per_epoch = run.cfg, run.data.steps_per_epoch
     warmup = cfg.warmup_steps
     if warmup is None:
-        warmup = round((min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs) * per_epoch)
+        epochs = min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
+        warmup = round((round(epochs) if cfg.schedule in ("timm", "deit") else epochs) * per_epoch)  # those move once an epoch
     schedule = partial(SCHEDULES[cfg.schedule], peak=cfg.lr, min_lr=cfg.min_lr, warmup_lr=cfg.warmup_lr, warmup_steps=warmup,
                        total_steps=cfg.epochs * per_epoch, steps_per_epoch=per_epoch)
     make_optimizer = partial(optimizer, name=cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay,
