@@ -20,6 +20,7 @@ TINY = "--data_dir pics --image_size 16 --recipe none --global_batch_size 8 --mi
        "--accelerator cpu --ema_decay 0.8"  # 4 steps of 2 passes
 VIT = f"{TINY} --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2"
 BATCH_NORM = f"{TINY} --model timm/test_resnet"
+MIXED = "--mixup 0.8 --cutmix 1.0 --random_erasing 0.5 --rand_augment rand-m9-mstd0.5-inc1 --repeated_augment 2"
 
 
 def checkpoint(folder, name="last.ckpt"):
@@ -128,7 +129,7 @@ def killed_and_whole(pics, launch, line, kills, ranks):
 @pytest.mark.parametrize("line, ranks", [(VIT, 1), pytest.param(VIT, 2, marks=pytest.mark.slow), (BATCH_NORM, 2)])
 def test_killed_twice_is_the_uninterrupted_run(pics, launch, line, ranks):
     line = line.replace("--micro_batch_size 4", f"--micro_batch_size {4 // ranks}")
-    runs = killed_and_whole(pics, launch, f"{line} --epochs 3 --save_every_steps 3", (5, 9), ranks)
+    runs = killed_and_whole(pics, launch, f"{line} {MIXED} --epochs 3 --save_every_steps 3", (5, 9), ranks)
     for name in ("last.ckpt", "best.ckpt"):
         one, other = (checkpoint(run, name) for run in runs)
         assert equal(one["ema_state_dict"], other["ema_state_dict"]) and equal(one["state_dict"], other["state_dict"])
