@@ -41,7 +41,6 @@ def optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float, la
         layer_decay: factor per layer from the head down to the input (timm's `param_groups_layer_decay`).
         head_lr_scale: factor for the classifiers.
     """
-    check_optimizer(name, optimizer_args)
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"--layer_decay {layer_decay}: must be above 0 and at most 1")
     if not head_lr_scale > 0:

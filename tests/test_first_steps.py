@@ -16,7 +16,7 @@ import models
 from datamodules import mixing
 from datamodules.base import PictureData
 from datamodules.pictures import Split
-from experiments import build
+from experiments import build, training
 from experiments.config import parse
 from models.pretrained import fit
 
@@ -108,7 +108,7 @@ def run(command, shapes, monkeypatch, folder):
     missing, unexpected = network.load_state_dict(adapted, strict=False)
     assert not unexpected and all("running" in key or "batches" in key for key in missing)
     made = build.Run(cfg, folder, None, False, data, network)
-    task, trainer, losses, rates = build.task(made), build.trainer(made), [], []
+    task, trainer, losses, rates = training.task(made), training.trainer(made), [], []
     original = task.training_step
 
     def training_step(batch, batch_idx):

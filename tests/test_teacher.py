@@ -19,8 +19,8 @@ HALF, IMAGENET = {"mean": (0.5,) * 3, "std": (0.5,) * 3}, {"mean": (0.485, 0.456
 OURS = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
 SPEC = {"task": "classification", "num_outputs": 3, "class_names": ["ant", "bee", "cat"], "image_size": [32, 32], "interpolation": "bicubic",
         "mean": [0.5] * 3, "std": [0.5] * 3}
-SCHEDULE = {"steps_per_epoch": 4, "lr": 1e-2, "min_lr": 0.0, "warmup_epochs": 0.0, "epochs": 2, "weight_decay": 0.0, "label_smoothing": 0.0,
-            "seed": 0}
+WIRING = {"loss": lambda logits, target: F.cross_entropy(logits, target), "schedule": lambda step: 1e-2,
+          "make_optimizer": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2), "seed": 0}
 
 
 def network(seed=0):
@@ -46,7 +46,7 @@ class Distilled(Classify):
     """A student as the distiller wires it, its batches mixed."""
 
     def __init__(self, teacher, **given):
-        super().__init__(models.create("vit_s16", 3, 32, **OURS), SPEC, {"model": "vit_s16", "model_args": OURS}, **SCHEDULE)
+        super().__init__(models.create("vit_s16", 3, 32, **OURS), SPEC, {"model": "vit_s16", "model_args": OURS}, **WIRING)
         self.teacher, self.distill, self.seen = teacher, create("soft"), []
         self.model.register_forward_pre_hook(lambda model, images: self.seen.append(images[0].clone()) if model.training else None)
 
@@ -95,7 +95,7 @@ def test_it_is_nowhere_in_the_student(trained):
     own = {id(tensor) for tensor in guide.network.state_dict().values()}
     assert not [name for name, parameter in student.named_parameters() if id(parameter) in own or not name.startswith("model.")]
     assert not [module for module in student.modules() if module is guide.network]
-    assert student.state_dict().keys() == Classify(student.model, SPEC, {}, **SCHEDULE).state_dict().keys()
+    assert student.state_dict().keys() == Classify(student.model, SPEC, {}, **WIRING).state_dict().keys()
     held = {id(parameter) for group in student.configure_optimizers().param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in student.model.parameters()}
     content = torch.load(folder / "last.ckpt", weights_only=True)
