@@ -36,8 +36,6 @@ def check_names(cfg: Config) -> None:
 def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
     """What the data cannot be used for."""
     problems = ["--patience watches val, and these data have no val split"] * bool(cfg.patience and not data.sizes["val"])
-    if cfg.average_checkpoints and int(cfg.average_checkpoints.split("-")[1]) > cfg.epochs:
-        problems.append(f"--average_checkpoints {cfg.average_checkpoints}: there are only --epochs {cfg.epochs}")
     if (cfg.average_checkpoints or "").startswith("best") and not data.sizes["val"]:
         problems.append(f"--average_checkpoints {cfg.average_checkpoints} chooses by val, and these data have no val split: last-5, for example")
     if not cfg.eval_only and not data.sizes["train"]:
@@ -101,6 +99,8 @@ def advice(cfg: Config, data: L.LightningDataModule) -> list[str]:
     if uses_ema(cfg.ema_decay, cfg.use_ema) and cfg.ema_decay < 1 and steps < 5 / (1 - cfg.ema_decay):
         lines.append(f"ema_decay {cfg.ema_decay:g} looks back over {1 / (1 - cfg.ema_decay):.0f} of only {steps} steps, so its weights stay near the "
                      f"first ones: --ema_decay {max(0.0, 1 - 10 / steps):.4g}, or --use_ema false")
+    if cfg.average_checkpoints and int(cfg.average_checkpoints.split("-")[1]) > cfg.epochs:
+        lines.append(f"average_checkpoints {cfg.average_checkpoints}: there are only {cfg.epochs} epochs, and all are averaged")
     if cfg.freeze and not cfg.init:
         lines.append(f"freeze {cfg.freeze}: without --init the frozen layers keep their random first values")
     if cfg.model.endswith("_distilled") and not cfg.teacher:
