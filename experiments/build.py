@@ -98,6 +98,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
+    _check_train_sizes(meta, cfg, data)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
     if cfg.micro_batch_size is None:  # once chosen it stays: a resume splits its batches as before
@@ -156,6 +157,8 @@ def _with_saved(command: Command) -> Command:
 def _unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
     """What the data cannot be used for."""
     problems = ["--patience watches val, and these data have no val split"] * bool(cfg.patience and not data.sizes["val"])
+    if (cfg.average_checkpoints or "").startswith("best") and not data.sizes["val"]:
+        problems.append(f"--average_checkpoints {cfg.average_checkpoints} chooses by val, and these data have no val split: last-5, for example")
     if not cfg.eval_only and not data.sizes["train"]:
         problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
     elif not cfg.eval_only and data.spec["num_outputs"] < 2:
@@ -173,6 +176,20 @@ def _unlearnable(cfg: Config, num_outputs: int) -> list[str]:
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Try the network, on no device, at every size of training crops. Raises UsageError where it takes pictures of one size only."""
+    if cfg.train_size is None or cfg.eval_only:
+        return
+    try:
+        if hasattr(meta, "set_any_size"):
+            meta.set_any_size()
+        for height, width in sorted({*data.train_sizes}):
+            meta(torch.zeros(2, 3, height, width, device="meta"))
+    except (ValueError, AssertionError, RuntimeError) as error:
+        hint = "; timm's plain transformers take --model_args.dynamic_img_size true" if cfg.model.startswith("timm/") else ""
+        raise UsageError(f"--train_size {cfg.train_size}: {cfg.model} does not take it: {str(error).splitlines()[0]}{hint}") from None
 
 
 def _check_names(cfg: Config) -> None:

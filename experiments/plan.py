@@ -78,9 +78,9 @@ def free_bytes(cfg: Config) -> int:
 
 
 def memory(meta: nn.Module, cfg: Config) -> tuple[int, int]:
-    """Estimated bytes of training: (fixed: weights, gradients, Adam's two moments; for each picture in a pass)."""
+    """Estimated bytes of training: (fixed: weights, gradients, Adam's two moments, averaged weights; for each picture in a pass)."""
     per_picture = cost.activation_bytes(meta, size(cfg.image_size)) + 12 * size(cfg.image_size)[0] * size(cfg.image_size)[1]
-    return 16 * cost.parameters(meta), per_picture // (1 if cfg.precision in ("auto", "32-true") else 2)
+    return (16 if cfg.ema_decay is None else 20) * cost.parameters(meta), per_picture // (1 if cfg.precision in ("auto", "32-true") else 2)
 
 
 def micro_batch_size(meta: nn.Module, cfg: Config) -> int:

@@ -170,13 +170,14 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
                          + (" (--init takes the weights alone)" if cfg.resume else ", or this one again with --overwrite"))
     before, world = content["DataModule"].get("world_size"), cfg.devices * cfg.num_nodes
     if before not in (None, world) and not cfg.eval_only:
-        start.notes.append(f"saved by {before} process{'es' * (before > 1)}, going on with {world} at the same sample (dropout and drop path "
-                           "draw anew, so the weights are no longer those of a run on one number of processes)")
+        start.notes.append(f"saved by {before} process{'es' * (before > 1)}, going on with {world} at the same sample (dropout, drop path "
+                           "and mixing draw anew, so the weights are no longer those of a run on one number of processes)")
 
 
 def _other_data(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences between the identities of two data sets, in words."""
-    apart = [f"{key} {before.get(key)} -> {now[key]}" for key in ("seed", "global_batch_size") if before.get(key) != now[key]]
+    apart = [f"{key} {before.get(key)} -> {now[key]}" for key in ("seed", "global_batch_size", "repeated_augment")
+             if before.get(key, now[key]) != now[key]]
     sizes = before.get("sizes", now["sizes"])
     apart += [f"{split}: {sizes.get(split)} samples -> {number}" for split, number in now["sizes"].items() if sizes.get(split) != number]
     if before.get("fingerprint") != now["fingerprint"]:

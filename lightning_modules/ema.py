@@ -2,7 +2,6 @@
 from typing import Any
 
 import lightning as L
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from timm.utils import ModelEmaV3
@@ -48,11 +47,6 @@ class Ema(Callback):
         if trainer.global_step != self.step:  # else an accumulated pass
             self.step = trainer.global_step
             self.ema.update(pl_module.model)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if pl_module.ema is not None and trainer.world_size > 1:
-            for buffer in self.ema.module.buffers():  # statistics of batch norm are each rank's own; rank 0's are saved
-                dist.broadcast(buffer, 0)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         object.__setattr__(pl_module, "ema", None)

@@ -7,7 +7,6 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_la
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_modules import schedules
 from models.pretrained import head_keys
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # where timm's factory would give something else than the optimizer's own authors
@@ -83,11 +82,3 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Give every group the rate, times its own `lr_scale` where it has one (timm's word)."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> Optimizer:
-    return optimizer(model, "adamw", lr=lr, weight_decay=weight_decay)
-
-
-def warmup_cosine(step: int, **settings: float) -> float:
-    return schedules.cosine(step, **{"warmup_lr": 0.0, "steps_per_epoch": 1, **settings})

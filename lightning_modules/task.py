@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_modules.evaluation import ClassificationMetrics
@@ -63,6 +64,13 @@ class Classify(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self.losses(batch)  # logged by the Meter callback
+
+    def on_validation_start(self) -> None:
+        """One network on all ranks: statistics of batch norm are each rank's own until here; rank 0's are the ones that are saved."""
+        if self.trainer.world_size > 1:
+            for network in filter(None, (self.model, self.ema)):
+                for buffer in network.buffers():
+                    dist.broadcast(buffer, 0)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.ema is not None:

@@ -131,7 +131,7 @@ def test_parameter_groups_equal_timm(name):
         names = {id(p): key for key, p in model.named_parameters()}
         return {names[id(p)]: (group["weight_decay"], group.get("lr_scale")) for group in make(model) for p in group["params"]}
     for make in (lambda m: param_groups_layer_decay(m, 0.05, m.no_weight_decay(), layer_decay=0.75),
-                 lambda m: param_groups_weight_decay(m, 0.05, m.no_weight_decay())):
+                 lambda m: param_groups_weight_decay(m, 0.05, no_weight_decay_list=m.no_weight_decay())):
         assert groups(ours, make) == groups(theirs, make)
 
 
