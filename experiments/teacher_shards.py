@@ -155,7 +155,8 @@ def _show(data: PictureData, view: str, part: np.ndarray | None = None) -> None:
 
 
 def _pass(trainer: L.Trainer, module: L.LightningModule, data: PictureData, epoch: int) -> None:
-    trainer.fit_loop.epoch_progress.current.completed = epoch  # `current_epoch`, which order, augmentation and mixing follow
+    progress = trainer.fit_loop.epoch_progress.current
+    progress.completed = progress.processed = epoch  # what order, augmentation and mixing follow, as while training
     trainer.validate(module, datamodule=data, verbose=False)
 
 
