@@ -224,7 +224,7 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
     line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only,
-                                 use_ema=cfg.use_ema if cfg.eval_only else None) if cfg.init else ""
+                                 use_ema=cfg.use_ema if cfg.eval_only or cfg.ema_decay is None else None) if cfg.init else ""
     if cfg.train_size is not None and hasattr(network, "set_any_size"):
         network.set_any_size()
     if cfg.freeze and not cfg.eval_only:

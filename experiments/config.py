@@ -171,6 +171,7 @@ def _read(argv: list[str]) -> Command:
     if values["data_dir"] and "data" not in chosen:  # the folder says what it is; a recipe's data set is for where nothing is said
         values["data"] = alone["data"] = None
     values = recipes.scale_lr(values, notes, true_peak="lr" in chosen)
+    recipes.lower_ends(values, alone, chosen, notes)
     if not chosen & {"lr", "lr_scaling", "lr_batch"}:  # then the rates follow from the batch size, which names the run already
         alone |= {key: values[key] for key in ("lr", "min_lr", "warmup_lr") if key not in chosen}
     config, recipe_alone = (Config(**{key: layer[key] for key in known} | {"recipe": recipe}) for layer in (values, alone))

@@ -24,7 +24,7 @@ def choose_recipe(given: dict[str, Any], asked: bool) -> tuple[str, str]:
     if not any(given.get(key) for key in ("model", "data", "data_dir", "init", "list")):
         return "demo", "no model and no data named"
     on_imagenet = given.get("data") == "imagenet" or not (given.get("data") or given.get("data_dir"))
-    if on_imagenet and given.get("model") in known:
+    if on_imagenet and given.get("model") in known and not given.get("eval_only"):
         return given["model"], "the model's own on ImageNet"
     if given.get("init") and not on_imagenet and not given.get("eval_only") and "finetune" in known:
         return "finetune", "--init on other data"
@@ -64,3 +64,11 @@ def scale_lr(values: dict[str, Any], notes: list[str], *, true_peak: bool) -> di
     notes.append(f"lr {lr * factor:g} = {lr:g} x {f'{batch}/{base}' if rule == 'linear' else f'sqrt({batch}/{base})'}")
     scaled = ("lr", "min_lr", "warmup_lr") if values["schedule"] == "swin" else ("lr",)
     return {**values, **{key: values[key] * factor for key in scaled}}
+
+
+def lower_ends(values: dict[str, Any], alone: dict[str, Any], chosen: set[str], notes: list[str]) -> None:
+    """The ends of a recipe's schedule come down to a peak that is below them (a small batch, a low --lr)."""
+    for key in {"min_lr", "warmup_lr"} - chosen:
+        if values[key] > values["lr"]:
+            notes.append(f"{key} {values[key]:g} of the recipe is above the peak: {values['lr']:g}")
+            values[key] = alone[key] = values["lr"]

@@ -45,12 +45,21 @@ def test_yaml_reads_scientific_notation_as_a_number(recipes, tmp_path):
 @pytest.mark.parametrize("line, name", [
     ("", "demo"), ("--epochs 3", "demo"), ("--model vit_b16", "vit_b16"), ("--model vit_b16 --data imagenet", "vit_b16"),
     ("--model vit_b16 --data folder", "none"), ("--model vit_b16 --data_dir d", "none"), ("--model vit_s16", "none"),
+    ("--model vit_b16 --init w.pth --eval_only", "none"),
     ("--model vit_b16 --data folder --init w.pth", "finetune"), ("--model vit_b16 --init w.pth", "vit_b16"),
     ("--model vit_b16 --recipe none", "none"), ("--recipe demo --data folder", "demo"),
 ])
 def test_recipe_follows_from_what_is_given(recipes, line, name):
     assert parse(line.split()).recipe == name
     assert read(line.split()).notes[0].startswith(f"recipe {name} (")
+
+
+def test_the_ends_of_a_schedule_come_down_to_a_low_peak(recipes):
+    recipes("low", min_lr=5e-6, warmup_lr=1e-6, lr=5e-6, lr_scaling="linear", lr_batch=512, global_batch_size=512)
+    command = read(["--recipe", "low", "--model", "vit_s16", "--global_batch_size", "64"])
+    assert (command.config.lr, command.config.min_lr, command.config.warmup_lr) == (6.25e-7, 6.25e-7, 6.25e-7)
+    assert any(note.startswith("min_lr 5e-06") for note in command.notes)
+    assert read(["--recipe", "low", "--model", "vit_s16"]).config.min_lr == 5e-6
 
 
 def test_learning_rate_is_always_the_true_peak(recipes, tmp_path):

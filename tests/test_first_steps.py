@@ -30,7 +30,7 @@ COMMANDS = {
     "deit3": f"--model deit3_s16 {DEIT} {MIX} --schedule deit --lr 4e-3 --warmup_lr 1e-6 --min_lr 1e-5 --weight_decay 0.05 "
              "--optimizer lamb --optimizer_args.eps 1e-8 --loss bce_deit3 --label_smoothing 0 --clip_grad null",
     "swin": "--model swin_t --model_args.embed_dim 24 --model_args.depths [2,2] --model_args.num_heads [2,4] --model_args.window_size 4 "
-            f"{MIX} {ADAMW} --schedule swin --clip_grad 5",
+            f"{MIX} {ADAMW} --schedule swin --clip_grad 1",
     "convnext": f"--model convnext_t --model_args.dims [16,32,64,128] --model_args.depths [1,1,2,1] {MIX} --schedule convnext --lr 4e-3 "
                 "--min_lr 1e-6 --weight_decay 0.05 --clip_grad null",
     "resnet": "--model timm/resnet18 --model_args.layers [1,1,1,1] --model_args.channels [16,32,48,64] --mixup 0.2 --cutmix 1.0 --schedule timm "
@@ -46,12 +46,16 @@ def pictures() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def weights(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-    """Normal noise of a seed for each tensor, in the order of the names; vectors around what they start from."""
+    """Normal noise of a seed for each tensor, in the order of the names; vectors around what they start from.
+
+    Positions and tokens are large, so that a loss would show their decay.
+    """
     made = {}
     for index, (key, shape) in enumerate(sorted(shapes.items())):
         noise = torch.from_numpy(np.random.RandomState(index).randn(*shape).astype(np.float32))
         centre = 1.0 if key.endswith("weight") else 0.5 if "gamma" in key else 0.0
-        made[key] = 0.06 * noise if len(shape) > 1 else centre + 0.1 * noise
+        size = 2.0 if "pos" in key or "token" in key else 0.06
+        made[key] = size * noise if len(shape) > 1 else centre + 0.1 * noise
     return made
 
 
