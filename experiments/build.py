@@ -3,8 +3,7 @@ import json
 import logging
 import os
 import warnings
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,14 @@ from torch import nn
 
 import datamodules
 import models
-from datamodules.base import PictureData
-from experiments import plan, rundir
+from experiments import plan, preflight, rundir
 from experiments.config import Command, Config, read
-from experiments.keywords import check_values
-from experiments.usage import UsageError, did_you_mean, size
+from experiments.usage import UsageError, size
+from lightning_modules import distill_losses
 from lightning_modules.freeze import freeze
-from lightning_modules.losses import check_loss
-from lightning_modules.optim import check_optimizer
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from lightning_modules.signals import notice
+from lightning_modules.teacher import Teacher, Teachers
 from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
@@ -42,6 +39,7 @@ class Run:
     finished: bool
     data: L.LightningDataModule
     model: nn.Module
+    teacher: Teacher | Teachers | None = None
 
 
 def resolve(command: Command) -> Run:
@@ -79,7 +77,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     """Check names, read the folder, fill what was left out, enter the run directory. Returns the run and its decision as plain data."""
     command, saved = _with_saved(_with_data(_with_saved(command))), _saved(command.config)  # reading the line again forgets what was taken
     cfg, alone = command.config, command.recipe_alone
-    _check_names(cfg)
+    preflight.check_names(cfg)
     problems = [plan.device_problem(cfg)]
     left_out = models.preprocessing(cfg.model) | {key: saved["spec"][key] for key in PREPARATION if saved}
     left_out["image_size"] = "x".join(map(str, left_out["image_size"]))
@@ -88,17 +86,20 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     data = None
     try:
         data = datamodule(cfg)
+        if cfg.teacher:
+            cfg = cfg.filled(distill=distill_losses.default(data.spec["task"]))
         if not problems[0]:
             data.accumulation(plan.world_size(cfg))
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
-    problems += _unfit(cfg, data) if data else []
-    problems += _unlearnable(cfg, data.spec["num_outputs"]) if data and not cfg.eval_only else []
+    problems += preflight.unfit(cfg, data) if data else []
+    problems += preflight.unlearnable(cfg, data.spec["num_outputs"], data.spec["task"]) if data and not cfg.eval_only else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
-    _check_train_sizes(meta, cfg, data)
+    preflight.check_train_sizes(meta, cfg, data)
+    cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
     if cfg.micro_batch_size is None:  # once chosen it stays: a resume splits its batches as before
@@ -107,7 +108,8 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         cfg = replace(cfg, micro_batch_size=before["micro_batch_size"] if same_world else plan.micro_batch_size(meta, cfg))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
-    for note in (*command.notes, *([line] if line else []), *([] if cfg.eval_only else data.notes())):
+    guide = teacher(cfg, data)
+    for note in (*command.notes, *notes, *([line] if line else []), *preflight.advice(cfg, data)):
         print(note)
     if cfg.dry_run:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, data.identity)
@@ -115,7 +117,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         folder, resume, finished = rundir.enter(cfg, data.spec, data.identity)
     decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
                 "finished": finished}
-    return Run(cfg, folder, resume, finished, data, network), decision
+    return Run(cfg, folder, resume, finished, data, network, guide), decision
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _build(cfg: Config, decision: dict[str, Any]) -> Run:
     data = datamodule(cfg)
-    return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, model(cfg, data)[0])
+    return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, model(cfg, data)[0], teacher(cfg, data))
 
 
 def _with_data(command: Command) -> Command:
@@ -154,57 +156,6 @@ def _with_saved(command: Command) -> Command:
     return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
 
 
-def _unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
-    """What the data cannot be used for."""
-    problems = ["--patience watches val, and these data have no val split"] * bool(cfg.patience and not data.sizes["val"])
-    if (cfg.average_checkpoints or "").startswith("best") and not data.sizes["val"]:
-        problems.append(f"--average_checkpoints {cfg.average_checkpoints} chooses by val, and these data have no val split: last-5, for example")
-    if not cfg.eval_only and not data.sizes["train"]:
-        problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
-    elif not cfg.eval_only and data.spec["num_outputs"] < 2:
-        problems.append(f"{data.data_dir} has the single class {data.spec['class_names'][0]}: nothing can be learned from it")
-    return problems
-
-
-def _unlearnable(cfg: Config, num_outputs: int) -> list[str]:
-    """What loss and optimizer say against their settings."""
-    problems = []
-    for check in (partial(check_loss, cfg.loss, smoothing=cfg.label_smoothing, mixing=bool(cfg.mixup or cfg.cutmix), num_outputs=num_outputs),
-                  partial(check_optimizer, cfg.optimizer, cfg.optimizer_args)):
-        try:
-            check()
-        except ValueError as error:
-            problems.append(str(error))
-    return problems
-
-
-def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
-    """Try the network, on no device, at every size of training crops. Raises UsageError where it takes pictures of one size only."""
-    if cfg.train_size is None or cfg.eval_only:
-        return
-    try:
-        if hasattr(meta, "set_any_size"):
-            meta.set_any_size()
-        for height, width in sorted({*data.train_sizes}):
-            meta(torch.zeros(2, 3, height, width, device="meta"))
-    except (ValueError, AssertionError, RuntimeError) as error:
-        hint = "; timm's plain transformers take --model_args.dynamic_img_size true" if cfg.model.startswith("timm/") else ""
-        raise UsageError(f"--train_size {cfg.train_size}: {cfg.model} does not take it: {str(error).splitlines()[0]}{hint}") from None
-
-
-def _check_names(cfg: Config) -> None:
-    models.check_name(cfg.model)
-    if not cfg.model.startswith("timm/"):
-        check_values(models.REGISTRY[cfg.model].build.__init__, cfg.model_args, f"--model_args of {cfg.model}", models.keywords(cfg.model))
-    elif reserved := cfg.model_args.keys() & {"num_classes", "in_chans", "img_size", "pretrained", "checkpoint_path"}:
-        raise UsageError(f"--model_args.{min(reserved)} is not for here: --image_size, --init and the data decide it")
-    if cfg.data not in datamodules.names():
-        raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
-                         f"(there are {', '.join(datamodules.names())})")
-    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for knob in fields(PictureData)}]
-    check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
-
-
 def datamodule(cfg: Config) -> L.LightningDataModule:
     """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order."""
     names = {}
@@ -232,3 +183,11 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
         fixed = sum(parameter.numel() for name, parameter in network.named_parameters() if name in {*names})
         line += f"{'; ' * bool(line)}freeze {cfg.freeze}: {fixed:,} of {count:,} parameters stay as they are"
     return network, line
+
+
+def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | None:
+    """The network or networks that a run learns from. Raises ValueError or FileNotFoundError for one that is untrained or does not fit."""
+    if not cfg.teacher or cfg.eval_only:
+        return None
+    found = [Teacher.load(source.strip(), cfg.teacher_init, student=data.spec, precision=cfg.precision) for source in cfg.teacher.split(",")]
+    return found[0] if len(found) == 1 else Teachers(found, data.spec["task"])

@@ -17,7 +17,7 @@ SHARES = ("hflip", "label_smoothing", "val_fraction", "crop_pct", "random_erasin
 def check(cfg: "Config") -> None:
     """Raises UsageError for the first knob that is out of its range, or at odds with another."""
     _check_ranges(cfg)
-    for key in ("model_args", "data_args", "augment_args", "optimizer_args"):
+    for key in ("model_args", "data_args", "augment_args", "optimizer_args", "distill_args"):
         if not isinstance(getattr(cfg, key), dict):
             raise UsageError(f"--{key} takes keywords, as --{key}.name value")
     if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
@@ -26,6 +26,9 @@ def check(cfg: "Config") -> None:
         raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
     if cfg.resume and cfg.overwrite:
         raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
+    for key in ("teacher_init", "distill", "distill_args"):
+        if getattr(cfg, key) and not cfg.teacher:
+            raise UsageError(f"--{key} is for learning from a teacher: --teacher names it")
     _check_training(cfg)
 
 
@@ -37,9 +40,12 @@ def _check_ranges(cfg: "Config") -> None:
             value = getattr(cfg, key)
             if value is not None and not fits(value):
                 raise UsageError(f"--{key} {value}: {rule}")
-    for key in ("crop_pct", "layer_decay"):
+    for key in ("crop_pct", "layer_decay", "head_lr_scale", "clip_grad"):
         if getattr(cfg, key) == 0:
-            raise UsageError(f"--{key} 0: must be above 0")
+            raise UsageError(f"--{key} 0: must be above 0" + "; null does not clip" * (key == "clip_grad"))
+    for key in ("label_smoothing", "ema_decay"):
+        if getattr(cfg, key) == 1:
+            raise UsageError(f"--{key} 1: must be below 1")
     low, high = cfg.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale [{low},{high}]: give two shares of the area, smaller first, above 0 and up to 1")

@@ -35,6 +35,11 @@ class Config:
     image_size: int | str | None = knob(None, "side in pixels, or HEIGHTxWIDTH; left out: the model's own")
     init: str | None = knob(None, "weights to start from: pretrained, a file, a run directory, or a tag of timm's")
     init_head: Literal["keep", "reset"] = knob("keep", "reset starts a fresh head when the one in --init has another size")
+    # from whom
+    teacher: str | None = knob(None, "trained network to learn from: a run, a file, a name of --list models or timm/<name>; several by commas")
+    teacher_init: str | None = knob(None, "weights of a teacher given by name: a file or a run; left out: those timm publishes")
+    distill: str | None = knob(None, "what is learned from the teacher: a name of --list losses; left out: hard, DeiT's (mse for regression)")
+    distill_args: dict[str, Any] = knob(dict, "its keywords, as --distill_args.tau 3; alpha: the teacher's share of the loss")
     # on what
     data: str | None = knob(None, "data set: a name of --list data; left out: what --data_dir looks like, else imagenet")
     data_dir: str | None = knob(None, "folder of the data", role="where")
@@ -48,8 +53,9 @@ class Config:
     repeated_augment: int = knob(1, "times a picture comes in an epoch, each time augmented anew; the epoch's length stays")
     mixup: float = knob(0.0, "alpha of mixup; 0 is off")
     cutmix: float = knob(0.0, "alpha of CutMix; 0 is off")
-    augment_args: dict[str, Any] = knob(dict, "rarer: auto_augment color_jitter vflip crop_ratio erasing_mode erasing_count mix_prob "
-                                        "mix_switch_prob mix_mode cutmix_minmax, as --augment_args.mix_mode elem")
+    augment_args: dict[str, Any] = knob(dict, "rarer: auto_augment (original, v0, 3a, augmix-m3-w3), color_jitter, vflip, crop_ratio, "
+                                        "erasing_mode (pixel, rand, const), erasing_count, mix_prob, mix_switch_prob, mix_mode (batch, pair, "
+                                        "elem, roll), cutmix_minmax; as --augment_args.mix_mode elem")
     train_size: int | str | None = knob(None, "side of training crops where it is not --image_size: 160, or rising with the epochs, 128-224")
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = knob(None, "of resizing; left out: the model's own")
     crop_pct: float | None = knob(None, "share of the resized picture that evaluation crops; left out: the model's own")

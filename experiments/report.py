@@ -19,11 +19,12 @@ from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
 from experiments.usage import size
+from lightning_modules import distill_losses
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.ema import uses_ema
 from lightning_modules.history import History
-from lightning_modules.losses import LOSSES
+from lightning_modules.losses import TEXTS as LOSS_TEXTS
 from lightning_modules.meter import Meter, clock, peak_memory_mb
 from lightning_modules.preemption import Preempted, disarm_launcher
 from lightning_modules.signals import PREEMPTED, notice
@@ -50,9 +51,11 @@ def listing(cfg: Config) -> int:
         for name in datamodules.names():
             print(f"{name:<12}{import_module(f'datamodules.{name}').__doc__.splitlines()[0]}")
     elif cfg.list == "losses":
-        for name, loss in LOSSES.items():
-            made, how = getattr(loss, "func", loss), getattr(loss, "keywords", {})
-            print(f"{name:<16}{' '.join(made.__doc__.split(chr(10))[0].split())}" + "".join(f" {key} {value};" for key, value in how.items()))
+        for name, text in LOSS_TEXTS.items():
+            print(f"--loss {name:<14}{text}")
+        for name in distill_losses.names():
+            build = distill_losses.LOSSES[name].build
+            print(f"--distill {name:<10}{build.__doc__.splitlines()[0]} ({', '.join(['alpha', *distill_losses.keywords(name)])})")
     elif cfg.list == "metrics":
         print("acc1, acc5  share of pictures whose class is the likeliest, or among the five likeliest\n"
               "loss        mean cross entropy, without smoothing")
@@ -96,11 +99,24 @@ def dry_run(run: Run) -> int:
                  f"{data.spec['num_outputs']} classes"),
         ("batch", f"{cfg.global_batch_size} = {cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"),
         ("steps", f"{steps:,} = {cfg.epochs} epochs x {data.steps_per_epoch:,}, peak lr {cfg.lr:g}, precision {cfg.precision}"),
-        ("memory", f"about {(fixed + micro * per_picture) / gigabytes:.2f} GB a device (weights, gradients, Adam {fixed / gigabytes:.2f}; "
+        *_recipe_rows(cfg),
+        ("memory", f"about {(fixed + micro * per_picture) / gigabytes:.2f} GB a device (weights, gradients, moments {fixed / gigabytes:.2f}; "
                    f"{micro} pictures {micro * per_picture / gigabytes:.2f}); {plan.free_bytes(cfg) / gigabytes:.2f} GB free"),
         ("time", f"about {clock(seconds)} of training steps, at {speed:.1f} images/s measured now on one device without data loading"),
         ("run directory", f"{run.folder} ({_state(run)})")]))
     return 0
+
+
+def _recipe_rows(cfg: Config) -> list[tuple[str, str]]:
+    """How it learns, for the plan: knobs that are off are left out."""
+    def row(*keys: str) -> str:
+        return ", ".join(f"{key} {value}" for key in keys if (value := getattr(cfg, key)) not in (None, False, 0, {}, "none"))
+    return [("optimizer", row("optimizer", "optimizer_args", "schedule", "warmup_epochs", "warmup_steps", "warmup_lr", "min_lr", "weight_decay",
+                              "layer_decay", "head_lr_scale", "clip_grad", "clip_mode", "freeze")),
+            ("pictures", row("crop_scale", "hflip", "rand_augment", "random_erasing", "repeated_augment", "mixup", "cutmix", "augment_args",
+                             "train_size")),
+            ("loss", row("loss", "label_smoothing", "teacher", "distill", "distill_args")),
+            ("weights", row("init", "model_args", "ema_decay", "use_ema", "average_checkpoints") or "from scratch")]
 
 
 def _state(run: Run) -> str:
@@ -182,6 +198,9 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     except OSError as error:
         _stop(trainer, f"{run.folder / rundir.RESULT} cannot be written: {error.strerror or error}. The training is saved; the same command again "
                        "scores it")
+    for callback in trainer.callbacks:
+        if isinstance(callback, Averaging):
+            callback.clear()
     for logger in trainer.loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})

@@ -14,18 +14,20 @@ from experiments.usage import UsageError
 from models import pretrained
 
 CONFIG, RESULT = "config.yaml", "result.json"
-NAMED_APART = ("model", "data", "seed", "eval_only")  # stand in every name
+OPTIMIZER = ("optimizer", "optimizer_args", "weight_decay", "layer_decay", "head_lr_scale", "freeze")  # what its saved state is the state of
+NAMED_APART = ("model", "data", "distill", "seed", "eval_only")  # stand in every name
 
 
 def run_name(cfg: Config, recipe_alone: Config) -> str:
-    """`<data>-<model>-s<seed>[-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex digits."""
+    """`<data>-<model>[-<distill>]-s<seed>[-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex digits."""
     ours, theirs = _flat(cfg, "training", "numerics"), _flat(recipe_alone, "training", "numerics")
     apart = {key: ours.get(key) for key in {**theirs, **ours} if key not in NAMED_APART and ours.get(key) != theirs.get(key)}
     if len(apart) > 2:
         tail = "-" + hashlib.sha256(json.dumps(apart, sort_keys=True, default=str).encode()).hexdigest()[:6]
     else:
         tail = "".join(f"-{key.split('.')[-1]}{_spelled(value)}" for key, value in sorted(apart.items()))
-    return f"{cfg.data}-{cfg.model}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
+    start = "-".join(filter(None, (cfg.data, cfg.model, cfg.distill)))
+    return f"{start}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
 
 
 def look(cfg: Config, identity: dict[str, Any]) -> bool:
@@ -156,6 +158,7 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
         raise UsageError(f"{start.file} is not the state of a vitlab run; weights alone go to --init")
     there, here = content["config"], plain(cfg)
     apart = [f"{key} {there.get(key)} -> {here[key]}" for key in ("model", "model_args") if there.get(key) != here[key]]
+    apart += [f"{key} {there[key]} -> {here[key]}" for key in OPTIMIZER if not cfg.eval_only and there.get(key, here[key]) != here[key]]
     apart += [f"image_size {content['spec']['image_size']} -> {spec['image_size']}"] * (content["spec"]["image_size"] != spec["image_size"])
     classes, now = content["spec"]["class_names"], spec["class_names"]
     if classes != now:
@@ -216,7 +219,8 @@ def _spread(values: dict[str, Any], *roles: str) -> dict[str, Any]:
         if knob.metadata["role"] in roles and knob.name in values:
             value = values[knob.name]
             flat |= {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
-    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init") if flat.get(key) and os.path.exists(flat[key])}
+    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init", "teacher", "teacher_init")
+                   if flat.get(key) and os.path.exists(flat[key])}
 
 
 def _spelled(value: Any) -> str:

@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from experiments import plan, rundir
 from experiments.build import Run
 from experiments.config import Config
-from lightning_modules import ema
+from lightning_modules import distill_losses, ema
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from lightning_modules.distiller import Distill
 from lightning_modules.history import History
 from lightning_modules.losses import LOSSES
 from lightning_modules.meter import Meter, Progress
@@ -28,13 +29,20 @@ def task(run: Run) -> Classify:
     cfg, per_epoch = run.cfg, run.data.steps_per_epoch
     warmup = cfg.warmup_steps
     if warmup is None:
-        warmup = round((min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs) * per_epoch)
+        epochs = min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
+        warmup = round((round(epochs) if cfg.schedule in ("timm", "deit") else epochs) * per_epoch)  # those move once an epoch
     schedule = partial(SCHEDULES[cfg.schedule], peak=cfg.lr, min_lr=cfg.min_lr, warmup_lr=cfg.warmup_lr, warmup_steps=warmup,
                        total_steps=cfg.epochs * per_epoch, steps_per_epoch=per_epoch)
     make_optimizer = partial(optimizer, name=cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay,
                              head_lr_scale=cfg.head_lr_scale, **cfg.optimizer_args)
-    made = Classify(run.model, run.data.spec, rundir.plain(cfg), loss=partial(LOSSES[cfg.loss], smoothing=cfg.label_smoothing),
-                    schedule=schedule, make_optimizer=make_optimizer, seed=cfg.seed)
+    build = Classify
+    if run.teacher is not None:
+        hyper = {key: value for key, value in cfg.distill_args.items() if key != "alpha"}
+        widths = (run.model.head_hidden_size, run.teacher.width) if distill_losses.LOSSES[cfg.distill].on_features else None
+        build = partial(Distill, teacher=run.teacher, distill=distill_losses.create(cfg.distill, run.data.spec["task"], widths, **hyper),
+                        weights=distill_losses.weights(cfg.distill, cfg.distill_args.get("alpha")))
+    made = build(run.model, run.data.spec, rundir.plain(cfg), loss=partial(LOSSES[cfg.loss], smoothing=cfg.label_smoothing),
+                 schedule=schedule, make_optimizer=make_optimizer, seed=cfg.seed)
     made.monitor = monitor(cfg)
     return made
 

@@ -102,6 +102,11 @@ class Averaging(Callback):
             raise OSError(error)
         return read_checkpoint(path)
 
+    def clear(self) -> None:
+        """Remove the weights that averaged.ckpt was made of; when the run has finished."""
+        for epoch in self.kept:
+            self.file(epoch).unlink(missing_ok=True)
+
     def state_dict(self) -> dict[str, Any]:
         return {"kept": self.kept, "fallen": self.fallen}
 

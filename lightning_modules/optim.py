@@ -2,6 +2,7 @@
 import inspect
 from typing import Any
 
+import torch
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
@@ -14,12 +15,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # where timm's factory would give somet
 
 
 def check_optimizer(name: str, optimizer_args: dict[str, Any]) -> None:
-    """Raise ValueError, naming the flag, for an unknown optimizer or an argument that it does not take (timm drops some silently)."""
-    if name not in DEFAULTS:
-        raise ValueError(f"--optimizer {name}: choose from {', '.join(DEFAULTS)}")
+    """Raise ValueError, naming the flag, for an argument that the optimizer does not take (timm drops some silently) or a value that it
+    stumbles over in a first step."""
     allowed = sorted(set(inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters) - {"params", "lr", "weight_decay"})
     if unknown := sorted(set(optimizer_args) - set(allowed)):
         raise ValueError(f"--optimizer_args {', '.join(unknown)}: {name} takes {', '.join(allowed)}")
+    trial = nn.Parameter(torch.ones(2, 2))
+    trial.grad = torch.ones(2, 2)
+    try:
+        create_optimizer_v2([trial], name, lr=1e-3, **DEFAULTS[name] | optimizer_args).step()
+    except Exception as error:
+        raise ValueError(f"--optimizer_args {optimizer_args}: {name} does not take these values ({str(error).splitlines()[0]})") from None
 
 
 def optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float, layer_decay: float | None = None, head_lr_scale: float = 1.0,

@@ -18,6 +18,12 @@ def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {batch} {rank}".encode(), digest_size=7).digest(), "little")
 
 
+def share_right(logits: Tensor, target: Tensor) -> Tensor:
+    """Share of the batch whose likeliest class is its target; of mixed targets (B, K) the heaviest counts."""
+    heaviest = target.argmax(1) if target.is_floating_point() else target
+    return (logits.detach().argmax(1) == heaviest).float().mean()
+
+
 class Classify(L.LightningModule):
     """Single-label classification.
 
@@ -54,10 +60,9 @@ class Classify(L.LightningModule):
         return self.model(image)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` (mean over the batch), and `acc1` of the batch: of mixed targets the heaviest counts."""
+        """`loss` (mean over the batch), and `acc1` of the batch."""
         logits, target = self(batch["image"]).float(), batch["target"]
-        heaviest = target.argmax(1) if target.is_floating_point() else target
-        return {"loss": self.loss(logits, target), "acc1": (logits.detach().argmax(1) == heaviest).float().mean()}
+        return {"loss": self.loss(logits, target), "acc1": share_right(logits, target)}
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))

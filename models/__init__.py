@@ -78,7 +78,7 @@ def keywords(name: str) -> list[str]:
     """The keywords that `create` takes for one of our own models, beside num_outputs, image_size and in_chans."""
     check_name(name)
     parameters = inspect.signature(REGISTRY[name].build.__init__).parameters
-    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")]
+    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")] + ["dist_head"]
 
 
 def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, in_chans: int = 3, **model_args: Any) -> nn.Module:
@@ -89,10 +89,13 @@ def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, i
         num_outputs: width of the head; 0 leaves it out, the network then returns pooled features (B, D).
         image_size: side or (height, width) in pixels; None is the variant's own.
         in_chans: colour channels of the picture.
-        model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours.
+        model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours. `dist_head` true gives
+            any network a second head to learn from a teacher with (models/dist_head.py).
     Raises ValueError for an unknown name (with the closest ones), an unknown keyword, or an image size the network cannot take.
     """
     check_name(name)
+    if model_args.pop("dist_head", False):
+        return with_dist_head(create(name, num_outputs, image_size, in_chans, **model_args))
     if name.startswith("timm/"):
         return _create_timm(name[len("timm/"):], num_outputs, image_size, in_chans, model_args)
     entry = REGISTRY[name]
@@ -157,6 +160,7 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+from models.dist_head import with_dist_head  # noqa: E402
 from models.pretrained import load  # noqa: E402  (after the registry, which it uses)
 
 __all__ = ["REGISTRY", "create", "keywords", "load", "names", "preprocessing", "register"]

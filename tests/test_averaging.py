@@ -135,15 +135,19 @@ def test_an_epoch_the_disk_does_not_take_is_not_kept(tmp_path, monkeypatch):
     assert trained.files() == [0, 1]
 
 
+def keep_files():
+    Averaging.clear = lambda self: None
+
+
 @pytest.mark.parametrize("rule, ema, ranks", [("last-2", "--ema_decay 0.8", 1), ("best-2", "--ema_decay 0.8 --use_ema false", 1),
                                               pytest.param("best-2", "--ema_decay 0.8", 2, marks=pytest.mark.slow)])
 def test_killed_it_ends_as_left_alone_and_the_run_stands_for_the_average(pics, launch, rule, ema, ranks):
     line = VIT.replace("--micro_batch_size 4", f"--micro_batch_size {4 // ranks}")
     line = f"{line} {ema} --epochs 4 --average_checkpoints {rule} --devices {ranks} --save_every_steps 3"
-    assert (ended := launch(f"{line} --name whole", ranks=ranks)).code == 0, ended.out
+    assert (ended := launch(f"{line} --name whole", ranks=ranks, before=keep_files)).code == 0, ended.out
     for step in (5, 13):
         assert launch(f"{line} --name killed", ranks=ranks, kill_at_step=step).code == -9
-    assert (ended := launch(f"{line} --name killed", ranks=ranks)).code == 0, ended.out
+    assert (ended := launch(f"{line} --name killed", ranks=ranks, before=keep_files)).code == 0, ended.out
     one, other = pics / "runs" / "whole", pics / "runs" / "killed"
     files = sorted(file.name for file in (one / "checkpoints").iterdir())
     assert files == sorted(file.name for file in (other / "checkpoints").iterdir()) and len(files) == 6, files
@@ -173,19 +177,20 @@ def test_killed_it_ends_as_left_alone_and_the_run_stands_for_the_average(pics, l
 
 def test_killed_after_the_training_it_is_averaged_by_the_same_command(pics, launch):
     line = f"{VIT} --epochs 2 --average_checkpoints last-2"
-    assert launch(f"{line} --name one").code == 0
+    assert launch(f"{line} --name one", before=keep_files).code == 0
     run, first = pics / "runs" / "one", result_of(pics / "runs" / "one")
     before = weights(run, "averaged.ckpt")
     for file in (run / "checkpoints" / "averaged.ckpt", run / "result.json"):
         file.unlink()
     assert (ended := launch(f"{line} --name one")).code == 0, ended.out
     assert equal(weights(run, "averaged.ckpt")["state_dict"], before["state_dict"])
+    assert not list((run / "checkpoints").glob("weights-*"))  # the run has finished
     assert {key: value for key, value in result_of(run).items() if "/" in key} == {key: value for key, value in first.items() if "/" in key}
 
 
 def test_a_damaged_file_is_named_and_without_it_the_rest_is_averaged(pics, launch):
     line, folder = f"{VIT} --epochs 2 --average_checkpoints last-2 --name one", pics / "runs" / "one" / "checkpoints"
-    assert launch(line).code == 0
+    assert launch(line, before=keep_files).code == 0
     (folder.parent / "result.json").unlink()
     content = bytearray((folder / "weights-0000.ckpt").read_bytes())
     content[len(content) // 2] ^= 1

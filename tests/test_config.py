@@ -134,3 +134,13 @@ def test_run_names(line, name):
 def test_more_than_two_differences_become_six_hex_digits_that_differ():
     first, second = (name_of(f"--lr 1e-3 --epochs 2 --weight_decay {decay}") for decay in (0.2, 0.3))
     assert first != second and len(first) == len("digits-vit_nano4-s0-") + 6 and name_of("--lr 1e-3 --epochs 2 --weight_decay 0.2") == first
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--head_lr_scale 0", "--head_lr_scale 0: must be above 0"), ("--ema_decay 1", "--ema_decay 1: must be below 1"),
+    ("--clip_grad 0", "null does not clip"), ("--use_ema", "--ema_decay 0.9999 keeps them"), ("--average_checkpoints 5", "last-5 or best-3"),
+    ("--warmup_epochs 1 --warmup_steps 5", "say the same thing"), ("--schedule deit --warmup_epochs 1.5", "a whole number of --warmup_epochs"),
+    ("--distill soft", "--teacher names it"), ("--mixup -1", "must not be negative"), ("--random_erasing 2", "between 0 and 1"),
+])
+def test_training_knobs_out_of_range(capsys, line, words):
+    assert words in refused(capsys, line)

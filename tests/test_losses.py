@@ -76,9 +76,6 @@ def test_deit3_counts_both_pictures_of_a_mixture_in_full():
 
 
 @pytest.mark.parametrize("name, settings, says", [
-    ("hinge", {}, "--loss hinge: choose from cross_entropy"),
-    ("cross_entropy", {"smoothing": 1.0}, "--label_smoothing 1.0"),
-    ("cross_entropy", {"smoothing": -0.1}, "--label_smoothing -0.1"),
     ("bce_deit3", {"smoothing": 0.1}, "--loss bce_deit3 .* --label_smoothing 0.1"),
     ("bce_rsb", {"smoothing": 0.5, "num_outputs": 2}, "--loss bce_rsb .* all would be right"),
     ("bce_rsb", {"smoothing": 0.9}, "--loss bce_rsb .* none would be right"),

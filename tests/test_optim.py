@@ -238,10 +238,10 @@ def test_a_resumed_optimizer_goes_on_as_if_nothing_had_been(name):
 
 
 @pytest.mark.parametrize("name, arguments, says", [
-    ("adam", {}, "--optimizer adam: choose from adamw, lamb, sgd, muon"),
     ("sgd", {"eps": 1e-8, "momentum": 0.9}, "--optimizer_args eps: sgd takes .*momentum"),  # timm would drop eps without a word
     ("adamw", {"momentum": 0.9}, "--optimizer_args momentum: adamw takes .*betas"),
     ("lamb", {"lr": 0.1, "clip": 1}, "--optimizer_args clip, lr: lamb takes .*max_grad_norm"),
+    ("adamw", {"betas": 0.9}, "adamw does not take these values"), ("sgd", {"momentum": "high"}, "sgd does not take these values"),
 ])
 def test_unknown_optimizers_and_arguments_are_refused(name, arguments, says):
     with pytest.raises(ValueError, match=says):

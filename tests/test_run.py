@@ -77,7 +77,7 @@ def test_two_processes_score_as_one(pics, launch):
     assert launch(f"{TINY} --epochs 1 --name trained").code == 0
     line = "--config runs/trained/config.yaml --eval_only --init runs/trained --accelerator cpu"
     assert launch(f"{line} --name one").code == 0
-    two = launch(f"{line} --devices 2 --name two", ranks=2)
+    two = launch(f"{line} --devices 2 --accelerator cpu --name two", ranks=2)
     assert two.code == 0, two.out
     one, two = result_of(pics / "runs" / "one"), result_of(pics / "runs" / "two")
     assert two["world_size"] == 2
@@ -87,7 +87,7 @@ def test_two_processes_score_as_one(pics, launch):
 def test_two_processes_learn_as_one_without_dropout(pics, launch):
     line = f"{TINY} --model_args.drop_path 0 --epochs 2 --accelerator cpu"
     assert launch(f"{line} --name one").code == 0
-    ended = launch(f"{line} --devices 2 --name two", ranks=2)
+    ended = launch(f"{line} --devices 2 --accelerator cpu --name two", ranks=2)
     assert ended.code == 0, ended.out
     for one, two in zip(rows_of(pics / "runs" / "one"), rows_of(pics / "runs" / "two")):
         assert float(one["train/loss"]) == pytest.approx(float(two["train/loss"]), abs=2e-6)
@@ -247,3 +247,37 @@ def test_offline_wandb_keeps_one_run_over_a_resume(pics, launch):
     runs = list(folder.glob("offline-run-*"))
     assert len(runs) == 2 and all(run.name.endswith(identity) for run in runs)
     assert json.loads((pics / "runs" / "tracked" / "result.json").read_text())["finished"]
+
+
+def test_two_ranks_score_the_batch_norm_that_is_saved(tmp_path, launch):
+    write_pictures(tmp_path / "pics" / "train", {"dark": 20, "grey": 20, "light": 20}, side=32)
+    line = "--data_dir pics --image_size 32 --model timm/test_resnet --recipe none --val_fraction 0.4 --workers 0 --logger csv"
+    trained = launch(f"{line} --global_batch_size 12 --lr 3e-3 --epochs 1 --devices 2 --accelerator cpu --name two", ranks=2)
+    assert trained.code == 0, trained.out
+    scored = launch(f"{line} --eval_only --init runs/two/checkpoints/last.ckpt --name again")
+    assert scored.code == 0, scored.out
+    assert result_of(tmp_path / "runs" / "again")["val/loss"] == pytest.approx(result_of(tmp_path / "runs" / "two")["val/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--optimizer_args.betas 0.9", "adamw does not take these values"), ("--augment_args.vflip abc", "vflip 'abc' is not float"),
+    ("--warmup_steps 5000", "--warmup_steps 5000 is more than the run's 4 steps"), ("--average_checkpoints last-9", "there are only --epochs 1"),
+    ("--average_checkpoints best-1 --val_fraction 0", "no val split"), ("--freeze 2", "fraction"), ("--train_size 18", "--train_size 18"),
+    ("--loss bce_deit3", "--loss bce_deit3"), ("--rand_augment rand-x9", "rand_augment"),
+])
+def test_what_cannot_be_learned_ends_with_a_line(pics, launch, line, words):
+    ended = launch(f"{TINY} --epochs 1 {line}")
+    assert ended.code == 2 and words in ended.out and "Traceback" not in ended.out, ended.out
+    assert not (pics / "runs").exists()
+
+
+def test_what_is_perhaps_not_meant_is_said(pics, launch):
+    out = launch(f"{TINY} --epochs 1 --ema_decay 0.9999 --freeze 0.5 --augment_args.mix_mode elem --dry_run").out
+    for words in ("looks back over 10000 of only 4 steps", "keep their random first values", "mix_mode elem is inactive"):
+        assert words in out, out
+
+
+def test_another_runs_state_is_refused_with_another_optimizer(pics, launch):
+    assert launch(f"{TINY} --epochs 1 --name one").code == 0
+    ended = launch(f"{TINY} --epochs 2 --resume runs/one --weight_decay 0.9 --optimizer sgd --name two")
+    assert ended.code == 2 and "weight_decay 0.05 -> 0.9" in ended.out and "optimizer adamw -> sgd" in ended.out, ended.out

@@ -1,0 +1,108 @@
+"""What speaks against a run before it starts, and what a person should hear about it: names, data, losses, sizes. Nothing is written here."""
+from dataclasses import fields, replace
+from functools import partial
+
+import lightning as L
+import torch
+from torch import nn
+
+import datamodules
+import models
+from datamodules.augment import Augment
+from datamodules.base import PictureData
+from experiments.config import Config
+from experiments.keywords import check_values
+from experiments.usage import UsageError, did_you_mean
+from lightning_modules import distill_losses
+from lightning_modules.ema import uses_ema
+from lightning_modules.losses import check_loss
+from lightning_modules.optim import check_optimizer
+
+
+def check_names(cfg: Config) -> None:
+    models.check_name(cfg.model)
+    if not cfg.model.startswith("timm/"):
+        check_values(models.REGISTRY[cfg.model].build.__init__, cfg.model_args, f"--model_args of {cfg.model}", models.keywords(cfg.model))
+    elif reserved := cfg.model_args.keys() & {"num_classes", "in_chans", "img_size", "pretrained", "checkpoint_path"}:
+        raise UsageError(f"--model_args.{min(reserved)} is not for here: --image_size, --init and the data decide it")
+    if cfg.data not in datamodules.names():
+        raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
+                         f"(there are {', '.join(datamodules.names())})")
+    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for knob in fields(PictureData)}]
+    check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
+    check_values(Augment.__init__, cfg.augment_args, "--augment_args", [field.name for field in fields(Augment)])
+
+
+def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
+    """What the data cannot be used for."""
+    problems = ["--patience watches val, and these data have no val split"] * bool(cfg.patience and not data.sizes["val"])
+    if cfg.average_checkpoints and int(cfg.average_checkpoints.split("-")[1]) > cfg.epochs:
+        problems.append(f"--average_checkpoints {cfg.average_checkpoints}: there are only --epochs {cfg.epochs}")
+    if (cfg.average_checkpoints or "").startswith("best") and not data.sizes["val"]:
+        problems.append(f"--average_checkpoints {cfg.average_checkpoints} chooses by val, and these data have no val split: last-5, for example")
+    if not cfg.eval_only and not data.sizes["train"]:
+        problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
+    elif not cfg.eval_only and data.spec["num_outputs"] < 2:
+        problems.append(f"{data.data_dir} has the single class {data.spec['class_names'][0]}: nothing can be learned from it")
+    return problems
+
+
+def unlearnable(cfg: Config, num_outputs: int, task: str) -> list[str]:
+    """What loss and optimizer say against their settings."""
+    problems = []
+    for check in (partial(check_loss, cfg.loss, smoothing=cfg.label_smoothing, mixing=bool(cfg.mixup or cfg.cutmix), num_outputs=num_outputs),
+                  partial(check_optimizer, cfg.optimizer, cfg.optimizer_args),
+                  *([partial(_check_distill, cfg, task)] if cfg.teacher else [])):
+        try:
+            check()
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_distill(cfg: Config, task: str) -> None:
+    """Raises ValueError for a loss, a keyword of it or a value that cannot be."""
+    entry, hyper = distill_losses.check_name(cfg.distill, task), dict(cfg.distill_args)
+    distill_losses.weights(cfg.distill, hyper.pop("alpha", None))
+    if entry.on_features and "," in cfg.teacher:
+        raise ValueError(f"--distill {cfg.distill} compares the features of one teacher, not of several")
+    distill_losses.create(cfg.distill, task, (1, 1), **hyper)
+
+
+def check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Try the network, on no device, at every size of training crops. Raises UsageError where it takes pictures of one size only."""
+    if cfg.train_size is None or cfg.eval_only:
+        return
+    try:
+        if hasattr(meta, "set_any_size"):
+            meta.set_any_size()
+        for height, width in sorted({*data.train_sizes}):
+            meta(torch.zeros(2, 3, height, width, device="meta"))
+    except (ValueError, AssertionError, RuntimeError) as error:
+        hint = "; timm's plain transformers take --model_args.dynamic_img_size true" if cfg.model.startswith("timm/") else ""
+        raise UsageError(f"--train_size {cfg.train_size}: {cfg.model} does not take it: {str(error).splitlines()[0]}{hint}") from None
+
+
+def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config, list[str]]:
+    """A warm-up in steps that is longer than the run: a recipe's is replaced by the default, with a note. Raises UsageError for one's own."""
+    if (cfg.warmup_steps or 0) <= steps:
+        return cfg, alone, []
+    if cfg.warmup_steps != alone.warmup_steps:
+        raise UsageError(f"--warmup_steps {cfg.warmup_steps} is more than the run's {steps} steps")
+    note = f"warm-up: the recipe's {cfg.warmup_steps} steps are more than the run's {steps}; a tenth of the epochs instead"
+    return replace(cfg, warmup_steps=None), replace(alone, warmup_steps=None), [note]
+
+
+def advice(cfg: Config, data: L.LightningDataModule) -> list[str]:
+    """Lines on what is allowed but perhaps not meant."""
+    if cfg.eval_only:
+        return []
+    lines, steps = data.notes(), cfg.epochs * data.steps_per_epoch
+    if uses_ema(cfg.ema_decay, cfg.use_ema) and cfg.ema_decay < 1 and steps < 5 / (1 - cfg.ema_decay):
+        lines.append(f"ema_decay {cfg.ema_decay:g} looks back over {1 / (1 - cfg.ema_decay):.0f} of only {steps} steps, so its weights stay near the "
+                     f"first ones: --ema_decay {max(0.0, 1 - 10 / steps):.4g}, or --use_ema false")
+    if cfg.freeze and not cfg.init:
+        lines.append(f"freeze {cfg.freeze}: without --init the frozen layers keep their random first values")
+    if cfg.model.endswith("_distilled") and not cfg.teacher:
+        lines.append(f"{cfg.model} without --teacher: the mean of its two heads learns the labels")
+    return lines

@@ -1,0 +1,57 @@
+"""How a student learns from a teacher beside its labels: one more term in the loss; everything else is the task's."""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.distill_losses import Features
+from lightning_modules.task import Classify, share_right
+from lightning_modules.teacher import Teacher, Teachers
+
+
+class Distill(Classify):
+    """Classification with a teacher: total = weights[0] x loss on the labels + weights[1] x loss on the teacher (DeiT's losses.py).
+
+    A student with two heads learns the labels by the first and the teacher by the second; with one, both by the same logits. The teacher
+    sees the batch as the student does, augmented and mixed. It is no part of the module: in no state dict, optimizer or EMA.
+
+    Args:
+        teacher: pictures (B, 3, H, W) -> logits (B, K).
+        distill: (student's logits, teacher's, targets) -> scalar, or `Features` on pooled features.
+        weights: of (loss on the labels, loss on the teacher).
+        task: the rest, see Classify.
+    """
+
+    def __init__(self, *task: Any, teacher: Teacher | Teachers, distill: Callable[..., Tensor], weights: tuple[float, float], **rest: Any):
+        super().__init__(*task, **rest)
+        self.teacher, self.distill, self.weights = teacher, distill, weights
+        if hasattr(self.model, "set_distilled_training"):
+            self.model.set_distilled_training(True)
+
+    def setup(self, stage: str) -> None:
+        self.teacher.to(self.device)
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`loss`, its parts `base_loss` and `distill_loss` (each a mean over the batch, unweighted), and `acc1` of the batch."""
+        image, target = batch["image"], batch["target"]
+        if isinstance(self.distill, Features):
+            tokens = self.model.forward_features(image)
+            output, seen = self.model.forward_head(tokens), self.model.forward_head(tokens, pre_logits=True)
+            told = self.teacher.features(image)
+        else:
+            output, told = self.model(image), self.teacher(image)
+            seen = output[1] if isinstance(output, tuple) else output
+        logits = (output[0] if isinstance(output, tuple) else output).float()
+        base = self.loss(logits, target)
+        part = self.distill(seen, told) if isinstance(self.distill, Features) else self.distill(seen, told, target)
+        return {"loss": self.weights[0] * base + self.weights[1] * part, "base_loss": base.detach(), "distill_loss": part.detach(),
+                "acc1": share_right(logits, target)}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The student's, and the parameters of the loss itself (a projection) in a group of their own."""
+        optimizer = super().configure_optimizers()
+        own = list(self.distill.parameters()) if isinstance(self.distill, nn.Module) else []
+        if own:
+            optimizer.add_param_group({"params": own, "lr_scale": 1.0})
+        return optimizer
