@@ -16,12 +16,12 @@ import models
 from datamodules.base import PictureData
 from datamodules.decode import PictureError
 from experiments import build, plan, rundir
-from experiments.config import Command, Config, read
+from experiments.config import Command, read
 from experiments.usage import UsageError
 from lightning_modules import teacher_cache
 from lightning_modules.signals import notice
-from lightning_modules.teacher import Teacher, Teachers
-from lightning_modules.teacher_cache import CachedTeacher, Checker, Recorder
+from lightning_modules.teacher_cache import CachedTeacher
+from lightning_modules.teacher_recording import Checker, Recorder
 from models import pretrained
 
 TOLERANCE = 0.01  # of a probability: float16 takes up to 0.0002, other kernels of a GPU more, another picture most of 1
@@ -30,7 +30,7 @@ TOLERANCE = 0.01  # of a probability: float16 takes up to 0.0002, other kernels 
 def main(command: Command, out: str, *, topk: int, fixed: bool, check: int | None) -> int:
     """Write the cache, or check it. Returns the exit code."""
     try:
-        run, teacher, about = _resolved(command, Path(out), topk, fixed)
+        run, about = _resolved(command, Path(out), topk, fixed)
         if check:
             cache = CachedTeacher(out)
             cache.check(about["identity"])
@@ -43,7 +43,7 @@ def main(command: Command, out: str, *, topk: int, fixed: bool, check: int | Non
         return 2
     notice.together = False  # no step here is worth a last save: a signal ends each process at once
     try:
-        return _check(run, teacher, cache, check) if check else _write(run, teacher, about, Path(out))
+        return _check(run, cache, check) if check else _write(run, about, Path(out))
     except PictureError as error:
         line = [line for line in str(error).splitlines() if "cannot read picture" in line][-1]  # after a worker's own traceback
         print(f"prepare.py: {line[line.find('cannot read picture'):]}", file=sys.stderr)
@@ -60,8 +60,8 @@ def identity(run: build.Run) -> dict[str, Any]:
                                   device="cuda" if plan.on_gpu(run.cfg) else "cpu")
 
 
-def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[build.Run, Teachers, dict[str, Any]]:
-    """The run, its teacher, and what its cache will say of itself. Raises ValueError or FileNotFoundError."""
+def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[build.Run, dict[str, Any]]:
+    """The run with its teacher, and what their cache will say of itself. Raises ValueError or FileNotFoundError."""
     cfg = command.config
     if not cfg.teacher:
         raise UsageError("--teacher is missing: a run directory, a file, or a model's name")
@@ -77,13 +77,12 @@ def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[buil
     if fixed and data.mixing:
         raise UsageError("--view fixed: the teacher would not see what --mixup and --cutmix make of the pictures; leave it out")
     view = "evaluation" if fixed else "still" if still(data) else "replayed"
-    teacher = _teacher(run.cfg, spec)
     every = spec["task"] != "classification" or topk >= spec["num_outputs"]
     about = {"format": teacher_cache.FORMAT, "view": view, "topk": spec["num_outputs"] if every else topk,
              "copies": data.repeated_augment if view == "replayed" else 1,
              "rows": data.steps_per_epoch * data.global_batch_size if view == "replayed" else data.sizes["train"],
-             "teachers": _named(run.cfg, teacher), "identity": identity(run)}
-    return run, teacher, json.loads(json.dumps(about))
+             "teachers": _named(run), "identity": identity(run)}
+    return run, json.loads(json.dumps(about))
 
 
 def still(data: PictureData) -> bool:
@@ -94,14 +93,11 @@ def still(data: PictureData) -> bool:
     return ours and whole and not any((*chances, data.rand_augment, augment.auto_augment, data.mixing))
 
 
-def _teacher(cfg: Config, spec: dict[str, Any]) -> Teachers:
-    return Teachers([Teacher.load(source, cfg.teacher_init, student=spec) for source in cfg.teacher.split(",")], spec["task"])
-
-
-def _named(cfg: Config, teacher: Teachers) -> list[dict[str, Any]]:
+def _named(run: build.Run) -> list[dict[str, Any]]:
     """Which weights the teachers have and how they see: plain values."""
-    found = []
-    for source, each in zip(cfg.teacher.split(","), teacher.teachers):
+    cfg, found = run.cfg, []
+    for name, each in zip(cfg.teacher.split(","), getattr(run.teacher, "teachers", [run.teacher])):
+        source = name.strip()
         weights = source if Path(source).exists() else cfg.teacher_init
         if weights in (None, "pretrained"):
             arch = source.removeprefix("timm/") if source.startswith("timm/") else models.REGISTRY[source].timm
@@ -160,7 +156,7 @@ def _pass(trainer: L.Trainer, module: L.LightningModule, data: PictureData, epoc
     trainer.validate(module, datamodule=data, verbose=False)
 
 
-def _write(run: build.Run, teacher: Teachers, about: dict[str, Any], out: Path) -> int:
+def _write(run: build.Run, about: dict[str, Any], out: Path) -> int:
     trainer, view = _trainer(run), about["view"]
     if trainer.is_global_zero and not teacher_cache.is_cache(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +167,7 @@ def _write(run: build.Run, teacher: Teachers, about: dict[str, Any], out: Path) 
             if not all(teacher_cache.shard_file(out, about, epoch, rank).is_file() for rank in world)]
     said = print if trainer.is_global_zero else lambda *words, **how: None
     said(f"teacher {_teachers(about)}, view {view}: {len(epochs)} epochs x {about['rows']:,} pictures, {len(epochs) - len(left)} there already")
-    recorder, start = Recorder(teacher, out, about), time.monotonic()
+    recorder, start = Recorder(run.teacher, out, about), time.monotonic()
     _show(run.data, view)
     for epoch in left:
         _pass(trainer, recorder, run.data, epoch)
@@ -181,7 +177,7 @@ def _write(run: build.Run, teacher: Teachers, about: dict[str, Any], out: Path) 
     return 0
 
 
-def _check(run: build.Run, teacher: Teachers, cache: CachedTeacher, pictures: int) -> int:
+def _check(run: build.Run, cache: CachedTeacher, pictures: int) -> int:
     view, rows, epochs, limit = cache.about["view"], None, [0], None
     if view == "replayed":
         passes = math.ceil(pictures / run.cfg.global_batch_size * run.data.accumulation(plan.world_size(run.cfg)))
@@ -189,7 +185,7 @@ def _check(run: build.Run, teacher: Teachers, cache: CachedTeacher, pictures: in
         limit = min(math.ceil(passes / len(epochs)), run.data.steps_per_epoch * run.data.accumulation(plan.world_size(run.cfg)))
     else:
         rows = np.unique(np.linspace(0, cache.about["rows"] - 1, min(pictures, cache.about["rows"])).round().astype(int))
-    trainer, checker = _trainer(run, limit), Checker(teacher, cache, None if rows is None else torch.from_numpy(rows))
+    trainer, checker = _trainer(run, limit), Checker(run.teacher, cache, None if rows is None else torch.from_numpy(rows))
     _show(run.data, view, rows)
     for epoch in epochs:
         _pass(trainer, checker, run.data, epoch)
