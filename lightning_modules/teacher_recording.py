@@ -41,7 +41,8 @@ class Recorder(L.LightningModule):
         tensors = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         if not tensors["value"].isfinite().all():
             raise ValueError("the teacher gives logits that are not finite; give it a wider precision")
-        teacher_cache.write_shard(teacher_cache.shard_file(self.folder, self.about, self.trainer.current_epoch, self.global_rank), tensors, self.digest)
+        file = teacher_cache.shard_file(self.folder, self.about, self.trainer.current_epoch, self.global_rank)
+        teacher_cache.write_shard(file, tensors, self.digest)
 
 
 class Checker(L.LightningModule):
