@@ -206,7 +206,7 @@ class PictureData(L.LightningDataModule):
         )
         transforms = {size: self.train_transform(size) for size in set(self.train_sizes)}
         boxes = Boxes(self.random_erasing, self.augment.erasing_count) if self.random_erasing else None
-        pictures = TrainPictures(self.splits["train"], [transforms[size] for size in self.train_sizes], self.seed, boxes)
+        pictures = TrainPictures(self.splits["train"], [transforms[size] for size in self.train_sizes], self.seed, boxes, self.repeated_augment)
         return self._loader(pictures, sampler, self.global_batch_size // self._world_size // passes)
 
     def val_dataloader(self) -> DataLoader | list:

@@ -35,12 +35,18 @@ class TrainPictures(Dataset):
     Args:
         transforms: of each epoch; the last holds for all later ones.
         boxes: decides from the image where the device will erase it; the sample then has `erase`, an int64 tensor.
+        copies: of a picture in an epoch; of several the sample has `copy`, its number.
     """
 
     def __init__(
-        self, split: Split, transforms: list[Transform], seed: int, boxes: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self,
+        split: Split,
+        transforms: list[Transform],
+        seed: int,
+        boxes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        copies: int = 1,
     ) -> None:
-        self.split, self.transforms, self.seed, self.boxes = split, transforms, seed, boxes
+        self.split, self.transforms, self.seed, self.boxes, self.copies = split, transforms, seed, boxes, copies
 
     def __len__(self) -> int:
         return len(self.split)
@@ -49,11 +55,12 @@ class TrainPictures(Dataset):
         index, epoch, *copy = key
         picture = self.split.open(self.split.names[index])
         transform, erase = self.transforms[min(epoch, len(self.transforms) - 1)], {}
+        number = {"copy": copy[0] if copy else 0} if self.copies > 1 else {}
         with keyed_rng(self.seed, epoch, index, *copy):
             image = transform(picture)
             if self.boxes is not None:
                 erase = {"erase": self.boxes(image)}
-        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, **erase}
+        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, **number, **erase}
 
 
 class EvalPictures(Dataset):
