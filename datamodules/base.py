@@ -1,7 +1,5 @@
 """The data module every picture data set shares: splits, loaders, position for exact resume, normalisation on the device."""
 
-import hashlib
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,11 +15,11 @@ from datamodules.checks import check_values
 from datamodules.erasing import Boxes
 from datamodules.mixing import Mixer
 from datamodules.on_device import OnDevice
-from datamodules.pictures import EvalPictures, Split, TrainPictures, hold_out
+from datamodules.pictures import EvalPictures, Split, TrainPictures, fingerprint, hold_out
 from datamodules.samplers import EvalSampler, TrainSampler, passes_per_step
 from datamodules.sizes import training_sizes
 from datamodules.transforms import Transform, eval_transform, train_transform
-from datamodules.workers import heed_only_the_parent
+from datamodules.workers import heed_only_the_parent, worker_count
 
 WORKER_TIMEOUT_SECONDS = 300
 
@@ -46,6 +44,7 @@ class PictureData(L.LightningDataModule):
         micro_batch_size: largest number of pictures in one pass of one rank.
         workers: processes per loader and rank; None chooses from the machine.
         class_names: fixes the index order, e.g. from a checkpoint.
+        encoding, outputs_per_target: how a network gives the targets of a regression (lightning_modules/targets.py).
         eval_only: nothing is trained, so the global batch may be larger than the training set.
 
     Raises:
@@ -79,6 +78,8 @@ class PictureData(L.LightningDataModule):
     micro_batch_size: int | None = None
     workers: int | None = None
     class_names: list[str] | None = None
+    encoding: str = "sigmoid"
+    outputs_per_target: int = 1
     eval_only: bool = False
 
     def __post_init__(self) -> None:
@@ -89,16 +90,21 @@ class PictureData(L.LightningDataModule):
         self.augment = read_augment(self.augment_args)
         check_values(self)
         self.train_sizes = training_sizes(self.train_size, self.image_size, self.epochs)
+        self.task, self.target_names, self.target_range, self.id_column = "classification", None, None, None  # what `read` may change
         self.class_names, self.splits = self.read()
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
         mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
-        mixer = Mixer(**mixing, num_classes=len(self.class_names)) if self.mixing else None
+        mixer = Mixer(**mixing, num_classes=len(self.class_names or ()), task=self.task) if self.mixing else None
         self._on_device = OnDevice(self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed)
         self._resume: tuple[int, int] | None = None  # epoch and samples of it, for the next train_dataloader()
 
-    def read(self) -> tuple[list[str], dict[str, Split]]:
-        """(class names in index order, {"train" | "val" | "test": Split}, absent splits left out); lists, opens no picture."""
+    def read(self) -> tuple[list[str] | None, dict[str, Split]]:
+        """(class names in index order, {"train" | "val" | "test" | "predict": Split}, absent splits left out); lists, opens no picture.
+
+        `predict` has no labels. For another task it sets `task`; of a regression `target_names` and `target_range` (T pairs, own units), and
+        class names are None. `id_column` is a table's.
+        """
         raise NotImplementedError
 
     def with_val(self, train: Split, class_names: list[str]) -> dict[str, Split]:
@@ -130,16 +136,19 @@ class PictureData(L.LightningDataModule):
     def spec(self) -> dict[str, Any]:
         """What a model must know to use these data; plain values only, so a checkpoint with it loads with weights_only."""
         return {
-            "task": "classification",
-            "num_outputs": len(self.class_names),
-            "class_names": list(self.class_names),
+            "task": self.task,
+            "num_outputs": len(self.class_names) if self.class_names else len(self.target_names) * self.outputs_per_target,
+            "class_names": self.class_names and list(self.class_names),
+            "target_names": self.target_names,
+            "target_range": self.target_range,
+            "encoding": self.encoding if self.task == "regression" else None,
             "image_size": list(self.image_size),
             "mean": list(self.mean),
             "std": list(self.std),
             "interpolation": self.interpolation,
             "crop_pct": self.crop_pct,
             "crop_mode": self.crop_mode,
-            "id_column": None,
+            "id_column": self.id_column,
         }
 
     @property
@@ -149,11 +158,8 @@ class PictureData(L.LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over split, relative names and targets: changes when a sample moves, comes, goes or is relabelled; pixels do not count."""
-        digest = hashlib.sha256()
-        for name, split in sorted(self.splits.items()):
-            digest.update(f"{name} {len(split)}\n".encode() + b"\n".join(split.names.tolist()) + split.targets.tobytes())
-        return digest.hexdigest()
+        """Of names and targets (`pictures.fingerprint`)."""
+        return fingerprint(self.splits)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -216,6 +222,9 @@ class PictureData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._eval_loader("test")
 
+    def predict_dataloader(self) -> DataLoader:
+        return self._eval_loader("predict")
+
     def state_dict(self) -> dict[str, Any]:
         """Position in training (samples of all ranks), with what must be equal for it to mean the same on resume."""
         if self.trainer is None or not self.steps_per_epoch:
@@ -250,16 +259,6 @@ class PictureData(L.LightningDataModule):
         return self._on_device.after(batch)
 
     @property
-    def worker_count(self) -> int:
-        """Worker processes per loader: `workers`, or else none for data in memory, or else the cores over the local ranks, 1 to 12."""
-        if self.workers is not None:
-            return self.workers
-        if self.in_memory:
-            return 0
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(12, max(1, cores // getattr(self.trainer, "num_devices", 1)))
-
-    @property
     def _rank(self) -> int:
         return getattr(self.trainer, "global_rank", 0)
 
@@ -270,13 +269,13 @@ class PictureData(L.LightningDataModule):
     def _eval_loader(self, split: str) -> DataLoader:
         if split not in self.splits:
             raise ValueError(f"these data have no {split} split (sizes: {self.sizes})")
-        sampler = EvalSampler(self.sizes[split], rank=self._rank, world_size=self._world_size)
+        sampler = EvalSampler(len(self.splits[split]), rank=self._rank, world_size=self._world_size)
         pictures = EvalPictures(self.splits[split], self.eval_transform())
         per_rank = -(-self.global_batch_size // self._world_size)
         return self._loader(pictures, sampler, min(per_rank, self.micro_batch_size or per_rank))
 
     def _loader(self, pictures: Dataset, sampler: Sampler, batch_size: int) -> DataLoader:
-        workers = self.worker_count
+        workers = worker_count(self.workers, self.in_memory, getattr(self.trainer, "num_devices", 1))
         return DataLoader(
             pictures,
             batch_size=batch_size,

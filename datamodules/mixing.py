@@ -30,7 +30,7 @@ class Mixer:
     All randomness comes from the key, so a resumed run mixes as an uninterrupted one; numpy's global state is put back.
     """
 
-    def __init__(self, *, mixup: float, cutmix: float, augment: Augment, num_classes: int, smoothing: float) -> None:
+    def __init__(self, *, mixup: float, cutmix: float, augment: Augment, num_classes: int, smoothing: float, task: str) -> None:
         self.mix: Roll | Mixup
         if augment.mix_mode == "roll":
             self.mix = Roll(mixup, num_classes, smoothing)

@@ -1,5 +1,6 @@
 """One split of pictures with targets, how it becomes samples, and how a part of it is held out."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset, get_worker_info
 
 from datamodules.transforms import Transform
@@ -16,17 +16,19 @@ from datamodules.transforms import Transform
 
 @dataclass(frozen=True)
 class Split:
-    """`names` (N,) bytes, relative and unique; `targets` (N,) int64 class indices; `open` turns a name into an RGB picture."""
+    """`names` (N,) bytes, relative; `targets` (N,) int64 class indices, or of other tasks (N, K) float32; `open` turns a name into an RGB
+    picture; `ids` (N,) str are a table's own."""
 
     names: np.ndarray
     targets: np.ndarray
     open: Callable[[bytes], Image.Image]
+    ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, rows: np.ndarray) -> "Split":
-        return Split(self.names[rows], self.targets[rows], self.open)
+        return Split(self.names[rows], self.targets[rows], self.open, None if self.ids is None else self.ids[rows])
 
 
 class TrainPictures(Dataset):
@@ -106,6 +108,8 @@ def hold_out(split: Split, fraction: float, seed: int, class_names: list[str]) -
     Raises:
         ValueError: a class has one sample only (named), or the fraction is smaller than one sample a class.
     """
+    from sklearn.model_selection import train_test_split  # not where a picture is only predicted
+
     counts = np.bincount(split.targets, minlength=len(class_names))
     if (counts == 1).any():
         lonely = class_names[int(np.argmax(counts == 1))]
@@ -127,3 +131,13 @@ def at_most(split: Split, per_class: int, seed: int) -> Split:
         rows = np.flatnonzero(split.targets == target)
         kept.append(np.random.RandomState([seed, target]).permutation(rows)[:per_class])
     return split.take(np.sort(np.concatenate(kept)))
+
+
+def fingerprint(splits: dict[str, Split]) -> str:
+    """sha256 over split, relative names and targets: changes when a sample moves, comes, goes or is relabelled; pixels do not count, nor
+    what has no targets."""
+    digest = hashlib.sha256()
+    for name, split in sorted(splits.items()):
+        if name != "predict":
+            digest.update(f"{name} {len(split)}\n".encode() + b"\n".join(split.names.tolist()) + split.targets.tobytes())
+    return digest.hexdigest()

@@ -18,3 +18,13 @@ def _leave_when_the_parent_says_so() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
+
+
+def worker_count(asked: int | None, in_memory: bool, local_ranks: int) -> int:
+    """Worker processes of a loader: as asked, or else none for data in memory, or else the cores over the local ranks, 1 to 12."""
+    if asked is not None:
+        return asked
+    if in_memory:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(12, max(1, cores // local_ranks))

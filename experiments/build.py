@@ -18,14 +18,16 @@ import models
 from experiments import plan, preflight, rundir
 from experiments.config import Command, Config, read
 from experiments.usage import UsageError, size
-from lightning_modules import distill_losses
+from lightning_modules import distill_losses, targets, teacher_cache
 from lightning_modules.freeze import freeze
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from lightning_modules.signals import notice
 from lightning_modules.teacher import Teacher, Teachers
+from lightning_modules.teacher_cache import CachedTeacher
 from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
+TABLE = ("target", "task", "image", "group", "bad_images", "folds", "fold")  # knobs of data sets that are tables
 PREPARATION = ("image_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -39,7 +41,7 @@ class Run:
     finished: bool
     data: L.LightningDataModule
     model: nn.Module
-    teacher: Teacher | Teachers | None = None
+    teacher: Teacher | Teachers | CachedTeacher | None = None
 
 
 def resolve(command: Command) -> Run:
@@ -86,8 +88,9 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     data = None
     try:
         data = datamodule(cfg)
+        cfg, alone = (each.filled(loss="cross_entropy" if data.task == "classification" else "bce") for each in (cfg, alone))
         if cfg.teacher:
-            cfg = cfg.filled(distill=distill_losses.default(data.spec["task"]))
+            cfg = cfg.filled(distill=distill_losses.default(data.task))
         if not problems[0]:
             data.accumulation(plan.world_size(cfg))
     except (ValueError, FileNotFoundError) as error:
@@ -102,22 +105,42 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
-    if cfg.micro_batch_size is None:  # once chosen it stays: a resume splits its batches as before
-        before = {} if cfg.overwrite else rundir.stored(Path(cfg.runs_dir) / cfg.name)
-        same_world = all(before.get(key) == getattr(cfg, key) for key in ("devices", "num_nodes"))
-        cfg = replace(cfg, micro_batch_size=before["micro_batch_size"] if same_world else plan.micro_batch_size(meta, cfg))
+    cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
-    guide = teacher(cfg, data)
+    guide, identity = teacher(cfg, data), data.identity
+    if isinstance(guide, CachedTeacher):
+        guide.check(seen_by_teacher(cfg, data))
+        identity = {**identity, "teacher_digest": guide.digest}
     for note in (*command.notes, *notes, *([line] if line else []), *preflight.advice(cfg, data)):
         print(note)
     if cfg.dry_run:
-        folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, data.identity)
+        folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, identity)
     else:
-        folder, resume, finished = rundir.enter(cfg, data.spec, data.identity)
+        folder, resume, finished = rundir.enter(cfg, data.spec, identity)
     decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
                 "finished": finished}
     return Run(cfg, folder, resume, finished, data, network, guide), decision
+
+
+def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> int:
+    """Once chosen it stays: a resume splits its batches as before. Pictures mixed within a pass are mixed as a cached teacher saw them."""
+    if cfg.micro_batch_size is not None:
+        return cfg.micro_batch_size
+    before = {} if cfg.overwrite else rundir.stored(Path(cfg.runs_dir) / cfg.name)
+    if all(before.get(key) == getattr(cfg, key) for key in ("devices", "num_nodes")):
+        return before["micro_batch_size"]
+    if cfg.teacher and data.mixing and teacher_cache.is_cache(cfg.teacher):
+        return teacher_cache.read_about(cfg.teacher)["identity"]["pass_size"]
+    return plan.micro_batch_size(meta, cfg)
+
+
+def seen_by_teacher(cfg: Config, data: L.LightningDataModule) -> dict[str, Any]:
+    """What decides which pictures the teacher of a run sees (`teacher_cache.identity`)."""
+    world = plan.world_size(cfg)
+    return teacher_cache.identity(rundir.plain(cfg), data.identity, data.spec, world_size=world,
+                                  pass_size=cfg.global_batch_size // world // data.accumulation(world),
+                                  device="cuda" if plan.on_gpu(cfg) else "cpu")
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:
@@ -161,9 +184,15 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     names = {}
     if saved := _saved(cfg):
         names = {"class_names": saved["spec"].get("class_names")}
+    known = datamodules.accepted(cfg.data)
+    table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
+    if strange := table.keys() - {*known}:
+        raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
+    encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))
     return datamodules.create(
-        cfg.data, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation,
-        crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale, hflip=cfg.hflip, val_fraction=cfg.val_fraction,
+        cfg.data, encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,
+        std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale,
+        hflip=cfg.hflip, val_fraction=cfg.val_fraction,
         rand_augment=cfg.rand_augment, random_erasing=cfg.random_erasing, repeated_augment=cfg.repeated_augment, mixup=cfg.mixup,
         cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing, augment_args=cfg.augment_args, train_size=cfg.train_size, epochs=cfg.epochs,
         split_seed=cfg.split_seed, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size,
@@ -185,9 +214,12 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     return network, line
 
 
-def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | None:
-    """The network or networks that a run learns from. Raises ValueError or FileNotFoundError for one that is untrained or does not fit."""
+def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | CachedTeacher | None:
+    """The network or networks that a run learns from, or what they once said. Raises ValueError or FileNotFoundError for one that is untrained
+    or does not fit."""
     if not cfg.teacher or cfg.eval_only:
         return None
+    if teacher_cache.is_cache(cfg.teacher):
+        return CachedTeacher(cfg.teacher)
     found = [Teacher.load(source.strip(), cfg.teacher_init, student=data.spec, precision=cfg.precision) for source in cfg.teacher.split(",")]
     return found[0] if len(found) == 1 else Teachers(found, data.spec["task"])

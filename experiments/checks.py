@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 AT_LEAST_1 = ("epochs", "global_batch_size", "micro_batch_size", "lr_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
               "patience", "repeated_augment")
 NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "clip_grad", "seed", "split_seed", "workers",
-                "mixup", "cutmix", "head_lr_scale")
+                "mixup", "cutmix", "head_lr_scale", "hours")
 SHARES = ("hflip", "label_smoothing", "val_fraction", "crop_pct", "random_erasing", "layer_decay", "ema_decay")
 
 
 def check(cfg: "Config") -> None:
     """Raises UsageError for the first knob that is out of its range, or at odds with another."""
     _check_ranges(cfg)
-    for key in ("model_args", "data_args", "augment_args", "optimizer_args", "distill_args"):
+    for key in ("model_args", "data_args", "augment_args", "optimizer_args", "loss_args", "distill_args"):
         if not isinstance(getattr(cfg, key), dict):
             raise UsageError(f"--{key} takes keywords, as --{key}.name value")
     if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
@@ -29,6 +29,8 @@ def check(cfg: "Config") -> None:
     for key in ("teacher_init", "distill", "distill_args"):
         if getattr(cfg, key) and not cfg.teacher:
             raise UsageError(f"--{key} is for learning from a teacher: --teacher names it")
+    if cfg.folds is not None and cfg.folds < 2 or cfg.fold is not None and not 0 <= cfg.fold < (cfg.folds or 0):
+        raise UsageError(f"--folds {cfg.folds} --fold {cfg.fold}: at least 2 folds, numbered from 0 on; --fold needs --folds")
     _check_training(cfg)
 
 

@@ -36,7 +36,8 @@ class Config:
     init: str | None = knob(None, "weights to start from: pretrained, a file, a run directory, or a tag of timm's")
     init_head: Literal["keep", "reset"] = knob("keep", "reset starts a fresh head when the one in --init has another size")
     # from whom
-    teacher: str | None = knob(None, "trained network to learn from: a run, a file, a name of --list models or timm/<name>; several by commas")
+    teacher: str | None = knob(None, "trained network to learn from: a run, a file, a name of --list models or timm/<name>; several by commas; or "
+                              "the folder of prepare.py teacher")
     teacher_init: str | None = knob(None, "weights of a teacher given by name: a file or a run; left out: those timm publishes")
     distill: str | None = knob(None, "what is learned from the teacher: a name of --list losses; left out: hard, DeiT's (mse for regression)")
     distill_args: dict[str, Any] = knob(dict, "its keywords, as --distill_args.tau 3; alpha: the teacher's share of the loss")
@@ -44,6 +45,16 @@ class Config:
     data: str | None = knob(None, "data set: a name of --list data; left out: what --data_dir looks like, else imagenet")
     data_dir: str | None = knob(None, "folder of the data", role="where")
     data_args: dict[str, Any] = knob(dict, "the data set's own keywords, as --data_args.per_class 100")
+    target: str | None = knob(None, "of a table: target column, several by commas; left out: what train.csv and sample_submission.csv tell")
+    task: Literal["classification", "multilabel", "regression"] | None = knob(None, "of a table; left out: what the targets look like")
+    image: str | None = knob(None, "of a table: where the pictures are, as {split}/{Id}.jpg; left out: what the folders tell")
+    group: str | None = knob(None, "of a table: column whose equal values never lie on both sides of a split")
+    metric: str | None = knob(None, "what chooses the best epoch: a name of --list metrics, or my.py:function of (target, prediction)")
+    bad_images: Literal["error", "skip"] = knob("error", "of a table: pictures that are missing or cannot be read")
+    folds: int | None = knob(None, "of a table: train on every fold in turn, each a process of its own, and merge")
+    fold: int | None = knob(None, "of --folds: only this one, from 0 on")
+    hours: float | None = knob(None, "time that --folds may take; a fold that would not end in it is not started", role="place")
+    cache_dir: str | None = knob(None, "keep pictures decoded and resized in this folder, for all runs", role="place")
     val_fraction: float = knob(0.1, "share of train held out, stratified, where there is no val folder")
     split_seed: int = knob(0, "seed of that split (never --seed)")
     crop_scale: tuple[float, float] = knob((0.08, 1.0), "area of the random resized crop, as [0.08,1.0]")
@@ -56,6 +67,7 @@ class Config:
     augment_args: dict[str, Any] = knob(dict, "rarer: auto_augment (original, v0, 3a, augmix-m3-w3), color_jitter, vflip, crop_ratio, "
                                         "erasing_mode (pixel, rand, const), erasing_count, mix_prob, mix_switch_prob, mix_mode (batch, pair, "
                                         "elem, roll), cutmix_minmax; as --augment_args.mix_mode elem")
+    augment: str | None = knob(None, "own augmentation in place of the crop, flips and policy: my.py:build, called with (height, width)")
     train_size: int | str | None = knob(None, "side of training crops where it is not --image_size: 160, or rising with the epochs, 128-224")
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = knob(None, "of resizing; left out: the model's own")
     crop_pct: float | None = knob(None, "share of the resized picture that evaluation crops; left out: the model's own")
@@ -83,8 +95,9 @@ class Config:
     freeze: str | None = knob(None, "what stays as it is: backbone, or the first share of the layers, as 0.5")
     clip_grad: float | None = knob(1.0, "largest gradient; null does not clip")
     clip_mode: Literal["norm", "value"] = knob("norm", "what --clip_grad bounds: the global norm, or each value")
-    loss: Literal["cross_entropy", "bce", "bce_rsb", "bce_deit3", "sigmoid"] = knob(
-        "cross_entropy", "binary cross entropies: of the targets as they are, of ResNet strikes back, of DeiT III, of big_vision")
+    loss: Literal["cross_entropy", "bce", "bce_rsb", "bce_deit3", "sigmoid", "mse", "l1", "huber", "ordinal", "distribution"] | None = knob(
+        None, "a name of --list losses; left out: cross_entropy for classification, else bce")
+    loss_args: dict[str, Any] = knob(dict, "its own keywords, as --loss_args.bins 20; target_weights of several targets")
     label_smoothing: float = knob(0.1, "of the targets")
     ema_decay: float | None = knob(None, "keep an exponential moving average of the weights, as 0.9999, scored beside them")
     use_ema: bool | None = knob(None, "choose, score and predict with the averaged weights; left out: where they are kept")
@@ -139,13 +152,13 @@ def parse(argv: list[str] | None = None) -> Config:
     return read(argv).config
 
 
-def read(argv: list[str] | None = None) -> Command:
-    """`parse`, with what the run name and the printed lines need."""
+def read(argv: list[str] | None = None, prog: str = "run.py") -> Command:
+    """`parse`, with what the run name and the printed lines need; `prog` is who speaks of a mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _read(argv)
     except (UsageError, argparse.ArgumentError) as error:
-        print(f"run.py: {_tidy(str(error))}", file=sys.stderr)
+        print(f"{prog}: {_tidy(str(error))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -13,7 +13,7 @@ from datamodules.base import PictureData
 from experiments.config import Config
 from experiments.keywords import check_values
 from experiments.usage import UsageError, did_you_mean
-from lightning_modules import distill_losses
+from lightning_modules import distill_losses, teacher_cache
 from lightning_modules.ema import uses_ema
 from lightning_modules.losses import check_loss
 from lightning_modules.optim import check_optimizer
@@ -62,8 +62,16 @@ def _check_distill(cfg: Config, task: str) -> None:
     """Raises ValueError for a loss, a keyword of it or a value that cannot be."""
     entry, hyper = distill_losses.check_name(cfg.distill, task), dict(cfg.distill_args)
     distill_losses.weights(cfg.distill, hyper.pop("alpha", None))
-    if entry.on_features and "," in cfg.teacher:
+    sources = [source.strip() for source in cfg.teacher.split(",")]
+    caches = [source for source in sources if teacher_cache.is_cache(source)]
+    if entry.on_features and len(sources) > 1:
         raise ValueError(f"--distill {cfg.distill} compares the features of one teacher, not of several")
+    if caches and len(sources) > 1:
+        raise ValueError(f"--teacher {caches[0]} is a cache and stands alone: experiments/prepare.py teacher makes one of several teachers together")
+    if caches and entry.on_features:
+        raise ValueError(f"--distill {cfg.distill} compares features, and the cache {caches[0]} holds logits: give the teacher itself")
+    if caches and cfg.teacher_init:
+        raise ValueError(f"--teacher_init is for a model's name; --teacher {caches[0]} is a cache of its answers")
     distill_losses.create(cfg.distill, task, (1, 1), **hyper)
 
 

@@ -20,7 +20,7 @@ def teacher(argv: list[str]) -> int:
     parser.add_argument("--check_cache", type=_positive, metavar="N",
                         help="write nothing: run the teacher again on N pictures, tell how far the cache is from it, exit 1 if far")
     args, flags = parser.parse_known_args(argv)
-    command = read([*flags, "--runs_dir", args.out, "--dry_run"])
+    command = read([*flags, "--runs_dir", args.out, "--dry_run"], "prepare.py")
     from experiments import teacher_shards  # torch and lightning: seconds, so after --help and mistakes
     return teacher_shards.main(command, args.out, topk=args.topk, fixed=args.view == "fixed", check=args.check_cache)
 

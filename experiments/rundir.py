@@ -160,13 +160,14 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
     apart = [f"{key} {there.get(key)} -> {here[key]}" for key in ("model", "model_args") if there.get(key) != here[key]]
     apart += [f"{key} {there[key]} -> {here[key]}" for key in OPTIMIZER if not cfg.eval_only and there.get(key, here[key]) != here[key]]
     apart += [f"image_size {content['spec']['image_size']} -> {spec['image_size']}"] * (content["spec"]["image_size"] != spec["image_size"])
-    classes, now = content["spec"]["class_names"], spec["class_names"]
+    classes, now = (each["class_names"] or each["target_names"] for each in (content["spec"], spec))
     if classes != now:
         gone, new = sorted({*classes} - {*now}), sorted({*now} - {*classes})
         apart.append(f"{len(classes)} classes -> {len(now)}" + f", gone: {', '.join(gone[:5])}" * bool(gone)
                      + f", new: {', '.join(new[:5])}" * bool(new) + ", in another order" * (not gone and not new))
     if not cfg.eval_only:
         apart += _other_data(content["DataModule"], identity)
+        apart += ["the teacher cache: its content is another"] * (content.get("teacher_digest") != identity.get("teacher_digest"))
     if apart:
         raise UsageError(f"{start.file} cannot go on here, it was saved with other values or data:\n  " + "\n  ".join(apart)
                          + "\nPut back what was there, or start another run with --name"

@@ -52,14 +52,6 @@ def main(command: Command, out: str, *, topk: int, fixed: bool, check: int | Non
     return 1
 
 
-def identity(run: build.Run) -> dict[str, Any]:
-    """What decides which pictures the teacher of a run sees (`teacher_cache.identity`)."""
-    world = plan.world_size(run.cfg)
-    return teacher_cache.identity(rundir.plain(run.cfg), run.data.identity, run.data.spec, world_size=world,
-                                  pass_size=run.cfg.global_batch_size // world // run.data.accumulation(world),
-                                  device="cuda" if plan.on_gpu(run.cfg) else "cpu")
-
-
 def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[build.Run, dict[str, Any]]:
     """The run with its teacher, and what their cache will say of itself. Raises ValueError or FileNotFoundError."""
     cfg = command.config
@@ -81,7 +73,7 @@ def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[buil
     about = {"format": teacher_cache.FORMAT, "view": view, "topk": spec["num_outputs"] if every else topk,
              "copies": data.repeated_augment if view == "replayed" else 1,
              "rows": data.steps_per_epoch * data.global_batch_size if view == "replayed" else data.sizes["train"],
-             "teachers": _named(run), "identity": identity(run)}
+             "teachers": _named(run), "identity": build.seen_by_teacher(run.cfg, run.data)}
     return run, json.loads(json.dumps(about))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_modules.distill_losses import Features
 from lightning_modules.task import Classify, share_right
 from lightning_modules.teacher import Teacher, Teachers
+from lightning_modules.teacher_cache import CachedTeacher
 
 
 class Distill(Classify):
@@ -17,13 +18,14 @@ class Distill(Classify):
     sees the batch as the student does, augmented and mixed. It is no part of the module: in no state dict, optimizer or EMA.
 
     Args:
-        teacher: pictures (B, 3, H, W) -> logits (B, K).
+        teacher: pictures (B, 3, H, W) -> logits (B, K); a cached one answers by the rows of the batch instead.
         distill: (student's logits, teacher's, targets) -> scalar, or `Features` on pooled features.
         weights: of (loss on the labels, loss on the teacher).
         task: the rest, see Classify.
     """
 
-    def __init__(self, *task: Any, teacher: Teacher | Teachers, distill: Callable[..., Tensor], weights: tuple[float, float], **rest: Any):
+    def __init__(self, *task: Any, teacher: Teacher | Teachers | CachedTeacher, distill: Callable[..., Tensor], weights: tuple[float, float],
+                 **rest: Any):
         super().__init__(*task, **rest)
         self.teacher, self.distill, self.weights = teacher, distill, weights
         if hasattr(self.model, "set_distilled_training"):
@@ -31,6 +33,12 @@ class Distill(Classify):
 
     def setup(self, stage: str) -> None:
         self.teacher.to(self.device)
+
+    def told(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the teacher says of a batch: logits (B, K) float32."""
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher(batch["index"], self.current_epoch, batch.get("copy"))
+        return self.teacher(batch["image"])
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """`loss`, its parts `base_loss` and `distill_loss` (each a mean over the batch, unweighted), and `acc1` of the batch."""
@@ -40,7 +48,7 @@ class Distill(Classify):
             output, seen = self.model.forward_head(tokens), self.model.forward_head(tokens, pre_logits=True)
             told = self.teacher.features(image)
         else:
-            output, told = self.model(image), self.teacher(image)
+            output, told = self.model(image), self.told(batch)
             seen = output[1] if isinstance(output, tuple) else output
         logits = (output[0] if isinstance(output, tuple) else output).float()
         base = self.loss(logits, target)
@@ -55,3 +63,8 @@ class Distill(Classify):
         if own:
             optimizer.add_param_group({"params": own, "lr_scale": 1.0})
         return optimizer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if isinstance(self.teacher, CachedTeacher):
+            checkpoint["teacher_digest"] = self.teacher.digest  # another cache of the same name is refused on resume

@@ -14,7 +14,7 @@ import torch
 from timm.data import create_transform
 
 from datamodules.decode import open_picture
-from experiments import build, teacher_shards
+from experiments import build
 from experiments.config import read
 from lightning_modules import teacher_cache
 from lightning_modules.teacher import Teacher
@@ -153,13 +153,17 @@ def decided(line: str) -> build.Run:
     return build.decide(read(f"{TINY} {line} --dry_run".split()))[0]
 
 
+def seen(run: build.Run) -> dict:
+    return build.seen_by_teacher(run.cfg, run.data)
+
+
 def hand_made(folder: Path, line: str, view: str = "replayed") -> CachedTeacher:
     """A cache as of `prepare.py teacher`, of made-up answers."""
     run = decided(line)
     replayed = view == "replayed"
     rows = run.data.steps_per_epoch * 8 if replayed else run.data.sizes["train"]
     about = {"format": 1, "view": view, "topk": 3, "copies": run.data.repeated_augment if replayed else 1, "rows": rows, "teachers": [],
-             "identity": teacher_shards.identity(run)}
+             "identity": seen(run)}
     folder.mkdir()
     (folder / "cache.json").write_text(json.dumps(about))
     for epoch in range(run.cfg.epochs if replayed else 1):
@@ -171,7 +175,7 @@ def hand_made(folder: Path, line: str, view: str = "replayed") -> CachedTeacher:
 def apart(cache: CachedTeacher, line: str, **changes) -> list[str]:
     """What the cache says against a run, line by line."""
     try:
-        cache.check(teacher_shards.identity(decided(line)) | changes)
+        cache.check(seen(decided(line)) | changes)
     except ValueError as error:
         assert "was made for another run" in str(error)
         return str(error).split("\n")[1:-1]
@@ -192,19 +196,19 @@ def test_every_other_run_is_refused_by_name(pics, monkeypatch):
     monkeypatch.chdir(pics)
     cache = hand_made(pics / "cache", "--epochs 2")
     for line in ("--epochs 2", "--epochs 1 --lr 0.1 --label_smoothing 0 --crop_pct 0.5", "--epochs 2 --devices 2 --micro_batch_size 4"):
-        cache.check(teacher_shards.identity(decided(line)))
+        cache.check(seen(decided(line)))
     for line, words in OTHERS:
         assert any(words in difference for difference in apart(cache, f"--epochs 2 {line}")), line
     (pics / "pics" / "train" / "dark" / "0.jpg").unlink()
     with pytest.raises(ValueError, match="fingerprint"):
-        cache.check(teacher_shards.identity(decided("--epochs 2")))
+        cache.check(seen(decided("--epochs 2")))
 
 
 def test_what_matters_to_some_views_only(pics, monkeypatch):
     monkeypatch.chdir(pics)
     mixed = hand_made(pics / "mixed", "--mixup 0.8")
     erased = hand_made(pics / "erased", "--random_erasing 0.5 --epochs 2")
-    still, seen = hand_made(pics / "still", f"{STILL} --epochs 2", "still"), hand_made(pics / "seen", "--epochs 2", "evaluation")
+    still, viewed = hand_made(pics / "still", f"{STILL} --epochs 2", "still"), hand_made(pics / "seen", "--epochs 2", "evaluation")
 
     assert apart(mixed, "--mixup 0.8 --epochs 1 --micro_batch_size 4") == ["  pass_size 2 -> 4"]
     assert apart(mixed, "--mixup 0.8 --epochs 1 --devices 2") == ["  world_size 1 -> 2"]
@@ -212,9 +216,9 @@ def test_what_matters_to_some_views_only(pics, monkeypatch):
     assert apart(mixed, "--mixup 0.8 --epochs 1", device="cuda") == []
     assert apart(still, f"{STILL} --epochs 9 --seed 4 --global_batch_size 16 --repeated_augment 3 --crop_pct 0.5") == []
     assert apart(still, f"{STILL} --epochs 9 --hflip 0.5") == ["  hflip 0.0 -> 0.5"]
-    assert apart(seen, "--epochs 9 --seed 4 --hflip 0 --rand_augment rand-m5") == []
-    assert apart(seen, "--epochs 9 --crop_pct 0.5") == ["  crop_pct 1.0 -> 0.5"]
-    assert "unmixed" in apart(seen, "--epochs 9 --mixup 0.1")[0]
+    assert apart(viewed, "--epochs 9 --seed 4 --hflip 0 --rand_augment rand-m5") == []
+    assert apart(viewed, "--epochs 9 --crop_pct 0.5") == ["  crop_pct 1.0 -> 0.5"]
+    assert "unmixed" in apart(viewed, "--epochs 9 --mixup 0.1")[0]
     rising = hand_made(pics / "rising", "--train_size 8-16 --epochs 4")
     assert apart(rising, "--train_size 8-16 --epochs 3") == ["  epochs 4 -> 3"]
 
@@ -222,7 +226,7 @@ def test_what_matters_to_some_views_only(pics, monkeypatch):
 def test_files_that_are_missing_or_damaged(pics, monkeypatch):
     monkeypatch.chdir(pics)
     cache = hand_made(pics / "cache", "--epochs 2")
-    here, index = teacher_shards.identity(decided("--epochs 2")), torch.arange(36)
+    here, index = seen(decided("--epochs 2")), torch.arange(36)
     assert deepcopy(cache) is cache
     rows = cache(index, 1)
     assert rows.isnan().any(1).sum() == 4 and rows.isfinite().all(1).sum() == 32  # the incomplete last batch of the epoch is dropped
