@@ -1,6 +1,11 @@
 """Folds of a table: which row is held out when. The same for every model; scikit-learn's wherever it has the scheme."""
 
+import csv
+import hashlib
+import os
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -63,8 +68,9 @@ def bins(values: np.ndarray, k: int) -> np.ndarray:
 def iterative(labels: np.ndarray, k: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
     """Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011, algorithm 1) of (N, L) labels 0 or 1 -> (N,) folds.
 
-    The rarest label left is dealt out first, each row to the fold that lacks that label most, then to the one with most room. With groups
-    (N,) 0.., whole groups are dealt out, those with most rows of the label first. No library here has it.
+    The rarest label left is dealt out first, each row to the fold that lacks that label most; of several to the one that lacks its other
+    labels most (not in the paper, and better), then to the one with most room. With groups (N,) 0.., whole groups are dealt out, those with
+    most rows of the label first. No library here has it.
     """
     rng = np.random.RandomState(seed)
     item = np.arange(len(labels)) if groups is None else groups  # (N,) what is dealt out: rows, or groups
@@ -77,9 +83,9 @@ def iterative(labels: np.ndarray, k: int, seed: int, groups: np.ndarray | None =
     def deal(members: np.ndarray, label: int | None) -> None:
         members = rng.permutation(members)
         for member in members[np.argsort(-(size if label is None else has[:, label])[members], kind="stable")]:
-            lack = room if label is None else wanted[:, label]
-            best = np.flatnonzero(np.isclose(lack, lack.max()))
-            best = best[np.isclose(room[best], room[best].max())]
+            best = np.arange(k)
+            for lack in ([room] if label is None else [wanted[:, label], wanted @ has[member], room]):
+                best = best[np.isclose(lack[best], lack[best].max())]
             fold[member] = place = rng.choice(best)
             wanted[place] -= has[member]
             room[place] -= size[member]
@@ -120,6 +126,53 @@ def notes(fold: np.ndarray, targets: np.ndarray, task: str, names: list[str]) ->
         return []
     shown = ", ".join(rare[:5]) + ", ..." * (len(rare) > 5)
     return [f"folds: {len(rare)} of {len(names)} classes have fewer rows than the {folds} folds, so not every fold holds one out: {shown}"]
+
+
+def file_name(data: str, ids: Sequence[str], targets: np.ndarray, task: str, k: int, seed: int, groups: np.ndarray | None = None,
+              *, stratified: bool = True) -> str:
+    """`<data>-<fingerprint>-k<K>-s<seed>.csv`: another table, or another way to assign it, is another file."""
+    digest = hashlib.sha256(f"{task} {stratified}\n".encode() + "\n".join(map(str, ids)).encode())
+    digest.update(np.ascontiguousarray(targets, np.float64).tobytes())
+    digest.update(b"" if groups is None else _numbered(np.asarray(groups)).astype(np.int64).tobytes())
+    return f"{data}-{digest.hexdigest()[:8]}-k{k}-s{seed}.csv"
+
+
+def read(path: str | Path, ids: Sequence[str], k: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """(N,) folds of a file that `write` left, for these very ids in this order.
+
+    Raises:
+        ValueError: other columns, ids or folds than there should be, or a group on both sides; names file and row.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    away = f"; delete {path} to have it written anew"
+    if not rows or len(rows[0]) != 2 or rows[0][1] != "fold" or any(len(row) != 2 for row in rows):
+        raise ValueError(f"{path} is no file of folds: two columns, the id and fold{away}")
+    found, numbers = [row[0] for row in rows[1:]], [row[1] for row in rows[1:]]
+    if found != [*map(str, ids)]:
+        row = next((i for i, (one, other) in enumerate(zip(found, ids)) if one != str(other)), min(len(found), len(ids)))
+        raise ValueError(f"{path} is of another table: {len(found)} ids for {len(ids)}, the first difference in line {row + 2}{away}")
+    if strange := [i for i, number in enumerate(numbers) if not number.isdecimal() or int(number) >= k]:
+        raise ValueError(f"{path}: line {strange[0] + 2} has fold {numbers[strange[0]]!r}; they are 0 to {k - 1}{away}")
+    fold = _filled(np.array(numbers, np.int64), k)
+    if groups is not None:
+        number = _numbered(np.asarray(groups))
+        split = np.flatnonzero(fold[np.unique(number, return_index=True)[1]][number] != fold)
+        if len(split):
+            raise ValueError(f"{path}: line {split[0] + 2} lies in another fold than the rest of its group{away}")
+    return fold
+
+
+def write(path: str | Path, ids: Sequence[str], fold: np.ndarray, id_column: str = "id") -> None:
+    """Write `id,fold`, whole or not at all; a file that is there stays."""
+    path = Path(path)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([[id_column, "fold"], *zip(ids, fold.tolist())])
+    os.replace(partial, path)
 
 
 def _labels(targets: np.ndarray, task: str, k: int) -> np.ndarray:
