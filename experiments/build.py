@@ -186,6 +186,8 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         names = {"class_names": saved["spec"].get("class_names")}
     known = datamodules.accepted(cfg.data)
     table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
+    if cfg.folds and cfg.fold is None:
+        table["fold"] = 0  # over all folds: the first stands for the rest
     if strange := table.keys() - {*known}:
         raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
     encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 
-from experiments import plan, rundir
+from experiments import fold_dirs, plan, rundir
 from experiments.build import Run
 from experiments.config import Config
 from lightning_modules import distill_losses, ema
@@ -83,5 +83,6 @@ def loggers(run: Run) -> list[Any]:
     cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
     if cfg.logger == "wandb":
         config = {**rundir.plain(cfg), "params": cost.parameters(run.model), "commit": rundir.commit()}
-        found.append(SafeWandbLogger(run.folder, config=config))
+        name, group = fold_dirs.name_and_group(run.folder, cfg)
+        found.append(SafeWandbLogger(run.folder, config=config, name=name, group=group))
     return found
