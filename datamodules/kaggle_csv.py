@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datamodules import table_scheme, table_split, table_targets
+from datamodules import folds, table_scheme, table_split, table_targets
 from datamodules.base import PictureData
 from datamodules.folder import Files
 from datamodules.pictures import Split, hold_out
@@ -28,6 +28,7 @@ class DataModule(PictureData):
         target, task, image, group, metric: as the flags of the same names; group none does without, FILE.csv has an id column and the groups.
         bad_images: error, or skip: rows whose picture is missing or cannot be read are left out (`skipped`).
         folds, fold: val is this one of so many folds (`folds.assign`, or `fold_column`); else `val_fraction` of the rows.
+        folds_at: where the folds are kept: a folder with a file for each table, number and seed, or a file of one's own.
         id_column, fold_column, label_separator: columns and the sign between labels.
         target_range: [low, high] of the targets in their own units, or a pair for each; left out: those of the rows trained on.
         train_csv, test_csv, sample_csv: other names of the files.
@@ -46,6 +47,7 @@ class DataModule(PictureData):
     bad_images: str = "error"
     folds: int | None = None
     fold: int | None = None
+    folds_at: str | None = None
     id_column: str | None = None
     fold_column: str | None = None
     label_separator: str | None = None
@@ -59,6 +61,7 @@ class DataModule(PictureData):
         self.skipped = pd.DataFrame(columns=["split", "id", "file", "reason"])
         self.rows: dict[str, np.ndarray] = {}
         self.fold_numbers: np.ndarray | None = None
+        self.folds_file: str | None = None
         super().__post_init__()
 
     def read(self) -> tuple[list[str] | None, dict[str, Split]]:
@@ -119,17 +122,36 @@ class DataModule(PictureData):
         column, file = self.table_scheme["fold_column"], tables.names["train"]
         if column and not self.folds:
             raise ValueError(f"--data_args.fold_column {column}: --folds says how many folds there are")
-        self._groups = self._grouping(tables, train, report)
+        self._groups, self.train_ids = self._grouping(tables, train, report), tables.train[self.id_column].str.strip().tolist()
         if not self.folds or report.lines:
             return None
         try:
             if column:
                 self.fold_numbers = table_split.from_column(tables.train[column], self.folds)
             else:
-                self.fold_numbers = table_split.by_rule(train.targets, self.task, self.folds, self.split_seed, self._groups)
+                self.fold_numbers = self._kept_or_assigned(train.targets)
         except ValueError as error:
             report.add(file, f"column {column}: {error}" if column else str(error))
         return self.fold_numbers
+
+    def _kept_or_assigned(self, targets: np.ndarray) -> np.ndarray:
+        """(N,) fold of every row: as a file of `folds_at` has it, else by rule."""
+        at, groups = self.folds_at or "folds", self._groups
+        if at.endswith(".csv"):
+            self.folds_file = at
+        else:
+            name = os.path.basename(os.path.realpath(self.data_dir))
+            self.folds_file = os.path.join(at, folds.file_name(name, self.train_ids, targets, self.task, self.folds, self.split_seed, groups))
+        if self.folds_at and os.path.isfile(self.folds_file):
+            return folds.read(self.folds_file, self.train_ids, self.folds, groups)
+        if at.endswith(".csv"):
+            raise ValueError(f"--data_args.folds_at {at}: there is no such file")
+        return folds.assign(targets, self.task, self.folds, self.split_seed, groups)
+
+    def keep_folds(self) -> None:
+        """Write `folds_file`, unless it is there."""
+        if self.folds_file is not None:
+            folds.write(self.folds_file, self.train_ids, self.fold_numbers, self.id_column)
 
     def _grouping(self, tables: Tables, train: Rows, report: Report) -> np.ndarray | None:
         """(N,) group of every row, "" where it has none: of the group column or file; else rows of one picture, where pictures come twice."""

@@ -120,6 +120,8 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, identity)
     else:
         folder, resume, finished = rundir.enter(cfg, data.spec, identity)
+        if cfg.folds:
+            data.keep_folds()
     decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
                 "finished": finished}
     return Run(cfg, folder, resume, finished, data, network, guide), decision
@@ -191,6 +193,9 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
     if cfg.folds and cfg.fold is None:
         table["fold"] = 0  # over all folds: the first stands for the rest
+    if cfg.folds and "folds_at" in known and "folds_at" not in cfg.data_args:
+        over = Path(cfg.runs_dir) / "folds.csv"
+        table["folds_at"] = str(over if cfg.name == f"fold{cfg.fold}" and over.is_file() else over.with_suffix(""))
     if strange := table.keys() - {*known}:
         raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
     table |= {"metric": cfg.metric} if "metric" in known and cfg.metric else {}

@@ -31,15 +31,15 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
         return 0
     if run.finished:
         return report.finished(run)
-    file, ids, fold = Path(cfg.runs_dir) / "folds" / run.data.folds_file, run.data.train_ids, run.data.fold_numbers
+    file, ids, fold = run.data.folds_file, run.data.train_ids, run.data.fold_numbers
     fold_dirs.enter(replace(run.cfg, dry_run=False))
-    folds.write(file, ids, fold, run.data.id_column)
+    run.data.keep_folds()
     folds.write(run.folder / fold_merge.FOLDS, ids, fold, run.data.id_column)
     if not np.array_equal(folds.read(run.folder / fold_merge.FOLDS, ids, cfg.folds), fold):
-        raise UsageError(f"{run.folder / fold_merge.FOLDS} holds other folds than {file}: --name another run, or --overwrite it")
+        raise UsageError(f"{run.folder / fold_merge.FOLDS} holds other folds than there are now: --name another run, or --overwrite it")
     known = {key: getattr(run.cfg, key) for key in ("model", "data", "epochs", "lr", "global_batch_size", "seed", "split_seed", "hours", "folds")}
     beside = [fold_dirs.alone(run.cfg, number) for number in range(cfg.folds)]
-    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "folds_file": str(file), "rows": len(ids),
+    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "folds_file": str(file or run.folder / fold_merge.FOLDS), "rows": len(ids),
             "beside": [str(each or "") for each in beside],
             "spec": run.data.spec, "metric": run.cfg.metric or run.data.metric_name or metrics.DEFAULTS[run.data.task],
             "skipped": cfg.bad_images == "skip", "fingerprint": run.data.fingerprint, "gpus": _gpus() if apart and plan.on_gpu(cfg) else [],
