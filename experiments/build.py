@@ -191,13 +191,13 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         names = {"class_names": saved["spec"].get("class_names")}
     known = datamodules.accepted(cfg.data)
     table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
+    if strange := table.keys() - {*known}:
+        raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
     if cfg.folds and cfg.fold is None:
         table["fold"] = 0  # over all folds: the first stands for the rest
     if cfg.folds and "folds_at" in known and "folds_at" not in cfg.data_args:
         over = Path(cfg.runs_dir) / "folds.csv"
         table["folds_at"] = str(over if cfg.name == f"fold{cfg.fold}" and over.is_file() else over.with_suffix(""))
-    if strange := table.keys() - {*known}:
-        raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
     table |= {"metric": cfg.metric} if "metric" in known and cfg.metric else {}
     encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))
     data = datamodules.create(

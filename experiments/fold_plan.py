@@ -10,7 +10,7 @@ import torch
 from datamodules import folds
 from experiments import build, fold_dirs, fold_merge, plan, report, rundir
 from experiments.build import Run
-from experiments.config import Command
+from experiments.config import Command, read
 from experiments.fold_runs import APART
 from experiments.usage import UsageError
 from lightning_modules import metrics
@@ -19,12 +19,12 @@ from lightning_modules import metrics
 def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     """Resolve the run as its first fold would, and enter its directory; without `write` only tell. Returns plain values for `fold_runs`, or an
     exit code where there is nothing to do. Raises ValueError or FileNotFoundError for what a person must mend."""
-    cfg, apart = command.config, command.config.strategy == APART
+    cfg, apart, line = command.config, command.config.strategy == APART, [*command.argv, "--dry_run"]
     if apart:
-        command = replace(command, config=replace(cfg, devices=1, strategy="auto"))
+        line += ["--devices", "1", "--strategy", "auto"]
         if plan.on_gpu(cfg) and torch.cuda.device_count() < cfg.devices:
             raise UsageError(f"--devices {cfg.devices} --strategy {APART}: this machine has {torch.cuda.device_count()} GPUs")
-    run, _ = build.decide(replace(command, config=replace(command.config, dry_run=True)))
+    run, _ = build.decide(read(line))
     if not write:
         report.dry_run(run)
         print(f"all of this {cfg.folds} times, once for each fold")
@@ -38,9 +38,9 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     if not np.array_equal(folds.read(run.folder / fold_merge.FOLDS, ids, cfg.folds), fold):
         raise UsageError(f"{run.folder / fold_merge.FOLDS} holds other folds than there are now: --name another run, or --overwrite it")
     known = {key: getattr(run.cfg, key) for key in ("model", "data", "epochs", "lr", "global_batch_size", "seed", "split_seed", "hours", "folds")}
-    beside = [fold_dirs.alone(run.cfg, number) for number in range(cfg.folds)]
-    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "folds_file": str(file or run.folder / fold_merge.FOLDS), "rows": len(ids),
-            "beside": [str(each or "") for each in beside],
+    beside = [str(fold_dirs.alone(run.cfg, number) or "") for number in range(cfg.folds)]
+    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "beside": beside, "rows": len(ids),
+            "folds_file": str(file or run.folder / fold_merge.FOLDS),
             "spec": run.data.spec, "metric": run.cfg.metric or run.data.metric_name or metrics.DEFAULTS[run.data.task],
             "skipped": cfg.bad_images == "skip", "fingerprint": run.data.fingerprint, "gpus": _gpus() if apart and plan.on_gpu(cfg) else [],
             **_forecast(run)}

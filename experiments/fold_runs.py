@@ -148,7 +148,7 @@ class Folds:
             line, log = [*line, "--devices", "1", "--strategy", "auto"], self.folder / f"fold{fold}.log"
             if self.plan["gpus"]:
                 env["CUDA_VISIBLE_DEVICES"] = self.plan["gpus"][device]
-        print(f"fold {fold} of 0 to {self.k - 1}" + f", its words are in {log}" * bool(log), flush=True)
+        print(f"fold {fold} starts" + f", its words are in {log}" * bool(log), flush=True)
         self.running[fold] = start(line, env, log), device, time.monotonic()
 
     def _ended(self, fold: int, ended: int, left: list[int]) -> int:
