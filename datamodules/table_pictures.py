@@ -53,7 +53,7 @@ def paths(template: str, frame: pd.DataFrame, split: str) -> list[str]:
             made = [path + text for path in made]
         else:
             name, cut = _column(part, columns)
-            values = frame[name].str.strip()
+            values = frame[name]
             made = [path + value for path, value in zip(made, values if cut is None else values.str[cut])]
     return made
 

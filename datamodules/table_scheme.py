@@ -50,7 +50,7 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     Raises:
         ValueError: a part that cannot be told, a column that is not there, a task that is none; names flags and candidates.
     """
-    targets = _names(given["target"])
+    targets = _names(given["target"], whole=given["target"] in tables.train)
     group = given["group"] if given["group"] not in (None, "none") and not given["group"].endswith(".csv") else None
     named = {"--data_args.id_column": _names(given["id_column"], whole=True), "--target": targets, "--group": _names(group, whole=True),
              "--data_args.fold_column": _names(given["fold_column"], whole=True)}
@@ -85,7 +85,7 @@ def _separator(train: pd.DataFrame, scheme: dict[str, Any], given: str | None) -
     """Between the labels of one joined column; None for any other kind of target."""
     if scheme["task"] != "multilabel" or len(scheme["targets"]) > 1:
         return None
-    text = train[scheme["targets"][0]].str.strip()
+    text = train[scheme["targets"][0]]
     if given is None and set(text) <= {"0", "1"}:
         return None
     return given or table_guess.guess_separator(text)
@@ -113,6 +113,6 @@ def read_groups(root: str, name: str, ids: pd.Series, id_column: str) -> tuple[l
     if id_column not in frame or not others:
         return [], f"--group {name}: needs the columns {id_column} and group{near_miss(id_column, frame.columns)}"
     column = "group" if "group" in others else others[0]
-    known = dict(zip(frame[id_column].str.strip(), frame[column].str.strip()))
+    known = dict(zip(frame[id_column], frame[column]))
     missing = [value for value in ids if value not in known]
     return [known.get(value, "") for value in ids], f"--group {name}: has no row for {len(missing)} ids, as {missing[0]!r}" if missing else None

@@ -69,7 +69,7 @@ def _with_suffix(folder: Folder, template: str, rows: pd.DataFrame) -> str:
 def _nested(folder: Folder, rows: pd.DataFrame, holding: list[str]) -> str | None:
     """A template of several columns: each part of a file's path is a fixed word or the value of a column, all in one row."""
     votes: Counter[str] = Counter()
-    values = {name: rows[name].str.strip() for name in rows.columns}
+    values = {name: rows[name] for name in rows.columns}
     for place in [name for name in holding if "/" in name][:50]:
         for file in list(folder.listing(place)[0])[:2]:
             stem, suffix = os.path.splitext(file)
