@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,8 @@ class DataModule(PictureData):
         fold_numbers: (N,) folds of all rows of train.csv, skipped ones too; None without folds. all_targets: (N, ...) of the same rows.
     """
 
+    usual_metric: ClassVar[str | None] = None  # of a competition that is known
+
     target: str | None = None
     task: str | None = None
     image: str | None = None
@@ -67,7 +69,7 @@ class DataModule(PictureData):
             raise FileNotFoundError(f"--data_dir {where}; it must hold train.csv and pictures")
         tables = table_scheme.read_tables(self.data_dir, {"train": self.train_csv, "test": self.test_csv, "sample": self.sample_csv})
         folder, report = Folder(self.data_dir), Report(f"--data_dir {self.data_dir}")
-        scheme, self.lines = table_scheme.decide(tables, folder, {name: self._given[name] for name in GIVEN})
+        scheme, self.lines = table_scheme.decide(tables, folder, self._given | {"usual_metric": self.usual_metric})
         self.table_scheme, self.task, self.metric_name, self.id_column = scheme, scheme["task"], scheme["metric"], scheme["id_column"]
         names = self.class_names or table_targets.class_names(tables.train, scheme)
         self.target_names = scheme["targets"] if names is None else None

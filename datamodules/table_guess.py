@@ -70,7 +70,7 @@ def guess_targets(tables: Tables, id_column: str, taken: set[str]) -> tuple[list
     if test is not None:
         free = [name for name in free if name not in test] or free
     named = [name for name in free if TARGET_NAMES.search(words(name))]
-    if len(free) == 1:
+    if len(free) == 1 and (sample is None or len(named) == 1):
         return free, f"the only one that is left in {tables.names['train']}" + f" and not in {tables.names.get('test')}" * (test is not None)
     if len(named) == 1:
         return named, "its name"
@@ -177,6 +177,8 @@ def guess_metric(tables: Tables, scheme: dict) -> tuple[str, str]:
     if scheme["task"] == "multilabel":
         joined = scheme["separator"] is not None
         return ("f1", "labels are answered as text") if joined else ("auroc", "the usual one of columns of 0 and 1")
+    if tables.sample is not None and len(tables.sample.columns) > 2:
+        return "log_loss", f"{tables.names['sample']} asks for a probability of each class"
     asked = _asked_numbers(tables.sample, scheme["targets"][0])
     if asked is not None and len(asked) and (asked % 1 != 0).any() and asked.between(0, 1).all():
         return "auroc", f"{tables.names['sample']} holds probabilities of two classes"

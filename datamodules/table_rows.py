@@ -52,7 +52,7 @@ def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme
               labelled: bool = True, skip: bool) -> Rows:
     """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad."""
     targets = scheme["targets"] if labelled else []
-    needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)])]
+    needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)], split)]
     missing = [name for name in dict.fromkeys(needed) if name not in frame]
     for name in missing:
         report.add(file, f"has no column {name!r}{near_miss(name, frame.columns)}")

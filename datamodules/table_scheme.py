@@ -43,7 +43,7 @@ def read_tables(root: str, named: dict[str, str | None]) -> Tables:
 
 
 def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(scheme, a line with the reason for each of its parts). `given` holds what a person said, None where nothing.
+    """(scheme, a line with the reason for each of its parts). `given` holds what a person said, None where nothing; `usual_metric` is a preset's.
 
     The scheme: id_column, targets (columns), separator (of joined labels, else None), task, image (template), group, fold_column, metric.
 
@@ -61,7 +61,7 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     scheme, why, train = {}, {}, tables.train
 
     def put(part: str, value: Any, flag: str, guess: Any) -> None:
-        scheme[part], why[part] = (value, f"given by {flag}") if value is not None else guess()
+        scheme[part], why[part] = (value, f"given; {flag} changes it") if value is not None else guess()
 
     put("id_column", given["id_column"], "--data_args.id_column", lambda: table_guess.guess_id(tables))
     taken = {scheme["id_column"], *filter(None, (group, given["fold_column"]))}
@@ -72,9 +72,10 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     put("task", given["task"], "--task", lambda: table_guess.guess_task(tables, scheme["targets"], given["label_separator"]))
     scheme["separator"] = _separator(train, scheme, given["label_separator"])
     put("image", given["image"], "--image", lambda: guess_template(folder, train, rows_asked(tables), scheme["id_column"]))
-    columns_in(scheme["image"], list(train.columns))
+    columns_in(scheme["image"], list(train.columns), "train")
     put("group", given["group"], "--group", lambda: table_guess.guess_group(train, taken | {found, *scheme["targets"]}))
-    scheme["metric"], why["metric"] = table_guess.guess_metric(tables, scheme)
+    usual = given.get("usual_metric")
+    scheme["metric"], why["metric"] = (usual, "the competition's") if usual else table_guess.guess_metric(tables, scheme)
     lines = [f"table {part} {_spelled(scheme[part])} ({why[part]})" for part in why if part != "metric" or not given["metric"]]
     if found and not scheme["fold_column"]:
         lines.append(f"table column {found} looks like folds: --data_args.fold_column {found} with --folds uses it")
