@@ -44,7 +44,8 @@ REAL = {
         "log_loss"),
     "plant-pathology-2021-fgvc8": (
         {"image": jpg(ids(N)), "labels": cycle("scab", "healthy", "rust", "scab frog_eye_leaf_spot", "frog_eye_leaf_spot", "rust complex",
-                                               "complex")}, None, {"image": jpg(T), "labels": "healthy"}, "{split}_images/{image}", "image", ["labels"], "multilabel", "{split}_images/{image}", None,
+                                               "complex")}, None, {"image": jpg(T), "labels": "healthy"},
+        "{split}_images/{image}", "image", ["labels"], "multilabel", "{split}_images/{image}", None,
         "f1"),
     "dog-breed-identification": (
         {"id": ids(N), "breed": cycle("pug", "golden_retriever", "boxer")}, None, {"id": T, "boxer": 0.3, "golden_retriever": 0.3, "pug": 0.4},
