@@ -145,3 +145,63 @@ def test_the_plan_and_the_lists_know_the_tasks(train):
     losses, metrics = (train(f"--list {what}")[1] for what in ("losses", "metrics"))
     assert "--loss bce           classification, multilabel, regression:" in losses and "target_weights" in losses
     assert "rmse      min  regression: root of the mean squared error" in metrics and "my.py:function" in metrics
+
+
+TEACHER = "--epochs 4 --lr 5e-3"
+
+
+def test_a_regression_student_learns_from_a_regression_teacher(train):
+    train(TEACHER, "teacher")
+    for name in ("one", "two"):
+        train("--epochs 1", name)
+    run, _ = train(f"--epochs 6 --lr 5e-3 --teacher runs/teacher --distill_args.alpha 0.8 {MIXED} --model_args.dist_head true", "student")
+    rows = rows_of(run)
+    assert result_of(run)["metric"] == "val/rmse" and yaml.safe_load((run / "config.yaml").read_text())["distill"] == "mse"
+    assert float(rows[-1]["train/distill_loss"]) < 0.5 * float(rows[0]["train/distill_loss"])
+    assert "train/acc1" not in rows[0]
+    twin, _ = train("--epochs 1 --lr 0 --init runs/teacher --teacher runs/teacher --distill_args.alpha 1", "twin")
+    assert abs(float(rows_of(twin)[0]["train/loss"])) < 1e-9
+    assert result_of(twin)["val/rmse"] == pytest.approx(result_of(run.parent / "teacher")["val/rmse"], rel=1e-6)
+    train("--epochs 1 --teacher runs/one,runs/two --distill features --data_args.kind regression", "several", code=2)
+    train("--epochs 1 --teacher runs/one,runs/two", "several")
+
+
+def test_a_multilabel_student(train):
+    train(f"{TEACHER} --data_args.kind multilabel", "teacher")
+    for number, words in enumerate(("", "--distill binary --distill_args.tau 2 --mixup 0.8", "--distill features --distill_args.metric cosine")):
+        run, _ = train(f"--epochs 1 --data_args.kind multilabel --teacher runs/teacher {words}", f"student{number}")
+        assert float(rows_of(run)[0]["train/distill_loss"]) > 0 and result_of(run)["metric"] == "val/map"
+    _, said = train("--epochs 1 --data_args.kind multilabel --teacher runs/teacher --distill soft", code=2)
+    assert "distillation loss soft is for classification; for multilabel there are binary, mse, features" in said
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--loss mse", "encoding sigmoid, not linear"), ("--data_args.high 50", "target_range number 0 is [0.0, 100.0], not [0.0, 50.0]"),
+    ("--data_args.targets 2", "1 target_names (red, ...), not 2"), ("--data_args.kind multilabel", "task regression, not multilabel")])
+def test_a_teacher_of_other_targets_is_refused(train, words, says):
+    train("--epochs 1", "teacher")
+    _, said = train(f"--epochs 1 --teacher runs/teacher {words}", "student", code=2)
+    assert "runs/teacher was trained for other targets" in said and says in said, said
+
+
+def prepare():
+    register()
+    import experiments.prepare
+    import experiments.run
+    experiments.run.main = experiments.prepare.main
+
+
+def test_a_cached_teacher_of_numbers(train, launch, tmp_path):
+    train(f"{TEACHER} --data_args.targets 2 --loss ordinal --loss_args.bins 5", "teacher")
+    same = f"--micro_batch_size 4 --data_args.targets 2 --loss ordinal --loss_args.bins 5 --epochs 2 {MIXED}"
+    made = launch(f"teacher --out cache {LINE} {same} --teacher runs/teacher", before=prepare)
+    assert made.code == 0, made.out
+    checked = launch(f"teacher --out cache {LINE} {same} --teacher runs/teacher --check_cache 16", before=prepare)
+    assert checked.code == 0 and "largest difference 0" in checked.out, checked.out
+    live, cached = (weights_of(train(f"{same} --teacher {teacher}", name)[0] / "checkpoints" / "last.ckpt")
+                    for name, teacher in (("live", "runs/teacher"), ("cached", "cache")))
+    assert all(torch.allclose(live[key], cached[key], atol=1e-6) for key in live)
+    _, said = train(f"{same} --data_args.high 50 --teacher cache", "other", code=2)
+    assert "target_range [[0.0, 100.0], [0.0, 100.0]] -> [[0.0, 50.0], [0.0, 50.0]]" in said
+    _, said = train(f"{same.replace('ordinal', 'distribution').replace('bins 5', 'bins 4')} --teacher cache", "other", code=2)
+    assert "encoding ordinal -> bins" in said and not (tmp_path / "runs" / "other").exists()
