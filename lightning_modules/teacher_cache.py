@@ -50,7 +50,7 @@ def differences(there: dict[str, Any], here: dict[str, Any], view: str) -> list[
         keys += ["epochs"] * ("-" in str(here["train_size"]))  # the crops grow by the share of the epochs that is over
     if there["fingerprint"] != here["fingerprint"]:
         keys += ["val_fraction", "split_seed"]
-    apart = [f"{key} {short(there[key])} -> {short(here[key])}" for key in keys if there.get(key) != here[key]]
+    apart = [f"{key} {short(there.get(key))} -> {short(here[key])}" for key in keys if there.get(key) != here[key]]
     if view == "evaluation" and (here["mixup"] or here["cutmix"]):
         apart.append("mixup or cutmix: the teacher has seen unmixed pictures")
     if view == "replayed" and here["epochs"] > there["epochs"]:

@@ -36,7 +36,7 @@ class DataModule(PictureData):
             splits[name] = Split(np.array([*content]), self._targets(colour, name), lambda key, content=content: picture(content[key]), ids)
         if self.kind == "regression":
             self.target_names = ["red", "green"][: self.targets]
-            self.target_range = [[0.0, self.high]] * self.targets
+            self.target_range = [[0.0, float(self.high)]] * self.targets
             return None, splits
         return ["red", "green", "blue"] if self.kind == "multilabel" else ["dark", "bright"], splits
 

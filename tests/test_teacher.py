@@ -71,7 +71,7 @@ def trained(tmp_path_factory):
     net.register_forward_pre_hook(lambda module, images: shown.append((images[0].clone(), module.training, torch.is_grad_enabled())))
     student = Distilled(guide)
     x = normalised(pictures(16, 3, 32, 32), **HALF)
-    rows = [{"image": x[i], "target": i % 3, "valid": True} for i in range(16)]
+    rows = [{"image": x[i], "target": i % 3, "index": i, "valid": True} for i in range(16)]
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
                         default_root_dir=folder, callbacks=[EMAWeightAveraging(decay=0.9)], enable_checkpointing=False)
     start = copy.deepcopy(student.model.state_dict())
