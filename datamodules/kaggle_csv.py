@@ -36,7 +36,7 @@ class DataModule(PictureData):
     Attributes:
         table_scheme: what the table means, plain values, also `spec["table"]`. metric_name: the metric that goes with it.
         skipped: DataFrame of split (train or test), id, file and reason. rows: {split: (N,) rows of its table, from 0 on}.
-        fold_numbers: (N,) folds of all rows of train.csv, skipped ones too; None without folds. all_targets: (N, ...) of the same rows.
+        fold_numbers: (N,) folds of all rows of train.csv, skipped ones too; None without folds. groups, all_targets, train_ids: of the same rows.
     """
 
     usual_metric: ClassVar[str | None] = None  # of a competition that is known
@@ -124,7 +124,7 @@ class DataModule(PictureData):
         column, file = self.table_scheme["fold_column"], tables.names["train"]
         if column and not self.folds:
             raise ValueError(f"--data_args.fold_column {column}: --folds says how many folds there are")
-        self._groups, self.train_ids = self._grouping(tables, train, report), tables.train[self.id_column].str.strip().tolist()
+        self.groups, self.train_ids = self._grouping(tables, train, report), tables.train[self.id_column].str.strip().tolist()
         if not self.folds or report.lines:
             return None
         try:
@@ -138,7 +138,7 @@ class DataModule(PictureData):
 
     def _kept_or_assigned(self, targets: np.ndarray) -> np.ndarray:
         """(N,) fold of every row: as a file of `folds_at` has it, else by rule."""
-        at, groups = self.folds_at or "folds", self._groups
+        at, groups = self.folds_at or "folds", self.groups
         if at.endswith(".csv"):
             self.folds_file = at
         else:
@@ -177,7 +177,7 @@ class DataModule(PictureData):
         elif self.val_fraction == 0:
             self.rows["train"] = rows
             return {"train": every}
-        elif self.task == "classification" and self._groups is None:
+        elif self.task == "classification" and self.groups is None:
             lonely = [names[place] for place in np.flatnonzero(np.bincount(every.targets, minlength=len(names)) == 1)]
             if lonely:
                 column = ", ".join(self.table_scheme["targets"])
@@ -187,7 +187,7 @@ class DataModule(PictureData):
             place = Split(np.arange(len(rows)), every.targets, every.open)
             held = np.isin(np.arange(len(rows)), hold_out(place, self.val_fraction, self.split_seed, names)[1].names)
         else:
-            groups = None if self._groups is None else self._groups[rows]
+            groups = None if self.groups is None else self.groups[rows]
             try:
                 held = table_split.share_held_out(every.targets, self.task, self.val_fraction, self.split_seed, groups)
             except ValueError as error:
