@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -35,8 +35,10 @@ class DataModule(PictureData):
     Attributes:
         table_scheme: what the table means, plain values, also `spec["table"]`. metric_name: the metric that goes with it.
         skipped: DataFrame of split (train or test), id, file and reason. rows: {split: (N,) rows of its table, from 0 on}.
-        fold_numbers: (N,) folds of all rows of train.csv, skipped ones too; None without folds.
+        fold_numbers: (N,) folds of all rows of train.csv, skipped ones too; None without folds. all_targets: (N, ...) of the same rows.
     """
+
+    usual_metric: ClassVar[str | None] = None  # of a competition that is known
 
     target: str | None = None
     task: str | None = None
@@ -67,7 +69,7 @@ class DataModule(PictureData):
             raise FileNotFoundError(f"--data_dir {where}; it must hold train.csv and pictures")
         tables = table_scheme.read_tables(self.data_dir, {"train": self.train_csv, "test": self.test_csv, "sample": self.sample_csv})
         folder, report = Folder(self.data_dir), Report(f"--data_dir {self.data_dir}")
-        scheme, self.lines = table_scheme.decide(tables, folder, {name: self._given[name] for name in GIVEN})
+        scheme, self.lines = table_scheme.decide(tables, folder, self._given | {"usual_metric": self.usual_metric})
         self.table_scheme, self.task, self.metric_name, self.id_column = scheme, scheme["task"], scheme["metric"], scheme["id_column"]
         names = self.class_names or table_targets.class_names(tables.train, scheme)
         self.target_names = scheme["targets"] if names is None else None
@@ -75,7 +77,7 @@ class DataModule(PictureData):
         train = find_rows(folder, tables.train, "train", tables.names["train"], scheme, names, report, skip=skip)
         table_targets.check_constant(train.targets, scheme, names, tables.names["train"], report)
         asked, labelled = self._asked(tables, folder, names, report)
-        fold = self._folds(tables, train, report)
+        self.all_targets, fold = train.targets, self._folds(tables, train, report)
         limits = self._limits(train, tables.names["train"], report) if self.task == "regression" else None
         report.finish()
         splits = self._divide(train, fold, names, report, tables.names["train"])
@@ -132,17 +134,18 @@ class DataModule(PictureData):
         return self.fold_numbers
 
     def _grouping(self, tables: Tables, train: Rows, report: Report) -> np.ndarray | None:
-        """(N,) group of every row, "" where it has none: of the group column or file; else rows of one picture, where pictures come twice."""
-        name = self.table_scheme["group"]
+        """(N,) group of every row, "" where it has none: of the group column or file, and rows of one picture."""
+        name, parts = self.table_scheme["group"], []
         if name and name.endswith(".csv"):
-            groups, problem = table_scheme.read_groups(self.data_dir, name, tables.train[self.id_column].str.strip(), self.id_column)
+            groups, problem = table_scheme.read_groups(self.data_dir, name, tables.train[self.id_column], self.id_column)
             report.lines += [problem] if problem else []
-            return np.array(groups)
-        if name:
-            values = tables.train[name].str.strip()
-            return values.to_numpy(str)
+            parts.append(np.array(groups))
+        elif name:
+            parts.append(tables.train[name].to_numpy(str))
         files = np.array([file or "" for file in train.files])
-        return files if len(set(files) - {""}) < (files != "").sum() else None
+        if len(set(files) - {""}) < (files != "").sum():
+            parts.append(files)
+        return table_split.together(parts) if len(parts) > 1 else parts[0] if parts else None
 
     def _divide(self, train: Rows, fold: np.ndarray | None, names: list[str] | None, report: Report, file: str) -> dict[str, Split]:
         """{"train", "val"} of the rows with pictures."""
@@ -182,8 +185,15 @@ class DataModule(PictureData):
         return {"target": ",".join(scheme["targets"])} | {name: scheme[name] for name in ("task", "image", "group", "metric")}
 
     def notes(self) -> list[str]:
-        """What the table was taken to mean, and why; what was skipped."""
-        return [*self.lines, *super().notes()]
+        """What the table was taken to mean, and why; what was skipped; classes too rare for the folds."""
+        lines, numbers = list(self.lines), self.fold_numbers
+        if len(self.skipped):
+            counts = self.skipped["split"].value_counts()
+            lines.append(f"table skipped {' and '.join(f'{count} pictures of {split}' for split, count in counts.items())}, listed in skipped.csv: "
+                         + listed(self.skipped["file"] + " " + self.skipped["reason"]))
+        if numbers is not None:
+            lines += table_split.notes(numbers, self.all_targets, self.task, self.class_names)
+        return lines + super().notes()
 
 
 def _extent(targets: np.ndarray) -> list[list[float]]:

@@ -18,7 +18,7 @@ SHOWN = 5  # rows, ids or files named in a message; of the others it tells how m
 
 
 def read_table(path: str | os.PathLike) -> pd.DataFrame:
-    """All cells as text (`001` stays `001`, `NA` stays `NA`, an empty cell is ``), columns stripped, rows from 0 on.
+    """All cells as text (`001` stays `001`, `NA` stays `NA`, an empty cell is ``), spaces around it stripped; rows from 0 on.
 
     UTF-8 with or without a mark at the start; the delimiter is the one of , ; tab | that splits the header into most columns.
 
@@ -32,16 +32,17 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
     header = text.split("\n", 1)[0]
     delimiter = max(DELIMITERS, key=lambda sign: (len(next(csv.reader([header], delimiter=sign), [])), -DELIMITERS.index(sign)))
     try:
-        first, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row] or [[]]
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        first, *rows = [cells for row in reader if (cells := [cell.strip() for cell in row]) not in ([], [""])] or [[]]
     except csv.Error as error:
         raise ValueError(f"{path}: is no table: {error} (a quote that is opened must be closed)") from None
-    columns = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(first)]
+    columns = [name or f"Unnamed: {place}" for place, name in enumerate(first)]
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise ValueError(f"{path}: columns named more than once: {', '.join(twice)}")
     ragged = [place for place, row in enumerate(rows) if len(row) != len(columns)]
     if ragged:
         fields = sorted({len(rows[place]) for place in ragged})
-        raise ValueError(f"{path}: {rows_text(ragged)} have {' or '.join(map(str, fields))} fields, the header has {len(columns)} "
+        raise ValueError(f"{path}: {rows_text(ragged)}: {' or '.join(map(str, fields))} fields where the header has {len(columns)} "
                          f"(a {delimiter!r} inside a text needs quotes around it)")
     return pd.DataFrame(rows, columns=columns, dtype=object)
 
@@ -68,6 +69,11 @@ def rows_text(places: Sequence[int]) -> str:
     if len(places) > SHOWN:
         return f"rows {', '.join(shown)} and {len(places) - SHOWN:,} more"
     return f"row {shown[0]}" if len(shown) == 1 else f"rows {', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 picture`, `1,200 pictures`."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def listed(words: Iterable[str]) -> str:

@@ -64,17 +64,17 @@ def guess_targets(tables: Tables, id_column: str, taken: set[str]) -> tuple[list
         if asked and all(name in free for name in asked):
             return asked, f"as {tables.names['sample']} asks for"
         for name in free:
-            values = set(train[name].str.strip()) - {""}
+            values = set(train[name]) - {""}
             if len(asked) > 1 and set(asked) <= values | set(_tokens(values)):
                 return [name], f"{tables.names['sample']} has a column for each of its values"
     if test is not None:
         free = [name for name in free if name not in test] or free
     named = [name for name in free if TARGET_NAMES.search(words(name))]
-    if len(free) == 1:
+    if len(free) == 1 and (sample is None or len(named) == 1):
         return free, f"the only one that is left in {tables.names['train']}" + f" and not in {tables.names.get('test')}" * (test is not None)
     if len(named) == 1:
         return named, "its name"
-    if free and test is not None and all(set(train[name].str.strip()) <= {"0", "1"} for name in free):
+    if free and test is not None and all(set(train[name]) <= {"0", "1"} for name in free):
         return free, f"columns of 0 and 1 that are not in {tables.names['test']}"
     raise ValueError("which column is the target cannot be told: --target names it, several by commas; "
                      + (f"it may be {' or '.join(free[:12])}" if free else f"{tables.names['train']} has {', '.join(train.columns)}"))
@@ -82,7 +82,7 @@ def guess_targets(tables: Tables, id_column: str, taken: set[str]) -> tuple[list
 
 def guess_task(tables: Tables, targets: list[str], separator: str | None) -> tuple[str, str]:
     """(task, reason)."""
-    values = [tables.train[name].str.strip() for name in targets]
+    values = [tables.train[name] for name in targets]
     if len(targets) > 1:
         return _task_of_several(values)
     text = values[0][values[0] != ""]
@@ -152,7 +152,7 @@ def guess_separator(text: pd.Series) -> str:
 def guess_group(train: pd.DataFrame, taken: set[str]) -> tuple[str | None, str]:
     """(group column or None, reason): named like one, with values that repeat; a column of a few values is none."""
     for name in train.columns:
-        values = train[name].str.strip()
+        values = train[name]
         kinds = values.nunique()
         if name not in taken and GROUP_NAMES.search(words(name)) and 5 <= kinds < len(values) and not (values == "").any():
             return name, f"its name, {kinds:,} values in {len(values):,} rows: equal ones stay on one side; --group none does without"
@@ -177,6 +177,8 @@ def guess_metric(tables: Tables, scheme: dict) -> tuple[str, str]:
     if scheme["task"] == "multilabel":
         joined = scheme["separator"] is not None
         return ("f1", "labels are answered as text") if joined else ("auroc", "the usual one of columns of 0 and 1")
+    if tables.sample is not None and len(tables.sample.columns) > 2:
+        return "log_loss", f"{tables.names['sample']} asks for a probability of each class"
     asked = _asked_numbers(tables.sample, scheme["targets"][0])
     if asked is not None and len(asked) and (asked % 1 != 0).any() and asked.between(0, 1).all():
         return "auroc", f"{tables.names['sample']} holds probabilities of two classes"
@@ -190,4 +192,4 @@ def check_columns(tables: Tables, given: dict[str, list[str]]) -> list[str]:
 
 
 def looks_like_files(values: pd.Series) -> bool:
-    return bool(len(values)) and values.head(100).str.lower().str.strip().str.endswith(SUFFIXES).mean() > 0.5
+    return bool(len(values)) and values.head(100).str.lower().str.endswith(SUFFIXES).mean() > 0.5

@@ -1,7 +1,7 @@
 """Rows of a table -> picture files inside the data folder: the path template, the folders' listing, what is missing or cannot be read.
 
 A template names columns in braces, as `{split}/{Id}.jpg`; `{split}` is train or test, `{Id[0]}` and `{Id[0:2]}` are characters of a column. A
-suffix that is left out is found. Only pandas, numpy, Pillow and the standard library.
+suffix that is left out is found. Two templates by a comma are for train and for test. Only pandas, numpy, Pillow and the standard library.
 """
 
 import os
@@ -22,13 +22,19 @@ ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF"
 READERS = 8
 
 
-def columns_in(template: str, columns: list[str]) -> list[str]:
+def part_of(template: str, split: str) -> str:
+    """The template of train or of test, where there are two."""
+    parts = template.split(",")
+    return template if len(parts) != 2 else parts[split != "train"].strip()
+
+
+def columns_in(template: str, columns: list[str], split: str = "test") -> list[str]:
     """The columns that a template names, without `split`.
 
     Raises:
         ValueError: it names none, or one that there is not; says the closest.
     """
-    found = [_column(name, columns)[0] for name in FIELD.findall(template)]
+    found = [_column(name, columns)[0] for name in FIELD.findall(part_of(template, split))]
     for name in found:
         if name != "split" and name not in columns:
             raise ValueError(f"--image {template}: there is no column {name!r}{near_miss(name, columns)}")
@@ -47,13 +53,13 @@ def _column(name: str, columns: list[str]) -> tuple[str, slice | None]:
 def paths(template: str, frame: pd.DataFrame, split: str) -> list[str]:
     """Paths of the rows as the template spells them, relative to the data folder."""
     columns, made = list(frame.columns), [""] * len(frame)
-    for place, part in enumerate(FIELD.split(template)):
+    for place, part in enumerate(FIELD.split(part_of(template, split))):
         if place % 2 == 0 or part == "split":
             text = part if place % 2 == 0 else split
             made = [path + text for path in made]
         else:
             name, cut = _column(part, columns)
-            values = frame[name].str.strip()
+            values = frame[name]
             made = [path + value for path, value in zip(made, values if cut is None else values.str[cut])]
     return made
 
@@ -163,6 +169,7 @@ def locate(folder: Folder, template: str, frame: pd.DataFrame, split: str) -> tu
 
 def _strange_links(folder: Folder, template: str, split: str):
     """A function of a folder: its real place where that is neither in the data folder nor in a linked one the template names itself."""
+    template = part_of(template, split)
     first = template.split("/")[0].replace("{split}", split) if "/" in template else ""
     trusted = [os.path.realpath(folder.root)]
     if first and not FIELD.search(first):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from datamodules.table import Report, listed, near_miss, rows_text
+from datamodules.table import Report, counted, listed, near_miss, rows_text
 from datamodules.table_pictures import Folder, Wrong, columns_in, locate, unreadable
 from datamodules.table_targets import read_targets
 
@@ -52,17 +52,17 @@ def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme
               labelled: bool = True, skip: bool) -> Rows:
     """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad."""
     targets = scheme["targets"] if labelled else []
-    needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)])]
+    needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)], split)]
     missing = [name for name in dict.fromkeys(needed) if name not in frame]
     for name in missing:
         report.add(file, f"has no column {name!r}{near_miss(name, frame.columns)}")
-    ids = frame[scheme["id_column"]].str.strip() if scheme["id_column"] in frame else pd.Series([""] * len(frame))
+    ids = frame[scheme["id_column"]] if scheme["id_column"] in frame else pd.Series([""] * len(frame))
     if missing:
         return Rows(split, ids.to_numpy(str), [None] * len(frame), _no_targets(len(frame), scheme, names), {})
     report.rows(file, scheme["id_column"], (ids == "").to_numpy(), "no id")
     twice = ids[ids.duplicated(keep=False) & (ids != "")]
     if len(twice):
-        report.rows(file, scheme["id_column"], twice.index.to_numpy(), f"{twice.nunique():,} ids more than once", ids.to_numpy())
+        report.rows(file, scheme["id_column"], twice.index.to_numpy(), f"{counted(twice.nunique(), 'id')} more than once", ids.to_numpy())
     values = read_targets(frame, scheme, names, file, report) if labelled else _no_targets(len(frame), scheme, names)
     files, bad = _pictures(folder, frame, split, file, scheme, report, skip)
     if labelled:
@@ -88,12 +88,12 @@ def _pictures(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme
     files, missing, outside = locate(folder, scheme["image"], frame, split)
     if outside:
         shown = listed(map(" ".join, outside.values()))
-        report.add(file, f"{len(outside):,} paths outside of the data folder, {rows_text(list(outside))}: {shown}")
+        report.add(file, f"{counted(len(outside), 'path')} outside of the data folder, {rows_text(list(outside))}: {shown}")
     broken = unreadable(folder.root, files)
     if not skip or len(missing) + len(broken) > MOST_SKIPPED * len(frame):
-        for found, what in ((missing, "pictures are missing"), (broken, "pictures cannot be read")):
+        for found, what in ((missing, "missing"), (broken, "that cannot be read")):
             if found:
-                report.add(file, f"{len(found):,} {what}, {rows_text(list(found))}: {listed(map(' '.join, found.values()))}"
+                report.add(file, f"{counted(len(found), 'picture')} {what}, {rows_text(list(found))}: {listed(map(' '.join, found.values()))}"
                                  + " (--bad_images skip leaves such rows out)" * (not skip) + " (more than half: too many to skip)" * skip)
     return files, missing | broken | outside
 
@@ -105,4 +105,5 @@ def _check_conflicts(files: list[str | None], targets: np.ndarray, file: str, re
     apart = [(before, row) for before, row in pairs if before != row and not np.array_equal(targets[before], targets[row])]
     if apart:
         before, row = apart[0]
-        report.add(file, f"{len(apart):,} rows name a picture that another row gives another target, as {rows_text([before, row])}: {files[row]}")
+        report.add(file, f"{counted(len(apart), 'row')} with the picture of another row and another target, as {rows_text([before, row])}: "
+                         f"{files[row]}")

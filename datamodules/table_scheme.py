@@ -43,14 +43,14 @@ def read_tables(root: str, named: dict[str, str | None]) -> Tables:
 
 
 def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(scheme, a line with the reason for each of its parts). `given` holds what a person said, None where nothing.
+    """(scheme, a line with the reason for each of its parts). `given` holds what a person said, None where nothing; `usual_metric` is a preset's.
 
     The scheme: id_column, targets (columns), separator (of joined labels, else None), task, image (template), group, fold_column, metric.
 
     Raises:
         ValueError: a part that cannot be told, a column that is not there, a task that is none; names flags and candidates.
     """
-    targets = _names(given["target"])
+    targets = _names(given["target"], whole=given["target"] in tables.train)
     group = given["group"] if given["group"] not in (None, "none") and not given["group"].endswith(".csv") else None
     named = {"--data_args.id_column": _names(given["id_column"], whole=True), "--target": targets, "--group": _names(group, whole=True),
              "--data_args.fold_column": _names(given["fold_column"], whole=True)}
@@ -61,7 +61,7 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     scheme, why, train = {}, {}, tables.train
 
     def put(part: str, value: Any, flag: str, guess: Any) -> None:
-        scheme[part], why[part] = (value, f"given by {flag}") if value is not None else guess()
+        scheme[part], why[part] = (value, f"given; {flag} changes it") if value is not None else guess()
 
     put("id_column", given["id_column"], "--data_args.id_column", lambda: table_guess.guess_id(tables))
     taken = {scheme["id_column"], *filter(None, (group, given["fold_column"]))}
@@ -72,9 +72,10 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     put("task", given["task"], "--task", lambda: table_guess.guess_task(tables, scheme["targets"], given["label_separator"]))
     scheme["separator"] = _separator(train, scheme, given["label_separator"])
     put("image", given["image"], "--image", lambda: guess_template(folder, train, rows_asked(tables), scheme["id_column"]))
-    columns_in(scheme["image"], list(train.columns))
+    columns_in(scheme["image"], list(train.columns), "train")
     put("group", given["group"], "--group", lambda: table_guess.guess_group(train, taken | {found, *scheme["targets"]}))
-    scheme["metric"], why["metric"] = table_guess.guess_metric(tables, scheme)
+    usual = given.get("usual_metric")
+    scheme["metric"], why["metric"] = (usual, "the competition's") if usual else table_guess.guess_metric(tables, scheme)
     lines = [f"table {part} {_spelled(scheme[part])} ({why[part]})" for part in why if part != "metric" or not given["metric"]]
     if found and not scheme["fold_column"]:
         lines.append(f"table column {found} looks like folds: --data_args.fold_column {found} with --folds uses it")
@@ -85,7 +86,7 @@ def _separator(train: pd.DataFrame, scheme: dict[str, Any], given: str | None) -
     """Between the labels of one joined column; None for any other kind of target."""
     if scheme["task"] != "multilabel" or len(scheme["targets"]) > 1:
         return None
-    text = train[scheme["targets"][0]].str.strip()
+    text = train[scheme["targets"][0]]
     if given is None and set(text) <= {"0", "1"}:
         return None
     return given or table_guess.guess_separator(text)
@@ -113,6 +114,6 @@ def read_groups(root: str, name: str, ids: pd.Series, id_column: str) -> tuple[l
     if id_column not in frame or not others:
         return [], f"--group {name}: needs the columns {id_column} and group{near_miss(id_column, frame.columns)}"
     column = "group" if "group" in others else others[0]
-    known = dict(zip(frame[id_column].str.strip(), frame[column].str.strip()))
+    known = dict(zip(frame[id_column], frame[column]))
     missing = [value for value in ids if value not in known]
     return [known.get(value, "") for value in ids], f"--group {name}: has no row for {len(missing)} ids, as {missing[0]!r}" if missing else None

@@ -32,6 +32,20 @@ def by_rule(targets: np.ndarray, task: str, count: int, seed: int, groups: np.nd
     return assign(targets, task, count, seed, groups)
 
 
+def together(groups: list[np.ndarray]) -> np.ndarray:
+    """`folds.union`."""
+    from datamodules.folds import union
+
+    return union(*groups).astype(str)
+
+
+def notes(fold: np.ndarray, targets: np.ndarray, task: str, names: list[str] | None) -> list[str]:
+    """`folds.notes`."""
+    from datamodules.folds import notes
+
+    return notes(fold, targets, task, names or [])
+
+
 def from_column(numbers: pd.Series, count: int) -> np.ndarray:
     """(N,) int folds from 0 on, of a column that numbers them from 0 or 1.
 

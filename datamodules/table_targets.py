@@ -17,7 +17,7 @@ def class_names(frame: pd.DataFrame, scheme: dict[str, Any]) -> list[str] | None
         return None
     if len(targets) > 1:
         return list(targets)
-    text = frame[targets[0]].str.strip()
+    text = frame[targets[0]]
     if scheme["separator"] is not None:
         return in_order({part for value in set(text) for part in labels_of(value, scheme["separator"])})
     if scheme["task"] == "multilabel":
@@ -55,7 +55,7 @@ def read_targets(frame: pd.DataFrame, scheme: dict[str, Any], names: list[str] |
         if (wrong := ones.sum(1) != 1).any():
             report.rows(file, ", ".join(targets[:3]) + " ..." * (len(targets) > 3), wrong, "not exactly one 1 (--task multilabel allows it)")
         return ones.argmax(1)
-    text = frame[targets[0]].str.strip()
+    text = frame[targets[0]]
     report.rows(file, targets[0], (text == "").to_numpy(), "no label")
     index = {name: place for place, name in enumerate(names)}
     if scheme["separator"] is None:
@@ -81,7 +81,7 @@ def _joined(text: pd.Series, column: str, separator: str, index: dict[str, int],
 
 def _numbers(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
     """(N,) float32 of a column of quantities."""
-    text = frame[name].str.strip()
+    text = frame[name]
     numbers = pd.to_numeric(text, errors="coerce").to_numpy(float)
     empty = text.str.lower().isin(["", "nan", "na", "none", "null", "n/a"]).to_numpy()
     infinite, strange = np.isinf(numbers), np.isnan(numbers) & ~empty
@@ -96,7 +96,7 @@ def _numbers(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.nd
 
 def _zero_or_one(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
     """(N,) float32 of a column that says whether a label holds."""
-    text = frame[name].str.strip()
+    text = frame[name]
     numbers = pd.to_numeric(text.str.lower().replace(TRUTH), errors="coerce").to_numpy(float)
     report.rows(file, name, ~np.isin(numbers, (0, 1)), "neither 0 nor 1", text.replace("", "(empty)").to_numpy())
     return np.where(np.isin(numbers, (0, 1)), numbers, 0).astype(np.float32)

@@ -17,6 +17,7 @@ import datamodules
 import models
 from experiments import plan, preflight, rundir
 from experiments.config import Command, Config, read
+from experiments.recipe import recipe_data
 from experiments.usage import UsageError, size
 from lightning_modules import distill_losses, targets, teacher_cache
 from lightning_modules.freeze import freeze
@@ -155,13 +156,17 @@ def _build(cfg: Config, decision: dict[str, Any]) -> Run:
 
 
 def _with_data(command: Command) -> Command:
-    """The command with a data set named: what the folder says it is, or imagenet; the recipe may follow from it."""
+    """The command with a data set named: what the folder says it is, or imagenet; the recipe may follow from it. A folder with tables is the
+    competition that the recipe is for, where it is for one."""
     cfg = command.config
     if cfg.model is None:
         raise UsageError("--model is missing: --list models prints the names; --recipe demo is a small one to try")
     if cfg.data:
         return command
-    return read([*command.argv, "--data", datamodules.detect(cfg.data_dir) if cfg.data_dir else "imagenet"])
+    found, meant = datamodules.detect(cfg.data_dir) if cfg.data_dir else "imagenet", recipe_data(cfg.recipe)
+    if found == "csv" and meant and issubclass(datamodules.data_class(meant), datamodules.data_class("csv")):
+        found = meant
+    return read([*command.argv, "--data", found])
 
 
 def _saved(cfg: Config) -> dict[str, Any]:

@@ -150,6 +150,7 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
     try:
         if trainer.is_global_zero:
             print(f"run directory {run.folder}" + (f", resumed from {run.resume}" if run.resume else ""), flush=True)
+            rundir.write_skipped(run.folder, getattr(run.data, "skipped", None))
         yield
         code = 0
     except Preempted as asked:
@@ -200,7 +201,8 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         **scores, "epochs": 0 if cfg.eval_only else cfg.epochs, "steps": steps, "lr": cfg.lr,
         "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
-        "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures, "finished": True}
+        "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures,
+        "skipped_images": len(getattr(run.data, "skipped", ())), "finished": True}
     try:
         rundir.write_result(run.folder, values)
     except OSError as error:

@@ -245,6 +245,12 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 
+def write_skipped(folder: Path, skipped: Any) -> None:
+    """List the pictures that a table's run does without, a DataFrame; where there are none, nothing."""
+    if skipped is not None and len(skipped):
+        write_text(folder / "skipped.csv", skipped.to_csv(index=False))
+
+
 def commit() -> str | None:
     """The git commit of this code, with `+` when files differ from it; None outside a checkout."""
     import subprocess

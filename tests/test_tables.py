@@ -1,40 +1,13 @@
 """Tables of competitions: what they mean, how they are divided, and what a run makes of them."""
 import numpy as np
-import pandas as pd
 import pytest
-from PIL import Image
-
-import datamodules
-
-COMMON = dict(image_size=16, workers=0, global_batch_size=4)
-
-
-def picture(path, seed=0, side=12):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.RandomState(seed).randint(0, 255, (side, side, 3)).astype(np.uint8)).save(path)
+from table_files import ids, table, write_comp
 
 
 @pytest.fixture
 def comp(tmp_path):
-    """comp(train=DataFrame, test=..., sample=..., pictures="{split}/{Id}.jpg") writes a competition's folder and returns it."""
-
-    def write(train, test=None, sample=None, pictures="{split}/{Id}.jpg"):
-        for name, frame in (("train.csv", train), ("test.csv", test), ("sample_submission.csv", sample)):
-            if frame is not None:
-                pd.DataFrame(frame).to_csv(tmp_path / name, index=False)
-        for split, frame in (("train", train), ("test", test if test is not None else sample)):
-            for row, values in enumerate(pd.DataFrame(frame).to_dict("records") if frame is not None else ()):
-                picture(tmp_path / pictures.format(split=split, **values), row + 1000 * (split == "test"))
-        return tmp_path
-    return write
-
-
-def table(root, name="csv", **kwargs):
-    return datamodules.create(name, **{**COMMON, "data_dir": str(root), **kwargs})
-
-
-def ids(count, prefix="a"):
-    return [f"{prefix}{number:03}" for number in range(count)]
+    """comp(train, test, sample, pictures) writes a competition's folder and returns it (`write_comp`)."""
+    return lambda *tables, **words: write_comp(tmp_path, *tables, **words)
 
 
 def test_regression(comp):
