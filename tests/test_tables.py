@@ -1,10 +1,19 @@
 """Tables of competitions: what they mean, how they are divided, and what a run makes of them."""
+import os
+import shutil
+import time
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import result_of
-from table_files import ids, table, write_comp
+from table_files import ids, table, write_comp, write_picture
+
+PAWPULARITY = next((found for root in Path(__file__).parents[1:3] if (found := root / "shared/data/pawpularity").is_dir()),
+                   Path("shared/data/pawpularity"))
 
 
 @pytest.fixture
@@ -165,6 +174,27 @@ def test_classify_leaves(comp):
     train = {"image": [f"images/{n}.jpg" for n in range(20)], "label": ["maclura_pomifera", "ulmus_rubra"] * 10}
     data = table(comp(train, {"image": ["images/20.jpg"]}, pictures="{image}"), "classify_leaves")
     assert data.spec["class_names"] == ["maclura_pomifera", "ulmus_rubra"] and data.splits["predict"].names.tolist() == [b"images/20.jpg"]
+
+
+@pytest.mark.skipif(not PAWPULARITY.is_dir(), reason=f"the competition's tables are not here ({PAWPULARITY})")
+def test_the_real_tables_of_pawpularity(tmp_path):
+    for name in ("train", "test", "sample_submission"):
+        shutil.copy(PAWPULARITY / f"{name}.csv", tmp_path)
+    write_picture(tmp_path / "one.jpg")
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for row in pd.read_csv(tmp_path / f"{split}.csv")["Id"]:
+            os.link(tmp_path / "one.jpg", tmp_path / split / f"{row}.jpg")
+    data = table(tmp_path, folds=5, fold=0)
+    assert data.resolved() == {"target": "Pawpularity", "task": "regression", "image": "{split}/{Id}.jpg", "group": None, "metric": "rmse"}
+    assert data.sizes["train"] + data.sizes["val"] == 9912 and len(data.splits["predict"]) == 8
+    score = data.all_targets[:, 0].astype(np.float64)
+    assert np.sqrt(np.mean((score - score.mean()) ** 2)) == pytest.approx(20.591, abs=5e-4)
+    means = [score[data.fold_numbers == fold].mean() for fold in range(5)]
+    assert np.ptp(means) < 0.2  # 0.2 is a fifth of what chance would do
+    start = time.process_time()
+    assert table(tmp_path, "pawpularity", folds=5).fold_numbers.tolist() == data.fold_numbers.tolist()
+    assert time.process_time() - start < 10
 
 
 TINY = "--model vit_nano4 --model_args.embed_dim 32 --model_args.depth 1 --image_size 16 --epochs 1 --global_batch_size 4 --workers 0 --logger csv " \
