@@ -98,7 +98,7 @@ BROKEN = {  # name: (what breaks, flags, what is said)
     "missing test picture": (lambda root: (root / "test/t001.jpg").unlink(), IMAGE, r"test.csv: 1 picture missing, row 3: test/t001"),
     "empty picture": (lambda root: (root / "train/a001.jpg").write_bytes(b""), {},
                       r"train.csv: 1 picture that cannot be read, row 3: train/a001.jpg the file is empty"),
-    "truncated jpeg": (lambda root: cut(root / "train/a001.jpg", 0.7), {}, r"cannot be read, row 3: train/a001.jpg OSError: "),
+    "truncated jpeg": (lambda root: cut(root / "train/a001.jpg", 0.95), {}, r"cannot be read, row 3: train/a001.jpg OSError: .*truncated"),
     "truncated png": (lambda root: cut(root / "train/a003.png", 0.7), {}, r"cannot be read, row 5: train/a003.png .*"),
     "a page for a picture": (lambda root: (root / "train/a001.jpg").write_text("<html>404</html>"), {},
                              r"cannot be read, row 3: train/a001.jpg it is not a picture Pillow knows"),
