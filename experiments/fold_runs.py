@@ -76,10 +76,7 @@ class Folds:
         self.seconds: list[float] = (before.get("fold_seconds") or [0.0] * self.k)[:self.k]
 
     def place(self, fold: int) -> Path:
-        """The run directory of a fold: under this one, or beside it where it was run alone."""
-        beside = self.plan["beside"][fold]
-        alone = beside and not (self.folder / f"fold{fold}").exists() and _result(Path(beside)).get("finished")
-        return Path(beside) if alone else self.folder / f"fold{fold}"
+        return self.folder / f"fold{fold}"
 
     def finished(self) -> list[int]:
         return [fold for fold in range(self.k) if _result(self.place(fold)).get("finished")]
@@ -152,11 +149,11 @@ class Folds:
         self.running[fold] = start(line, env, log), device, time.monotonic()
 
     def _ended(self, fold: int, ended: int, left: list[int]) -> int:
-        """Note how a fold ended; returns its exit code, or 1 for a finished one without a result."""
+        """Note how a fold ended. Returns 0 where it is finished, else its exit code, or 1 for none of its own."""
         result, took = _result(self.place(fold)), _clock(self.seconds[fold])
-        ended = 128 - ended if ended < 0 else ended
+        how, ended = f"exit code {ended}" if ended >= 0 else f"killed by {signal.Signals(-ended).name}", max(ended, 0)
         self._keep()
-        if ended == 0 and result.get("finished"):
+        if result.get("finished"):
             score = f"{result['metric']} {result['best']:.5g}" if result.get("best") is not None else "not scored"
             after = [each for each in (self.expected(fold) for fold in [*left, *self.running]) if each is not None]
             rest = f"; {len(left) + len(self.running)} left, about {_clock(sum(after) / self.slots)}" if after else ""
@@ -165,7 +162,7 @@ class Folds:
         if self.asked:
             ended = PREEMPTED  # also where it had no time yet to listen
         if not notice.asked:
-            over = "the time of --hours is over" if self.asked else f"exit code {ended}"
+            over = "the time of --hours is over" if self.asked else how
             print(f"fold {fold} has stopped after {took} ({over}); the same command goes on", flush=True)
         return ended or 1
 

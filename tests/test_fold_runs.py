@@ -15,6 +15,7 @@ from fold_processes import quick
 from PIL import Image
 from scipy import stats
 
+import datamodules
 from datamodules import folds
 from experiments import fold_dirs, fold_merge, fold_runs, rundir
 from experiments.config import parse
@@ -45,8 +46,8 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     ended = launch(f"{LINE} --folds 3 --name all", before=quick)
     assert ended.code == 0, ended.out
     folder, train = comp / "runs" / "all", pd.read_csv(comp / "comp" / "train.csv")
-    assert {"fold0", "fold2", "config.yaml"} < (there := {file.name for file in folder.iterdir()})
-    assert not {"fold1", "checkpoints"} & there  # what was run alone counts
+    assert (folder / "fold1").is_symlink() and (folder / "fold1").resolve() == comp / "runs" / "all-f1"  # what was run alone counts
+    assert not (folder / "checkpoints").exists()
     fold = folds.assign(train["Score"].to_numpy(np.float32)[:, None], "regression", 3, 0)
     written = pd.read_csv(folder / "folds.csv")
     (kept,) = (comp / "runs" / "folds").iterdir()
@@ -58,7 +59,7 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     assert result["overall"] == result["best"] == pytest.approx(np.sqrt(squared.mean()), rel=1e-6) and result["metric"] == "oof/rmse"
     assert result["fold_scores"] == pytest.approx(np.sqrt(squared.groupby(fold).mean()).tolist(), rel=1e-6)
     assert result["ci_low"] < result["overall"] < result["ci_high"] and result["n_boot"] == 1000
-    places = [folder / "fold0", comp / "runs" / "all-f1", folder / "fold2"]
+    places = [folder / f"fold{k}" for k in range(3)]
     parts = [pd.read_csv(place / "predictions.csv") for place in places]
     mean = pd.read_csv(folder / "predictions.csv")
     assert mean["Id"].tolist() == [f"e{n:02}" for n in range(6)] and [*mean] == ["Id", "prediction"]
@@ -76,9 +77,9 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     assert planned.code == 0 and "all of this 3 times" in planned.out and not (comp / "runs" / "plan").exists()
 
 
-def interrupt(how, moment, children):
+def interrupt(how, moment, children, seconds=60):
     """When the fold has got so far, signal the process over it."""
-    child, deadline = children[0], time.monotonic() + 60
+    child, deadline = children[0], time.monotonic() + seconds
     while not moment() and time.monotonic() < deadline and child.is_alive():
         time.sleep(0.02)
     os.kill(child.pid, how)
@@ -103,6 +104,17 @@ def test_killed_and_preempted_folds_go_on_to_the_undisturbed_bytes(comp, launch)
     for name in ("oof.csv", "predictions.csv", "folds.csv"):
         assert (folder / name).read_bytes() == (comp / "runs" / "whole" / name).read_bytes()
     assert result_of(folder)["overall"] == result_of(comp / "runs" / "whole")["overall"]
+
+
+@pytest.mark.slow
+def test_in_processes_of_their_own_a_signal_to_the_first_stops_all(comp, launch):
+    """As from a shell: nothing is forked, and the plan and each fold import everything anew."""
+    folder = comp / "runs" / "real"
+    stopped = launch(f"{LINE} --folds 2 --epochs 500 --name real", timeout=250,
+                     watch=lambda children: interrupt(signal.SIGTERM, (folder / "fold0" / "checkpoints" / "last.ckpt").exists, children, 200))
+    assert stopped.code == 75 and "SIGTERM: saved step" in stopped.out and "images/s measured now" in stopped.out, stopped.out
+    ended = launch(f"{LINE} --folds 2 --name other", timeout=250)
+    assert ended.code == 0 and result_of(comp / "runs" / "other")["finished"] is True, ended.out
 
 
 def test_ctrl_c_leaves_with_its_code(comp, launch):
@@ -139,6 +151,25 @@ def break_fold_1():
 def test_what_folds_cannot_be_ends_with_a_line(comp, launch, line, env, words):
     ended = launch(f"{LINE} {line}".replace("--data_dir comp", "" if "digits" in line else "--data_dir comp"), env=env, before=quick)
     assert ended.code == 2 and words in ended.out and "Traceback" not in ended.out and not (comp / "runs").exists(), ended.out
+
+
+def test_folds_of_ones_own(comp):
+    common = dict(data_dir=str(comp / "comp"), image_size=16, global_batch_size=4, workers=0, folds=3, fold=1)
+    own, ids = comp / "own.csv", pd.read_csv(comp / "comp" / "train.csv")["Id"].tolist()
+    folds.write(own, ids, np.arange(45) // 15, "Id")
+    data = datamodules.create("csv", **common, folds_at=str(own))
+    assert data.splits["val"].ids.tolist() == ids[15:30]
+    by_rule = datamodules.create("csv", **common, folds_at=str(comp / "kept"))
+    assert (by_rule.fold_numbers != data.fold_numbers).any() and not (comp / "kept").exists()
+    by_rule.keep_folds()
+    (file,) = (comp / "kept").iterdir()
+    text = file.read_text()
+    file.write_text("Id,fold\n" + "".join(f"{name},{n % 3}\n" for n, name in enumerate(ids)))
+    assert (datamodules.create("csv", **common, folds_at=str(comp / "kept")).fold_numbers == np.arange(45) % 3).all()  # what is written holds
+    file.write_text(text.replace(f"{ids[3]},", "other,"))
+    for at, words in ((comp / "kept", "line 5"), (comp / "none.csv", "there is no such file")):
+        with pytest.raises(ValueError, match=words):
+            datamodules.create("csv", **common, folds_at=str(at))
 
 
 def test_another_table_under_the_same_name_is_refused(comp, launch):
@@ -195,7 +226,7 @@ def acted(tmp_path, monkeypatch):
 
         monkeypatch.setattr(fold_runs, "start", Acted)
         values = {"model": "m", "data": "csv", "folds": k, "epochs": 4, "devices": 1, "strategy": "auto", "hours": hours} | cfg
-        plan = {"cfg": values, "folder": str(tmp_path / "all"), "beside": [""] * k, "gpus": [*gpus], "rows": 9, "forecast_seconds": 100.0,
+        plan = {"cfg": values, "folder": str(tmp_path / "all"), "gpus": [*gpus], "rows": 9, "forecast_seconds": 100.0,
                 "speed": 10.0, "folds_file": "f.csv"}
         return fold_runs.Folds(plan, ("--model", "m", "--folds", str(k)), None if hours is None else clock.now + hours * 3600), started
     return make
