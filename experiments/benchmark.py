@@ -1,7 +1,8 @@
 """Speed against peers: python experiments/benchmark.py step --family vit --precision bf16
 
 `step` times forward and backward of the same network, batch and precision as ours and as timm, torchvision and vit-pytorch write it, in one
-process and interleaved: every round runs each once, in a shuffled order, so that a noisy machine is noisy to all.
+process and interleaved: every round runs each once, in a shuffled order, so that a noisy machine is noisy to all. `distill` does the same
+with one student's training step without a teacher, with a cached one and with the live one.
 """
 import argparse
 import random
@@ -19,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
+from experiments import benchmark_distill
 
 Makers = dict[str, Callable[[], nn.Module]]
 
@@ -104,14 +106,23 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("step", help="forward and backward of one family against its peers")
     verb.add_argument("--family", choices=["vit", "simple_vit", "deit", "swin", "convnext"], default="vit")
-    verb.add_argument("--precision", choices=["float32", "bf16"], default="float32")
-    verb.add_argument("--batch", type=int, default=8, help="pictures in a step")
-    verb.add_argument("--rounds", type=int, default=15, help="interleaved rounds after two to warm up, at least 2")
     verb.add_argument("--channels_last", action="store_true", help="memory order NHWC for all")
+    taught = verbs.add_parser("distill", help="a training step without a teacher, with a cached one, with the live one")
+    taught.add_argument("--student", default="deit_s16_distilled", help="a name of run.py --list models")
+    taught.add_argument("--teacher", default="timm/regnety_160", help="a name of run.py --list models; random weights")
+    taught.add_argument("--rows", type=int, default=100_000, help="answers in the cached epoch")
+    taught.add_argument("--topk", type=int, default=10, help="classes stored of each")
+    for each in (verb, taught):
+        each.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+        each.add_argument("--batch", type=int, default=8, help="pictures in a step")
+        each.add_argument("--rounds", type=int, default=15, help="interleaved rounds after two to warm up, at least 2")
     args = parser.parse_args(argv)
     if args.batch < 1 or args.rounds < 2:
         parser.error("--batch must be at least 1 and --rounds at least 2")
-    step(args.family, args.precision, args.batch, args.rounds, args.channels_last)
+    if args.verb == "step":
+        step(args.family, args.precision, args.batch, args.rounds, args.channels_last)
+    else:
+        benchmark_distill.measure(args.student, args.teacher, args.precision, args.batch, args.rounds, args.rows, args.topk)
     return 0
 
 

@@ -26,9 +26,6 @@ def check(cfg: "Config") -> None:
         raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
     if cfg.resume and cfg.overwrite:
         raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
-    for key in ("teacher_init", "distill", "distill_args"):
-        if getattr(cfg, key) and not cfg.teacher:
-            raise UsageError(f"--{key} is for learning from a teacher: --teacher names it")
     if cfg.folds is not None and cfg.folds < 2 or cfg.fold is not None and not 0 <= cfg.fold < (cfg.folds or 0):
         raise UsageError(f"--folds {cfg.folds} --fold {cfg.fold}: at least 2 folds, numbered from 0 on; --fold needs --folds")
     _check_training(cfg)
@@ -68,3 +65,10 @@ def _check_training(cfg: "Config") -> None:
         raise UsageError("--use_ema needs averaged weights: --ema_decay 0.9999 keeps them")
     if cfg.average_checkpoints is not None and not re.fullmatch(r"(last|best)-[1-9]\d*", cfg.average_checkpoints):
         raise UsageError(f"--average_checkpoints {cfg.average_checkpoints}: last-5 or best-3, for example")
+
+
+def check_teacher(cfg: "Config") -> None:
+    """What is typed, not what a recipe alone says: that may be for any teacher. Raises UsageError."""
+    for key in ("teacher_init", "distill", "distill_args"):
+        if getattr(cfg, key) and not cfg.teacher:
+            raise UsageError(f"--{key} is for learning from a teacher: --teacher names it")

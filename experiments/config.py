@@ -11,7 +11,7 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from experiments import recipe as recipes
-from experiments.checks import check
+from experiments.checks import check, check_teacher
 from experiments.usage import UsageError, did_you_mean, size
 
 BOOLEAN = (bool, bool | None)
@@ -195,6 +195,7 @@ def _read(argv: list[str]) -> Command:
     if not chosen & {"lr", "lr_scaling", "lr_batch"}:  # then the rates follow from the batch size, which names the run already
         alone |= {key: values[key] for key in ("lr", "min_lr", "warmup_lr") if key not in chosen}
     config, recipe_alone = (Config(**{key: layer[key] for key in known} | {"recipe": recipe}) for layer in (values, alone))
+    check_teacher(config)
     return Command(config, recipe_alone, tuple(notes), tuple(argv))
 
 

@@ -66,13 +66,18 @@ TABLE = {  # every knob of training that is not at its default, with rates as th
                     "optimizer": "lamb", "schedule": "timm", "warmup_epochs": 5.0, "warmup_lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.01,
                     "clip_grad": None, "loss": "bce_rsb", "rand_augment": "rand-m7-mstd0.5-inc1", "repeated_augment": 3, "mixup": 0.2,
                     "cutmix": 1.0, "crop_pct": 0.95},
+    # google-research/big_vision 2f3f493 configs/proj/distill/bit_i1k.py
+    "patient": {"epochs": 1200, "global_batch_size": 4096, "lr": 3e-2, "warmup_steps": 5000, "weight_decay": 3e-4 / 3e-2, "label_smoothing": 0.0,
+                "crop_scale": (0.05, 1.0), "interpolation": "bilinear", "crop_pct": 0.875, "mixup": 1.0, "augment_args": {"mix_mode": "roll"},
+                "distill": "soft", "distill_args": {"alpha": 1.0, "tau": 1.0}, "teacher": "runs/t"},
     # one network, two papers' choices
     "cifar10_simple_vit": CIFAR | {"model": "simple_vit_s16", "model_args": NANO, "rand_augment": "rand-m10-n2-p1.0", "mixup": 0.2,
                                    "augment_args": {"mix_mode": "roll"}},
     "cifar10_vit": CIFAR | {"model": "vit_nano4", "model_args": NANO | {"gelu": "tanh", "pool": "cls", "pos": "learned"}},
 }
-OWN = {"demo", "finetune", "finetune_large", "cifar10_teacher", *(f"{data}_{network}" for data in ("pawpularity", "classify_leaves") for network in (
-    "vit_small_patch32_224", "convnext_small", "swin_base", "efficientnet_b3"))}  # nothing published to compare with
+OWN = {"demo", "finetune", "finetune_large", "cifar10_teacher", "cifar10_token", *(  # nothing published to compare with
+    f"{data}_{network}" for data in ("pawpularity", "classify_leaves") for network in ("vit_small_patch32_224", "convnext_small", "swin_base",
+                                                                                       "efficientnet_b3"))}
 PARAMETERS = {"deit_ti16": 5_717_416, "deit_s16": 22_050_664, "deit_b16": 86_567_656, "deit_b16_384": 86_859_496,
               "deit_ti16_distilled": 5_910_800, "deit_s16_distilled": 22_436_432, "deit_b16_distilled": 87_338_192, "deit3_s16": 22_059_496,
               "deit3_b16_224": 86_585_320, "swin_t": 28_288_354, "swin_s": 49_606_258, "swin_b": 87_768_224, "convnext_t": 28_589_128,
@@ -83,6 +88,8 @@ SMALLER = {"swin": "--model_args.embed_dim 12 --model_args.depths [1,1,1,1] --mo
            "convnext": "--model_args.dims [8,16,16,16] --model_args.depths [1,1,1,1] --image_size 32",
            "resnet50": "--model timm/resnet18 --image_size 32", "finetune": "--image_size 32", "demo": "", "cifar10_teacher": "",
            **dict.fromkeys(("pawpularity", "classify_leaves"), "--model timm/resnet18 --image_size 32")}
+TEACHER = {"patient": ["--teacher", "runs/t"]}
+ANY_MODEL = ("finetune", "patient")
 QUICK = {"vit_b16", "simple_vit_s16", "deit_ti16_distilled", "deit3_s16", "swin_t", "convnext_b_384"}
 
 
@@ -94,8 +101,7 @@ def test_recipe_is_short_and_carries_its_evidence(name):
     assert not header[0].startswith(("# run:", "# measured:"))
     assert sum(line.startswith("# run: ") for line in header) == sum(line.startswith("# measured: ") for line in header) == 1
     run = next(line.split("run.py", 1)[1].split("(")[0].split() for line in header if line.startswith("# run: "))
-    words = [word for word in run if word not in ("--teacher", "timm/regnety_160.deit_in1k")]
-    assert parse(words).recipe == name or name == "finetune" and parse([*words, "--data", "folder"]).recipe == name
+    assert parse(run).recipe == name or name == "finetune" and parse([*run, "--data", "folder"]).recipe == name
     if name in TABLE and not name.startswith("cifar10"):
         assert any(line.startswith("# published: ") for line in header) and any(line.startswith("# source: ") for line in header)
 
@@ -106,7 +112,7 @@ def test_every_published_recipe_is_in_the_table():
 
 @pytest.mark.parametrize("name", TABLE)
 def test_resolved_values_are_the_published_ones(name):
-    cfg, standard = parse(["--recipe", name]), Config()
+    cfg, standard = parse(["--recipe", name, *TEACHER.get(name, [])]), Config()
     place = {knob.name for knob in fields(Config) if knob.metadata["role"] == "place"}
     differing = {knob.name: getattr(cfg, knob.name) for knob in fields(Config)
                  if knob.name not in place and getattr(cfg, knob.name) != getattr(standard, knob.name)}
@@ -117,7 +123,8 @@ def test_resolved_values_are_the_published_ones(name):
 
 
 def test_only_deit_and_swin_scale_the_rate():
-    scaled = {name for name in TABLE if parse(["--recipe", name, "--global_batch_size", "2000"]).lr != TABLE[name].get("lr", Config().lr)}
+    scaled = {name for name in TABLE
+              if parse(["--recipe", name, *TEACHER.get(name, []), "--global_batch_size", "2000"]).lr != TABLE[name].get("lr", Config().lr)}
     assert scaled == {name for name in TABLE if name.startswith(("deit_", "swin"))}
     cfg = parse(["--recipe", "swin_t", "--global_batch_size", "2048"])
     assert (cfg.lr, cfg.warmup_lr, cfg.min_lr) == (2e-3, pytest.approx(2e-6), pytest.approx(2e-5))
@@ -138,7 +145,7 @@ def test_wrong_recipe_is_refused(tmp_path, monkeypatch, capsys, text, message):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_builds_its_network(name):
-    cfg = parse(["--recipe", name, *(["--model", "vit_s16"] if name == "finetune" else [])])
+    cfg = parse(["--recipe", name, *TEACHER.get(name, []), *(["--model", "vit_s16"] if name in ANY_MODEL else [])])
     with torch.device("meta"):
         network = models.create(cfg.model, 1000, cfg.image_size and size(cfg.image_size), **cfg.model_args)
     if name in PARAMETERS:
@@ -151,8 +158,11 @@ def test_recipe_trains_two_steps(name, tmp_path, launch):
         write_pictures(tmp_path / "pics" / split, {"dark": 4, "light": 4}, side=40, seed=seed)
     line = f"--recipe {name} --data_dir pics --epochs 1 --global_batch_size 4 --lr 1e-3 --workers 0 --logger csv --name it " \
            f"{next((flags for start, flags in SMALLER.items() if name.startswith(start)), VIT)}"
-    line += " --model vit_s16" * (name == "finetune") + " --init null" * ("init: pretrained" in (RECIPES / f"{name}.yaml").read_text())
+    line += " --model vit_s16" * (name in ANY_MODEL) + " --init null" * ("init: pretrained" in (RECIPES / f"{name}.yaml").read_text())
     line += f" {VIT}" * (name == "finetune_large") + " --data folder" * (name == "demo")
+    if name in TEACHER:
+        assert launch(f"--model vit_s16 {VIT} --data_dir pics --epochs 1 --global_batch_size 4 --workers 0 --logger csv --name t").code == 0
+        line += " --warmup_steps 1 " + " ".join(TEACHER[name])
     ended = launch(line)
     assert ended.code == 0, ended.out
     result = result_of(tmp_path / "runs" / "it")
@@ -160,5 +170,6 @@ def test_recipe_trains_two_steps(name, tmp_path, launch):
     with open(tmp_path / "runs" / "it" / "metrics.csv", newline="") as file:
         assert all(float(row["train/loss"]) > 0 for row in csv.DictReader(file))
     stored = yaml.safe_load((tmp_path / "runs" / "it" / "config.yaml").read_text())
+    wanted = parse(["--recipe", name, *TEACHER.get(name, [])]).filled(loss="cross_entropy")
     for key in ("loss", "optimizer", "schedule", "rand_augment", "repeated_augment", "mixup", "ema_decay"):
-        assert stored[key] == getattr(parse(["--recipe", name]), key)
+        assert stored[key] == getattr(wanted, key)
