@@ -19,7 +19,6 @@ import datamodules
 from datamodules import folds
 from experiments import fold_dirs, fold_merge, fold_runs, rundir
 from experiments.config import parse
-from experiments.usage import UsageError
 
 LINE = "--data_dir comp --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2 --recipe none " \
        "--global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --accelerator cpu --epochs 2"
@@ -339,7 +338,7 @@ def test_everything_is_joined_by_id(merged):
     assert said["overall"] == pytest.approx(-np.log(right).mean()) and said["fold_scores"][1] == pytest.approx(-np.log(right[1::2]).mean())
     first, second = (pd.read_csv(place / "predictions.csv", dtype={"Id": str}).set_index("Id") for place in places.values())
     mean = pd.read_csv(folder / "predictions.csv", dtype={"Id": str}).set_index("Id")
-    pd.testing.assert_frame_equal(mean, (first + second.loc[first.index]) / 2)
+    pd.testing.assert_frame_equal(mean, (first + second.loc[first.index]) / 2, rtol=1e-6)
     assert said["test_rows"] == 4 and said["oof_rows"] == 10 and said["metric"] == "oof/log_loss"
 
 
@@ -355,7 +354,7 @@ def test_one_fold_of_two_is_scored_alone(merged):
     ("oof.csv", lambda text: "\n".join(text.splitlines()[:-1]) + "\n", "1 ids missing"),
     ("oof.csv", lambda text: text.replace("02,0,", "02,1,"), "is not of fold 0"),
     ("oof.csv", lambda text: text.replace("target", "label"), "has the columns"),
-    ("oof.csv", lambda text: text.replace("dog,", "eel,", 1), "'eel' is no class"),
+    ("oof.csv", lambda text: text.replace("dog,", "eel,", 1), "'eel', which is no class"),
     ("oof.csv", None, "is not there"),
     ("predictions.csv", lambda text: text.replace("03,", "09,"), "other ids or columns"),
     ("predictions.csv", lambda text: text.replace("03,", "01,"), "other ids or columns"),
@@ -366,7 +365,7 @@ def test_files_that_do_not_belong_together_are_refused(merged, file, change, wor
     folder, places = merged
     path = places[0] / file
     path.write_text(change(path.read_text())) if change else path.unlink()
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(ValueError) as error:
         fold_merge.merge(folder, places, CLASSES, "acc1")
     assert words in str(error.value), error.value
 
@@ -376,17 +375,6 @@ def test_rows_with_bad_pictures_may_be_missing(merged):
     path = places[0] / "oof.csv"
     path.write_text("\n".join(path.read_text().splitlines()[:-1]) + "\n")
     assert fold_merge.merge(folder, places, CLASSES, "acc1", skipped=True)["oof_rows"] == 9
-
-
-@pytest.mark.parametrize("spec, columns", [
-    ({"task": "multilabel", "class_names": ["a", "b"], "target_names": None}, ["target_a", "target_b", "prediction_a", "prediction_b"]),
-    ({"task": "regression", "class_names": None, "target_names": ["x", "y"]}, ["target_x", "target_y", "prediction_x", "prediction_y"]),
-    ({"task": "regression", "class_names": None, "target_names": ["x"]}, ["target", "prediction"]),
-])
-def test_targets_and_predictions_of_every_task(spec, columns):
-    numbers = np.random.default_rng(0).random((6, len(columns))).round(4)
-    target, prediction = fold_merge.arrays(pd.DataFrame(numbers, columns=columns).astype(str), spec)
-    assert np.allclose(np.hstack([target, prediction]), numbers)
 
 
 def test_the_interval_is_that_of_scipys_bootstrap():
