@@ -53,7 +53,8 @@ def _forecast(run: Run) -> dict[str, float]:
     micro = cfg.global_batch_size // world // run.data.accumulation(world)
     speed = plan.images_per_second(run.model, cfg, micro if plan.on_gpu(cfg) else min(micro, 8))
     together = world if plan.on_gpu(cfg) else cfg.num_nodes
-    return {"speed": speed, "forecast_seconds": cfg.epochs * run.data.steps_per_epoch * cfg.global_batch_size / (speed * together)}
+    steps = cfg.epochs * run.data.steps_per_epoch
+    return {"speed": speed, "steps": steps, "forecast_seconds": steps * cfg.global_batch_size / (speed * together)}
 
 
 def _gpus() -> list[str]:

@@ -40,10 +40,10 @@ def main(command: Command) -> int:
     notice.together = True  # from here on a signal is handed to the folds, and waited for
     folds = Folds(plan, command.argv, None if cfg.hours is None else began + cfg.hours * 3600)
     code = folds.run()
-    if not notice.asked and folds.finished():
-        merged = _merge(folds, whole=code == 0)
-        code = code or merged
-    return exit_code(ORDER[notice.asked - 1]) if notice.asked else code
+    if notice.asked:
+        return exit_code(ORDER[notice.asked - 1])
+    merged = _merge(folds, whole=code == 0) if folds.finished() else 0
+    return code or merged
 
 
 def _refuse(cfg: Config) -> None:
@@ -72,8 +72,7 @@ class Folds:
     def __post_init__(self) -> None:
         self.folder, self.k = Path(self.plan["folder"]), self.plan["cfg"]["folds"]
         self.slots = self.plan["cfg"]["devices"] if self.plan["cfg"]["strategy"] == APART else 1
-        before = json.loads((self.folder / "result.json").read_text()) if (self.folder / "result.json").is_file() else {}
-        self.seconds: list[float] = (before.get("fold_seconds") or [0.0] * self.k)[:self.k]
+        self.seconds: list[float] = _result(self.folder).get("fold_seconds") or [0.0] * self.k
 
     def place(self, fold: int) -> Path:
         return self.folder / f"fold{fold}"
@@ -99,14 +98,15 @@ class Folds:
                 if (ended := process.poll()) is not None:
                     del self.running[fold]
                     self.seconds[fold] += time.monotonic() - since
-                    code = code or self._ended(fold, ended, left)
+                    how = self._ended(fold, ended, left)
+                    code = code or how
         return code
 
     def expected(self, fold: int) -> float | None:
-        """Seconds a fold has still to go, from the slowest measured so far: whole folds, or epochs of one begun; None where nothing is."""
-        whole = [self.seconds[each] for each in self.finished() if self.seconds[each]]
+        """Seconds a fold has still to go, from the slowest measured so far: whole folds, or steps of one begun; None where nothing is."""
+        whole = [self.seconds[each] or _result(self.place(each)).get("train_seconds") or 0.0 for each in self.finished()]
         whole += [self.seconds[each] / share for each in range(self.k) if (share := self._share(each)) and self.seconds[each]]
-        return max(whole) * (1 - self._share(fold)) if whole else None
+        return max(whole) * (1 - self._share(fold)) if any(whole) else None
 
     def fits(self, fold: int) -> bool:
         expected = self.expected(fold)
@@ -117,13 +117,13 @@ class Folds:
         return max(0.0, self.deadline - margin - time.monotonic())
 
     def _share(self, fold: int) -> float:
-        """Of the epochs of an unfinished fold, those that it has behind it."""
+        """Of the steps of an unfinished fold, those that its history tells of."""
         history = self.place(fold) / "metrics.csv"
         if not history.is_file() or fold in self.finished():
             return 0.0
         with open(history, newline="", encoding="utf-8") as file:
-            epochs = [int(row["epoch"]) for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal()]
-        return min(0.99, (max(epochs) + 1) / self.plan["cfg"]["epochs"]) if epochs else 0.0
+            steps = [int(row["step"]) for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+        return min(0.99, max(steps, default=0) / self.plan["steps"])
 
     def _say(self, left: list[int]) -> None:
         each = self.plan["forecast_seconds"]
@@ -211,7 +211,7 @@ def _planned(command: Command) -> dict[str, Any] | int:
         answer = receive.recv()
     except EOFError:
         process.join()
-        return process.exitcode or 1
+        return max(process.exitcode, 0) or 1  # it has said why
     process.join()
     if isinstance(answer, str):
         raise UsageError(answer)

@@ -226,7 +226,7 @@ def acted(tmp_path, monkeypatch):
         monkeypatch.setattr(fold_runs, "start", Acted)
         values = {"model": "m", "data": "csv", "folds": k, "epochs": 4, "devices": 1, "strategy": "auto", "hours": hours} | cfg
         plan = {"cfg": values, "folder": str(tmp_path / "all"), "gpus": [*gpus], "rows": 9, "forecast_seconds": 100.0,
-                "speed": 10.0, "folds_file": "f.csv"}
+                "speed": 10.0, "steps": 16, "folds_file": "f.csv"}
         return fold_runs.Folds(plan, ("--model", "m", "--folds", str(k)), None if hours is None else clock.now + hours * 3600), started
     return make
 
@@ -259,6 +259,19 @@ def test_folds_share_the_devices(acted):
     assert [argv[argv.index("--fold") + 1] for argv, _ in started] == list("01234")
     assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] == ["4", "7", "4", "4", "4"]
     assert all(argv[-4:] == ["--devices", "1", "--strategy", "auto"] for argv, _ in started)
+
+
+def test_a_signal_reaches_every_fold_that_runs(acted, monkeypatch, capsys):
+    run, started = acted([1000] * 4, devices=2, strategy="folds")
+    clock, sleep = fold_runs.time, fold_runs.time.sleep
+
+    def asked_later(seconds):
+        sleep(seconds)
+        fold_runs.notice.asked = 1 + fold_runs.ORDER.index(signal.SIGTERM) if clock.now > 1500 else 0
+    monkeypatch.setattr(clock, "sleep", asked_later)
+    assert run.run() == 75 and len(started) == 2 and run.running == {}
+    kept = result_of(Path(run.plan["folder"]))
+    assert kept["fold_seconds"] == pytest.approx([500, 500, 0, 0], abs=2) and kept["finished"] is False
 
 
 def test_the_forecast_follows_the_slowest_so_far(acted, capsys):
