@@ -14,6 +14,7 @@ from conftest import result_of
 from fold_processes import quick
 from PIL import Image
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 import datamodules
 from datamodules import folds
@@ -72,8 +73,11 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     assert again.code == 0 and "already finished" in again.out
     other = launch(f"{LINE} --folds 3 --name all --lr 1e-4", before=quick)
     assert other.code == 2 and "lr 0.002 -> 0.0001" in other.out
+
+
+def test_a_plan_writes_nothing(comp, launch):
     planned = launch(f"{LINE} --folds 3 --name plan --dry_run", before=quick)
-    assert planned.code == 0 and "all of this 3 times" in planned.out and not (comp / "runs" / "plan").exists()
+    assert planned.code == 0 and "all of this 3 times" in planned.out and not (comp / "runs").exists(), planned.out
 
 
 def interrupt(how, moment, children, seconds=60):
@@ -349,6 +353,9 @@ def test_everything_is_joined_by_id(merged):
     assert oof["Id"].tolist() == [f"0{n}" for n in range(10)] and oof["fold"].tolist() == [0, 1] * 5
     right = np.where(oof["target"] == "cat", oof["prediction_cat"], oof["prediction_dog"])
     assert said["overall"] == pytest.approx(-np.log(right).mean()) and said["fold_scores"][1] == pytest.approx(-np.log(right[1::2]).mean())
+    of_all = fold_merge.merge(folder, places, CLASSES, "auroc")
+    assert of_all["overall"] == pytest.approx(roc_auc_score(oof["target"] == "dog", oof["prediction_dog"]))
+    assert abs(of_all["overall"] - np.mean(of_all["fold_scores"])) > 0.01  # not a mean of means
     first, second = (pd.read_csv(place / "predictions.csv", dtype={"Id": str}).set_index("Id") for place in places.values())
     mean = pd.read_csv(folder / "predictions.csv", dtype={"Id": str}).set_index("Id")
     pd.testing.assert_frame_equal(mean, (first + second.loc[first.index]) / 2, rtol=1e-6)
@@ -396,5 +403,6 @@ def test_the_interval_is_that_of_scipys_bootstrap():
     theirs = stats.bootstrap((error,), lambda x, axis: np.sqrt((x ** 2).mean(axis)), n_resamples=4000, method="percentile", vectorized=True,
                              confidence_level=0.95).confidence_interval
     assert resamples == 1000 and low == pytest.approx(theirs.low, rel=0.03) and high == pytest.approx(theirs.high, rel=0.03)
+    assert high - low == pytest.approx(theirs.high - theirs.low, rel=0.1)
     assert (low, high, resamples) == fold_merge.interval(lambda rows: np.sqrt((error[rows] ** 2).mean()), 400, 1)
     assert fold_merge.interval(lambda rows: float("nan"), 50_000, 10)[2] == 200
