@@ -88,6 +88,8 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     data = None
     try:
         data = datamodule(cfg)
+        guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
+        cfg, alone = cfg.filled(**guessed), alone.filled(**guessed)
         cfg, alone = (each.filled(loss="cross_entropy" if data.task == "classification" else "bce") for each in (cfg, alone))
         if cfg.teacher:
             cfg = cfg.filled(distill=distill_losses.default(data.task))
@@ -188,6 +190,7 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
     if strange := table.keys() - {*known}:
         raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
+    table |= {"metric": cfg.metric} if "metric" in known and cfg.metric else {}
     encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))
     return datamodules.create(
         cfg.data, encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,

@@ -28,7 +28,7 @@ def check_names(cfg: Config) -> None:
     if cfg.data not in datamodules.names():
         raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
                          f"(there are {', '.join(datamodules.names())})")
-    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for knob in fields(PictureData)}]
+    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for room in (PictureData, Config) for knob in fields(room)}]
     check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
     check_values(Augment.__init__, cfg.augment_args, "--augment_args", [field.name for field in fields(Augment)])
 
@@ -40,7 +40,7 @@ def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
         problems.append(f"--average_checkpoints {cfg.average_checkpoints} chooses by val, and these data have no val split: last-5, for example")
     if not cfg.eval_only and not data.sizes["train"]:
         problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
-    elif not cfg.eval_only and data.spec["num_outputs"] < 2:
+    elif not cfg.eval_only and data.task == "classification" and data.spec["num_outputs"] < 2:
         problems.append(f"{data.data_dir} has the single class {data.spec['class_names'][0]}: nothing can be learned from it")
     return problems
 
@@ -102,7 +102,7 @@ def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config,
 def advice(cfg: Config, data: L.LightningDataModule) -> list[str]:
     """Lines on what is allowed but perhaps not meant."""
     if cfg.eval_only:
-        return []
+        return data.notes()
     lines, steps = data.notes(), cfg.epochs * data.steps_per_epoch
     if uses_ema(cfg.ema_decay, cfg.use_ema) and cfg.ema_decay < 1 and steps < 5 / (1 - cfg.ema_decay):
         lines.append(f"ema_decay {cfg.ema_decay:g} looks back over {1 / (1 - cfg.ema_decay):.0f} of only {steps} steps, so its weights stay near the "
