@@ -90,7 +90,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         data = datamodule(cfg)
         guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
         cfg, alone = cfg.filled(**guessed), alone.filled(**guessed)
-        cfg, alone = (each.filled(loss="cross_entropy" if data.task == "classification" else "bce") for each in (cfg, alone))
+        cfg, alone = (preflight.for_task(each, data) for each in (cfg, alone))
         if cfg.teacher:
             cfg = cfg.filled(distill=distill_losses.default(data.task))
         if not problems[0]:
@@ -98,7 +98,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
     problems += preflight.unfit(cfg, data) if data else []
-    problems += preflight.unlearnable(cfg, data.spec["num_outputs"], data.spec["task"]) if data and not cfg.eval_only else []
+    problems += preflight.unlearnable(cfg, data.spec) if data and not cfg.eval_only else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
@@ -177,12 +177,13 @@ def _with_saved(command: Command) -> Command:
     if not saved:
         return command
     taken = {key: saved.get(key) for key in ("model", "model_args") if cfg.model is None}
-    taken |= {key: saved.get(key) for key in ("data", "data_dir", "data_args") if not (cfg.data or cfg.data_dir)}
+    taken |= {key: saved[key] for key in ("data", "data_dir", "data_args", *TABLE, "metric") if key in saved and not (cfg.data or cfg.data_dir)}
+    taken |= {key: saved[key] for key in ("loss", "loss_args") if key in saved and cfg.loss is None}  # they say what the outputs mean
     return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
 
 
 def datamodule(cfg: Config) -> L.LightningDataModule:
-    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order."""
+    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order, targets its range."""
     names = {}
     if saved := _saved(cfg):
         names = {"class_names": saved["spec"].get("class_names")}
@@ -192,7 +193,7 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
     table |= {"metric": cfg.metric} if "metric" in known and cfg.metric else {}
     encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))
-    return datamodules.create(
+    data = datamodules.create(
         cfg.data, encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,
         std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale,
         hflip=cfg.hflip, val_fraction=cfg.val_fraction,
@@ -200,6 +201,9 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing, augment_args=cfg.augment_args, train_size=cfg.train_size, epochs=cfg.epochs,
         split_seed=cfg.split_seed, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size,
         workers=cfg.workers, eval_only=cfg.eval_only, **names, **cfg.data_args)
+    if saved and data.target_range:
+        data.target_range = saved["spec"].get("target_range") or data.target_range
+    return data
 
 
 def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:

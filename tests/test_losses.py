@@ -8,7 +8,10 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn import functional as F
 
-from lightning_modules.losses import LOSSES, check_loss
+from lightning_modules import losses
+from lightning_modules.losses import check_loss
+
+LOSSES = losses.LOSSES["classification"]
 
 
 @pytest.fixture
