@@ -89,7 +89,7 @@ def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
         values, problems, precision = merge([job.shard(each) for each in range(world)], len(rows.ids))
         for each in range(world if launched > 1 else 0):
             job.shard(each).unlink()
-    _fill(values, problems | rows.missing, rows.ids)
+    _fill(values, problems | rows.bad, rows.ids)
     _write_table(out, rows.ids, values, inference.outputs_of(spec) if values.shape[1] > 1 else None)
     if not args.out:
         _write_about(out.with_name(CONFIG), args, job, precision)
@@ -112,7 +112,7 @@ def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any]
     if args.folder:
         return rows_of_folder(args.folder)
     scheme = {"id_column": spec.get("id_column")} | (spec.get("table") or {})
-    return rows_of_table(args.csv, args.data_dir, config.get("data_dir"), scheme, image=args.image, id_column=args.id_column,
+    return rows_of_table(args.csv, args.data_dir, config, scheme, image=args.image, id_column=args.id_column,
                          fill=args.bad_images == "fill")
 
 

@@ -9,17 +9,18 @@ import pandas as pd
 
 from datamodules.listing import SUFFIXES
 from datamodules.table import Report, listed, near_miss, read_table, rows_text
-from datamodules.table_pictures import Folder, columns_in, locate
+from datamodules.table_pictures import Folder, columns_in, locate, unreadable
+from datamodules.table_scheme import FILES
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`ids` (N,) under the name of their column; `names` (N,) bytes of the pictures relative to `root`, empty where `missing` says why."""
+    """`ids` (N,) under the name of their column; `names` (N,) bytes of the pictures relative to `root`, empty where `bad` says why."""
 
     root: str
     ids: pd.Series
     names: np.ndarray
-    missing: dict[int, str]
+    bad: dict[int, str]
 
 
 def rows_of_folder(folder: str) -> Rows:
@@ -45,48 +46,58 @@ def rows_of_folder(folder: str) -> Rows:
     return Rows(folder, pd.Series(found, name="id", dtype=object), np.array([os.fsencode(name) for name in found]), {})
 
 
-def rows_of_table(csv: str | None, data_dir: str | None, trained_on: str | None, scheme: dict[str, Any], *, image: str | None,
+def rows_of_table(csv: str | None, data_dir: str | None, trained_on: dict[str, Any], scheme: dict[str, Any], *, image: str | None,
                   id_column: str | None, fill: bool) -> Rows:
-    """The rows of `csv`, or of test.csv in the data folder: `data_dir`, else the csv's folder, else the one that the run was trained on.
+    """The rows of `csv`, or of test.csv, else sample_submission.csv, in the data folder: `data_dir`, else the csv's folder, else that of the run.
 
     Args:
+        trained_on: config of the run, of which data_dir and data_args are used.
         scheme: `spec["table"]` of the run; image, id_column: in place of the scheme's.
-        fill: pictures that are missing go to `Rows.missing`.
+        fill: pictures that are missing or cannot be read go to `Rows.bad`.
 
-    Raises FileNotFoundError, or ValueError: no such column, no rows, an id twice, pictures that are missing or outside the folder, with rows.
+    Raises FileNotFoundError, or ValueError, one report: no such column, no rows, an id twice, pictures that are missing, unreadable or outside.
     """
-    folder = data_dir or (os.path.dirname(csv) or "." if csv else trained_on)
-    if not folder:
+    root = data_dir or (os.path.dirname(csv) or "." if csv else trained_on.get("data_dir"))
+    if not root:
         raise ValueError("which pictures? Give --data_dir with a test.csv in it, --csv, or --folder")
-    file = Path(csv or Path(folder) / "test.csv")
-    if not file.is_file():
-        where = "" if data_dir or csv else ", in the folder the run was trained on; --data_dir names another"
-        raise FileNotFoundError(f"there is no {file}{where} (--folder D predicts all pictures of a folder)")
-    frame = read_table(file)
+    file = Path(csv) if csv else _table_in(root, trained_on, "" if data_dir else ", the folder the run was trained on (--data_dir names another)")
+    frame, folder, report = read_table(file), Folder(root), Report(str(file))
     column = id_column or scheme.get("id_column") or frame.columns[0]
     if column not in frame:
         raise ValueError(f"{file}: there is no column {column!r} for the ids{near_miss(column, frame.columns)}: --id_column")
-    report, ids = Report(str(file)), frame[column]
-    if not len(frame):
-        report.add("all of it", "it has a header and no rows")
-    report.rows(str(file), column, (ids == "").to_numpy(), "no id")
-    report.rows(str(file), column, (ids.duplicated() & (ids != "")).to_numpy(), "an id that was there before", ids.tolist())
-    report.finish()
-    split, place = "train" if file.stem.startswith("train") else "test", Folder(folder)
-    template = image or scheme.get("image") or _template(place, frame, column, split)
+    if frame.empty:
+        raise ValueError(f"{file}: has a header and no row")
+    ids, split = frame[column].str.strip(), "train" if file.stem.startswith("train") else "test"
+    report.rows(file.name, column, (ids == "").to_numpy(), "no id")
+    report.rows(file.name, column, (ids.duplicated(keep=False) & (ids != "")).to_numpy(), "ids more than once", ids.tolist())
+    template = image or scheme.get("image") or _template(folder, frame, column, split)
     columns_in(template, list(frame.columns))
-    files, missing = locate(place, template, frame, split)
-    if missing and (not fill or len(missing) == len(files)):
-        advice = "--bad_images fill predicts the mean of the others for them; --image and --data_dir say where they are"
-        raise ValueError(f"{file}: {len(missing)} of {len(files)} pictures cannot be used, {rows_text([*missing])} (the header is row 1): "
-                         f"{listed(missing.values())}\n  {advice}")
-    return Rows(folder, ids, np.array([os.fsencode(name or "") for name in files]), missing)
+    files, missing, outside = locate(folder, template, frame, split)
+    unread = unreadable(root, files)
+    bad = {row: " ".join(found) for row, found in sorted((missing | unread).items())}
+    for found, what in ((outside, "are outside of the data folder"), (missing, "are missing"), (unread, "cannot be read")):
+        if found and (not fill or found is outside or len(bad) == len(files)):
+            report.add(file.name, f"{len(found)} of {len(files)} pictures {what}, {rows_text([*found])}: {listed(map(' '.join, found.values()))}"
+                       + " (--bad_images fill predicts the mean of the others for them)" * (not fill and found is not outside))
+    report.finish()
+    names = np.array([b"" if row in bad else os.fsencode(name) for row, name in enumerate(files)])
+    return Rows(root, ids, names, bad)
 
 
-def _template(place: Folder, frame: pd.DataFrame, column: str, split: str) -> str:
+def _table_in(root: str, trained_on: dict[str, Any], whose: str) -> Path:
+    """test.csv, or the names the run was given, else the sample submission, as in training. Raises FileNotFoundError."""
+    given = trained_on.get("data_args") or {}
+    looked = [name for part in ("test", "sample") for name in ([given[f"{part}_csv"]] if given.get(f"{part}_csv") else FILES[part])]
+    found = [name for name in looked if (Path(root) / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"there is no {' or '.join(looked[:2])} in {root}{whose}; --csv names a table, --folder D predicts all pictures of D")
+    return Path(root) / found[0]
+
+
+def _template(folder: Folder, frame: pd.DataFrame, column: str, split: str) -> str:
     """For networks that were not trained on a table: the first usual place where the first picture is."""
-    usual = [f"{folder}{{{column}}}" for folder in ("{split}/", "{split}_images/", "images/", "")]
+    usual = [f"{place}{{{column}}}" for place in ("{split}/", "{split}_images/", "images/", "")]
     for template in usual:
-        if not locate(place, template, frame.head(1), split)[1]:
+        if locate(folder, template, frame.head(1), split)[0][0]:
             return template
-    raise ValueError(f"where are the pictures? {place.root} has none of {', '.join(usual)} for the first row: --image, as {usual[0]}.jpg")
+    raise ValueError(f"where are the pictures? {folder.root} has none of {', '.join(usual)} for the first row: --image, as {usual[0]}.jpg")

@@ -75,7 +75,9 @@ def submission(sample: pd.DataFrame, predictions: pd.DataFrame, spec: dict[str, 
     """
     outcome = Outcome()
     id_column = spec.get("id_column") if spec.get("id_column") in sample.columns else sample.columns[0]
-    if wanted := [column for column in sample.columns if column != id_column]:
+    if sample.empty:
+        outcome.problems.append("the sample has a header and no row")
+    elif wanted := [column for column in sample.columns if column != id_column]:
         joined = _join(sample[id_column], predictions, outcome)
         predicted = _read(joined, sample[id_column], spec, outcome) if joined is not None else None
         cells = _cells(sample, wanted, predicted, spec, options, outcome) if predicted is not None else None
@@ -91,14 +93,15 @@ def submission(sample: pd.DataFrame, predictions: pd.DataFrame, spec: dict[str, 
 
 def _join(ids: pd.Series, predictions: pd.DataFrame, outcome: Outcome) -> pd.DataFrame | None:
     """The predictions in the sample's order; None, with the problems, where the ids are not the same."""
-    column = ids.name if ids.name in predictions else predictions.columns[0]
-    if column != ids.name:
-        outcome.warnings.append(f"the sample's ids are in {ids.name!r}, those of the predictions in {column!r}")
+    column, name = ids.name if ids.name in predictions else predictions.columns[0], ids.name
+    ids, predictions = ids.str.strip(), predictions.assign(**{column: predictions[column].str.strip()})
+    if column != name:
+        outcome.warnings.append(f"the sample's ids are in {name!r}, those of the predictions in {column!r}")
     theirs = predictions[column]
-    for name, each in (("the sample", ids), ("the predictions", theirs)):
+    for whose, each in (("the sample", ids), ("the predictions", theirs)):
         twice = each[each.duplicated()]
         if len(twice):
-            outcome.problems.append(f"{name}: {len(twice)} ids are there more than once: {listed(twice.unique())}")
+            outcome.problems.append(f"{whose}: ids more than once: {listed(twice.unique())}")
     missing, strange = ids[~ids.isin(theirs)], theirs[~theirs.isin(ids)]
     if len(missing):
         outcome.problems.append(f"{len(missing)} of {len(ids)} ids of the sample have no prediction: {listed(missing)}" + _hint(missing, theirs))
@@ -116,13 +119,13 @@ def _hint(missing: pd.Series, theirs: pd.Series) -> str:
 def _read(rows: pd.DataFrame, ids: pd.Series, spec: dict[str, Any], outcome: Outcome) -> Predicted | None:
     """The numbers in the columns, or None, with the problems."""
     columns = [column for column in rows.columns if column.startswith("prediction_")]
-    outputs = [column.removeprefix("prediction_") for column in columns] or None
+    classes = [str(name) for name in spec.get("class_names") or ()]
+    outputs = [column.removeprefix("prediction_") for column in columns] or (classes if len(classes) == 1 else None)
     if not columns and "prediction" not in rows:
         outcome.problems.append(f"the predictions have no column prediction or prediction_<name> (there are {', '.join(rows.columns)})")
         return None
     texts, labels = rows[columns or ["prediction"]], None
-    classes = {str(name) for name in spec.get("class_names") or ()}
-    if not columns and (classes and set(texts["prediction"]) <= classes or not classes and texts["prediction"].map(_number).isna().all()):
+    if not columns and (classes and set(texts["prediction"]) <= {*classes} or not classes and texts["prediction"].map(_number).isna().all()):
         labels, values = texts["prediction"], np.zeros((len(rows), 0))  # of very many classes run.py writes the likeliest alone
     else:
         values = _numbers(texts, ids, outcome)
