@@ -236,7 +236,8 @@ def predict(ensemble: Ensemble, root: str, names: np.ndarray, rows: np.ndarray, 
     how, problems, parts, start, told = ensemble.how, {}, [], time.monotonic(), time.monotonic()
     workers = min(worker_count(how.workers, False, local_ranks), -(-len(rows) // how.batch_size))
     loader = DataLoader(Pictures(root, names, rows, ensemble.views()), batch_size=how.batch_size, num_workers=workers,
-                        timeout=WORKER_TIMEOUT_SECONDS if workers else 0, worker_init_fn=heed_only_the_parent, pin_memory=ensemble.device.type == "cuda", generator=torch.Generator().manual_seed(0))
+                        timeout=WORKER_TIMEOUT_SECONDS if workers else 0, worker_init_fn=heed_only_the_parent,
+                        pin_memory=ensemble.device.type == "cuda", generator=torch.Generator().manual_seed(0))
     for batch in loader:
         bad = {row: error for row, error in zip(batch["row"].tolist(), batch["error"]) if error}
         if bad and how.bad_images == "error":

@@ -52,20 +52,23 @@ class Predicted:
     task: str
 
 
-def spec_of(folder: Path) -> dict[str, Any]:
-    """The data's specification as a run directory keeps it: predict.py's, a run's or its first fold's checkpoint; {} where there is none."""
+def about(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """(specification of the data, folder of the data) as a run directory keeps them: predict.py's, a run's or its first fold's checkpoint; ({},
+    None) where there is none."""
     try:
-        return json.loads((folder / "config.yaml").read_text())["spec"]
+        content = json.loads((folder / "config.yaml").read_text())
+        return content["spec"], content.get("data_dir")
     except (OSError, ValueError, KeyError, TypeError):
         pass
     for place in (folder, *sorted(folder.glob("fold*"))):
         if (place / "checkpoints").is_dir():
             from models import pretrained  # torch: seconds
             try:
-                return pretrained.read_about(place).get("spec", {})
-            except (OSError, ValueError):
+                content = pretrained.read_about(place)
+                return content["spec"], content["config"].get("data_dir")
+            except (OSError, ValueError, KeyError):
                 continue
-    return {}
+    return {}, None
 
 
 def submission(sample: pd.DataFrame, predictions: pd.DataFrame, spec: dict[str, Any], options: Options) -> Outcome:

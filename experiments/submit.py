@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from datamodules.table import read_table
-from experiments.submission import KINDS, Options, spec_of, submission
+from datamodules.table_scheme import FILES
+from experiments.submission import KINDS, Options, about, submission
 
-PREDICTIONS, SAMPLE = "predictions.csv", "sample_submission.csv"
+PREDICTIONS = "predictions.csv"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +61,11 @@ def _inputs(args: argparse.Namespace) -> tuple[str, str, dict, str]:
     predictions = Path(args.predictions) if args.predictions else Path(args.run) / PREDICTIONS
     if not predictions.is_file():
         raise FileNotFoundError(f"there is no {predictions}" + "; experiments/predict.py writes one" * (args.run is not None))
-    return str(predictions), args.sample, spec_of(predictions.parent), predictions.absolute().parent.name
+    spec, folder = about(predictions.parent)
+    sample = args.sample or next((str(file) for name in FILES["sample"] if folder and (file := Path(folder) / name).is_file()), None)
+    if sample is None:
+        raise ValueError(f"--sample is missing: there is no {FILES['sample'][0]} in {folder or 'a folder that is known'}")
+    return str(predictions), sample, spec, predictions.absolute().parent.name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
                                      allow_abbrev=False)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run directory with a predictions.csv")
     parser.add_argument("--predictions", help="a table of predictions instead")
-    parser.add_argument("--sample", required=True, help="the competition's sample_submission.csv")
+    parser.add_argument("--sample", help="the competition's sample_submission.csv; left out: the one in the folder of the data")
     parser.add_argument("--out", default="submission.csv", help="file to write")
     parser.add_argument("--as", dest="kind", choices=KINDS, help="what a single column takes; left out: told from sample and task. numbers, whole "
                         "(rounded), probability (of the second class), label (the likeliest), labels (above --threshold, joined)")

@@ -20,7 +20,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import models
-from experiments import export, inference, predict
+from experiments import export, inference, predict, submit
 from experiments.inference import How, Source
 from experiments.prediction_rows import rows_of_folder
 from models import pretrained
@@ -502,6 +502,28 @@ def test_it_says_what_the_run_said(pics, launch, monkeypatch):
     assert len(theirs) == 13 and {f"test/{name}" for name in found} == set(theirs["id"])
     for row in theirs.itertuples(index=False):
         np.testing.assert_allclose(found[row.id.removeprefix("test/")], row[2:], atol=1e-6)
+
+
+def test_it_says_what_a_table_run_said(tmp_path, launch, monkeypatch, capsys):
+    """A regression trained on a table, and its own predictions of test.csv; submit.py takes both directories."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 30), ("test", 11)):
+        write_pictures(tmp_path / "comp" / split, {"": count})
+        rows = rng.permutation(count)
+        text = "".join(f"{row},{rng.uniform(1, 100):.2f}\n" if split == "train" else f"{row}\n" for row in rows)
+        (tmp_path / "comp" / f"{split}.csv").write_text(("Id,Score\n" if split == "train" else "Id\n") + text)
+    (tmp_path / "comp" / "sample_submission.csv").write_text("Id,Score\n" + "".join(f"{row},50.5\n" for row in range(11)))
+    ended = launch("--data_dir comp --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --recipe none --lr 5e-3 "
+                   "--global_batch_size 8 --workers 0 --logger csv --accelerator cpu --epochs 2 --name one")
+    assert ended.code == 0, ended.out
+    monkeypatch.chdir(tmp_path)
+    assert predict.main(["runs/one", "--workers", "0"]) == 0
+    header, ours = answers("runs/one-predict/predictions.csv")
+    theirs = answers("runs/one/predictions.csv")
+    assert header == theirs[0] == ["Id", "prediction"] and [*ours] == [*theirs[1]] and len(ours) == 11
+    assert max(abs(ours[key] - theirs[1][key]).max() for key in ours) < 1e-4
+    assert submit.main(["runs/one-predict"]) == submit.main(["runs/one", "--out", "other.csv"]) == 0
+    assert (answers("submission.csv")[0], [*answers("other.csv")[1]]) == (["Id", "Score"], [str(row) for row in range(11)])
 
 
 def test_the_source_of_a_mean_is_plain_data():
