@@ -6,6 +6,7 @@ Needs torch, timm, einops, numpy, pandas and Pillow only, and no network.
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -211,9 +212,10 @@ def _name(args: argparse.Namespace) -> str:
     """`<run>[+n]-predict[-<tta>][-<table or folder>]`."""
     first = Path(args.run[0]).absolute()
     first = first.parents[1] if first.parent.name == "checkpoints" else first.with_suffix("") if first.suffix == ".safetensors" else first
+    name = f"{first.parent.name}-{first.name}" if re.fullmatch(r"fold\d+", first.name) else first.name
     more = f"+{len(args.run) - 1}" if len(args.run) > 1 else ""
     where = Path(args.folder).absolute().name if args.folder else Path(args.csv).stem if args.csv else "test"
-    return f"{first.name}{more}-predict" + f"-{args.tta}" * (args.tta != "none") + f"-{where}" * (where != "test")
+    return f"{name}{more}-predict" + f"-{args.tta}" * (args.tta != "none") + f"-{where}" * (where != "test")
 
 
 def _make_room(folder: Path, args: argparse.Namespace) -> None:

@@ -3,7 +3,6 @@
 Legend: N rows, O outputs (classes, labels, targets). The sample has an id column and columns of values; predictions have `prediction`, or
 `prediction_<output>` for each output.
 """
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,25 +49,6 @@ class Predicted:
     values: np.ndarray
     labels: pd.Series | None
     task: str
-
-
-def about(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """(specification of the data, folder of the data) as a run directory keeps them: predict.py's, a run's or its first fold's checkpoint; ({},
-    None) where there is none."""
-    try:
-        content = json.loads((folder / "config.yaml").read_text())
-        return content["spec"], content.get("data_dir")
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    for place in (folder, *sorted(folder.glob("fold*"))):
-        if (place / "checkpoints").is_dir():
-            from models import pretrained  # torch: seconds
-            try:
-                content = pretrained.read_about(place)
-                return content["spec"], content["config"].get("data_dir")
-            except (OSError, ValueError, KeyError):
-                continue
-    return {}, None
 
 
 def submission(sample: pd.DataFrame, predictions: pd.DataFrame, spec: dict[str, Any], options: Options) -> Outcome:

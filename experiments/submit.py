@@ -3,14 +3,16 @@
 Joined by id, never by position. What is wrong is told and nothing is written (exit code 1); else the line that hands it in is printed.
 """
 import argparse
+import json
 import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from datamodules.table import read_table
 from datamodules.table_scheme import FILES
-from experiments.submission import KINDS, Options, about, submission
+from experiments.submission import KINDS, Options, submission
 
 PREDICTIONS = "predictions.csv"
 
@@ -54,7 +56,7 @@ def handing_in(args: argparse.Namespace, out: Path, name: str) -> str:
     return line if args.kernel else f"{line}\n  (a code competition takes a notebook that writes {out.name}: add -k USER/NOTEBOOK -v VERSION)"
 
 
-def _inputs(args: argparse.Namespace) -> tuple[str, str, dict, str]:
+def _inputs(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], str]:
     """(predictions, sample, spec or {}, a name). Raises ValueError, FileNotFoundError."""
     if (args.run is None) == (args.predictions is None):
         raise ValueError("give a run directory, or --predictions FILE")
@@ -66,6 +68,25 @@ def _inputs(args: argparse.Namespace) -> tuple[str, str, dict, str]:
     if sample is None:
         raise ValueError(f"--sample is missing: there is no {FILES['sample'][0]} in {folder or 'a folder that is known'}")
     return str(predictions), sample, spec, predictions.absolute().parent.name
+
+
+def about(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """(specification of the data, folder of the data) as a run directory keeps them: predict.py's, a run's or its first fold's checkpoint; ({},
+    None) where there is none."""
+    try:
+        content = json.loads((folder / "config.yaml").read_text())
+        return content["spec"], content.get("data_dir")
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    for place in (folder, *sorted(folder.glob("fold*"))):
+        if (place / "checkpoints").is_dir():
+            from models import pretrained  # torch: seconds
+            try:
+                content = pretrained.read_about(place)
+                return content["spec"], content["config"].get("data_dir")
+            except (OSError, ValueError, KeyError):
+                continue
+    return {}, None
 
 
 def _parser() -> argparse.ArgumentParser:

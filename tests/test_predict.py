@@ -293,6 +293,8 @@ def test_it_leaves_a_run_directory(comp, capsys):
     import yaml
     assert yaml.safe_load((comp / "runs" / "cats-predict-hflip" / "config.yaml").read_text()) == about
     assert predict.main(words) == 0  # again
+    write_run(comp / "runs" / "cv" / "fold1")
+    assert predict.main(["runs/cv/fold1/checkpoints/best.ckpt", *words]) == 0 and (comp / "runs" / "cv-fold1+1-predict" / "predictions.csv").is_file()
     capsys.readouterr()
     assert predict.main([*words, "--name", "cats"]) == 2 and "not of predict.py" in capsys.readouterr().err
 
