@@ -5,10 +5,12 @@ Needs torch, timm, einops, numpy, pandas and Pillow only, and no network.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -166,11 +168,17 @@ def _start(job: Job) -> None:
 
 
 def _child(job: Job, rank: int) -> None:
+    threading.Thread(target=_leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     try:
         _work(job, rank, rank, job.world)
     except (ValueError, OSError, RuntimeError) as error:
         _tell(error)
         sys.exit(1 if isinstance(error, RuntimeError) and not isinstance(error, PictureError) else 2)
+
+
+def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def merge(shards: list[Path], count: int) -> tuple[np.ndarray, dict[int, str], str]:

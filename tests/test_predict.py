@@ -358,6 +358,26 @@ def test_it_starts_its_own_processes(comp, capfd, monkeypatch):
     assert predict.main(words) == 1 and "ended by signal 9" in capfd.readouterr().err
 
 
+def _starter(folder):
+    os.chdir(folder)
+    predict.START = "fork"
+    predict._work = lambda job, rank, *place: ((folder / f"{rank}.pid").write_text(str(os.getpid())), time.sleep(100))
+    predict.main(["run", "--data_dir", "comp", "--devices", "2"])
+
+
+def test_its_processes_end_with_it(comp):
+    write_run(comp / "run")
+    starter = FORKS.Process(target=_starter, args=(comp,))
+    starter.start()
+    deadline = time.monotonic() + 60
+    while not all((file := comp / f"{rank}.pid").exists() and file.read_text() for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    starter.kill()
+    while any(Path(f"/proc/{(comp / f'{rank}.pid').read_text()}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert time.monotonic() < deadline
+
+
 @pytest.mark.slow
 def test_it_starts_its_own_processes_from_a_shell(comp):
     write_run(comp / "run")
@@ -369,7 +389,7 @@ def test_it_starts_its_own_processes_from_a_shell(comp):
     assert [*both] == [*alone] and max(abs(both[key] - alone[key]).max() for key in alone) < 1e-6
 
 
-@pytest.mark.parametrize("rows", [[[0, 2], [1]], [[0, 1, 2], [2, 3]], [[0, 1, 2, 4], [3]]])
+@pytest.mark.parametrize("rows", [[[0, 2], [1]], [[0, 1], [1, 3]], [[0, 1, 2], [2, 3]], [[0, 1, 2, 4], [3]]])
 def test_incomplete_shards_are_refused(tmp_path, rows):
     for number, index in enumerate(rows):
         np.savez(tmp_path / f"{number}.npz", index=np.array(index), values=np.ones((len(index), 2)), bad=np.zeros(0, int),
