@@ -506,7 +506,7 @@ def test_it_needs_no_training_package_and_no_network(comp):
     (comp / "sample.csv").write_text("Id,a,b,c\n" + "".join(f"{name},0,0,0\n" for name in ids))
     (comp / "guard.py").write_text(textwrap.dedent(GUARD))
     hidden = {"HF_HUB_OFFLINE": "0", "HOME": str(comp), "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "guard.py"], cwd=comp, capture_output=True, text=True, env={**os.environ, **hidden}, timeout=100)
+    ended = subprocess.run([sys.executable, "guard.py"], cwd=comp, capture_output=True, text=True, env={**os.environ, **hidden}, timeout=250)
     assert ended.returncode == 0, ended.stderr
     loaded = ended.stdout.split("LOADED")[1].split()
     assert "lightning_modules.targets" in loaded and "datamodules.base" not in loaded and "experiments.config" not in loaded
