@@ -18,7 +18,7 @@ from timm.data.transforms import str_to_pil_interp
 from torchvision import transforms as tv
 
 SHRINK = 1.25  # beyond it what is left out would alias
-FAST = ("bilinear", "bicubic")
+FAST = {"bilinear": torch.ops.aten._upsample_bilinear2d_aa.out, "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out}
 POINT = torch.empty(1, 1, 1)
 
 
@@ -92,8 +92,9 @@ def resize(pixels: np.ndarray, interpolation: str, axes: list[int], out: torch.T
         return
     if interpolation in FAST:
         batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last
-        image = F.interpolate(batch, size, mode=interpolation, antialias=True)[0]
+        FAST[interpolation](batch, size, False, out=out[None])
     else:
         image = np.array(Image.fromarray(pixels).resize(size[::-1], str_to_pil_interp(interpolation)))
-        image = torch.from_numpy(image).permute(2, 0, 1)
-    out.copy_(image.flip([axis + 1 for axis in axes]) if axes else image)
+        out.copy_(torch.from_numpy(image).permute(2, 0, 1))
+    if axes:
+        out.copy_(out.flip([axis + 1 for axis in axes]))
