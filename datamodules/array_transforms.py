@@ -12,7 +12,6 @@ from types import ModuleType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data.transforms import str_to_pil_interp
 from torchvision import transforms as tv

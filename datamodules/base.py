@@ -237,7 +237,7 @@ class PictureData(L.LightningDataModule):
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batches = divmod(batches, int(min(self.trainer.num_training_batches, self.steps_per_epoch * passes)))
         position = {"epoch": epoch, "samples": batches * self.global_batch_size // passes, "world_size": self._world_size}
-        return position | {"accumulation": passes} | self.identity
+        return position | {"accumulation": passes, "crops": cache.crops(self)} | self.identity
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; another world size is fine. Only fitting uses it.
@@ -253,6 +253,8 @@ class PictureData(L.LightningDataModule):
         if changed:
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])
+        if self._rank == 0:
+            cache.tell_filter(self, state.get("crops"))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """What the device side needs and the host knows (`OnDevice.before`)."""

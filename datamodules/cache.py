@@ -50,6 +50,18 @@ def notes(data: "PictureData") -> list[str]:
     return [data.cache.note()]
 
 
+def tell_filter(data: "PictureData", before: str | None) -> None:
+    """Say on resuming that crops will come from another filter than `before`, so their pixels differ a little."""
+    now = crops(data)
+    if None not in (before, now) and before != now:
+        print(f"training crops were resized by {before}, from here on by {now}: near, but not equal to a run on one machine")
+
+
+def crops(data: "PictureData") -> str | None:
+    """What resizes cached training crops here; None without a cache."""
+    return data.cache and filter_name(data.interpolation)
+
+
 def default_side(image_size: tuple[int, int], crop_pct: float, train_sizes: list[tuple[int, int]]) -> int:
     """What evaluation resizes the shorter side to before its centre crop, so that it finds its pixels ready (of an image_size that is not square,
     or whole training crops that are larger: the largest side)."""
