@@ -5,11 +5,11 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules import cache
 from datamodules.augment import inactive, read_augment
 from datamodules.checks import check_values
 from datamodules.erasing import Boxes
@@ -19,9 +19,7 @@ from datamodules.pictures import EvalPictures, Split, TrainPictures, fingerprint
 from datamodules.samplers import EvalSampler, TrainSampler, passes_per_step
 from datamodules.sizes import training_sizes
 from datamodules.transforms import Transform, eval_transform, train_transform
-from datamodules.workers import heed_only_the_parent, worker_count
-
-WORKER_TIMEOUT_SECONDS = 300
+from datamodules.workers import loader, worker_count
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -43,6 +41,7 @@ class PictureData(L.LightningDataModule):
         global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an epoch is dropped.
         micro_batch_size: largest number of pictures in one pass of one rank.
         workers: processes per loader and rank; None chooses from the machine.
+        cache_dir, cache_side: where pictures are kept decoded with that shorter side (datamodules/cache.py); None: what evaluation resizes to.
         class_names: fixes the index order, e.g. from a checkpoint.
         encoding, outputs_per_target: how a network gives the targets of a regression (lightning_modules/targets.py).
         eval_only: nothing is trained, so the global batch may be larger than the training set.
@@ -77,6 +76,8 @@ class PictureData(L.LightningDataModule):
     global_batch_size: int = 128
     micro_batch_size: int | None = None
     workers: int | None = None
+    cache_dir: str | None = None
+    cache_side: int | None = None
     class_names: list[str] | None = None
     encoding: str = "sigmoid"
     outputs_per_target: int = 1
@@ -94,6 +95,8 @@ class PictureData(L.LightningDataModule):
         self.class_names, self.splits = self.read()
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
+        self.cache = cache.planned(self)
+        self.cache_side = self.cache and self.cache.side
         mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
         mixer = Mixer(**mixing, num_classes=len(self.class_names or ()), task=self.task) if self.mixing else None
         self._on_device = OnDevice(self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed)
@@ -178,7 +181,8 @@ class PictureData(L.LightningDataModule):
             return []
         flag = "rand_augment" if self.rand_augment else "auto_augment"
         policy = self.rand_augment or self.augment.auto_augment
-        return inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)
+        lines = inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)
+        return lines + cache.notes(self)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -214,7 +218,7 @@ class PictureData(L.LightningDataModule):
         )
         transforms = {size: self.train_transform(size) for size in set(self.train_sizes)}
         boxes = Boxes(self.random_erasing, self.augment.erasing_count) if self.random_erasing else None
-        pictures = TrainPictures(self.splits["train"], [transforms[size] for size in self.train_sizes], self.seed, boxes, self.repeated_augment)
+        pictures = TrainPictures(self._served("train"), [transforms[size] for size in self.train_sizes], self.seed, boxes, self.repeated_augment)
         return self._loader(pictures, sampler, self.global_batch_size // self._world_size // passes)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -235,7 +239,7 @@ class PictureData(L.LightningDataModule):
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batches = divmod(batches, int(min(self.trainer.num_training_batches, self.steps_per_epoch * passes)))
         position = {"epoch": epoch, "samples": batches * self.global_batch_size // passes, "world_size": self._world_size}
-        return position | {"accumulation": passes} | self.identity
+        return position | {"accumulation": passes, "crops": cache.crops(self)} | self.identity
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; another world size is fine. Only fitting uses it.
@@ -251,6 +255,8 @@ class PictureData(L.LightningDataModule):
         if changed:
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])
+        if self._rank == 0:
+            cache.tell_filter(self, state.get("crops"))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """What the device side needs and the host knows (`OnDevice.before`)."""
@@ -272,23 +278,17 @@ class PictureData(L.LightningDataModule):
         if split not in self.splits:
             raise ValueError(f"these data have no {split} split (sizes: {self.sizes})")
         sampler = EvalSampler(len(self.splits[split]), rank=self._rank, world_size=self._world_size)
-        pictures = EvalPictures(self.splits[split], self.eval_transform())
+        pictures = EvalPictures(self._served(split), self.eval_transform())
         per_rank = -(-self.global_batch_size // self._world_size)
         return self._loader(pictures, sampler, min(per_rank, self.micro_batch_size or per_rank))
 
     def _loader(self, pictures: Dataset, sampler: Sampler, batch_size: int) -> DataLoader:
         workers = worker_count(self.workers, self.in_memory, getattr(self.trainer, "num_devices", 1))
-        return DataLoader(
-            pictures,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
-            worker_init_fn=heed_only_the_parent,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # its own: iter() would draw from the global one
-        )
+        return loader(pictures, sampler, batch_size, workers, self.seed)
+
+    def _served(self, split: str) -> Split:
+        """The split with its pictures as batches shall have them: out of the cache where there is one."""
+        return self.cache.serve(self.splits[split]) if self.cache else self.splits[split]
 
     def _check_global_batch(self) -> None:
         given, largest = self.global_batch_size, self.sizes["train"]

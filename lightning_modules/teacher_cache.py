@@ -17,7 +17,7 @@ from torch import Tensor
 
 ABOUT, FORMAT = "cache.json", 1
 HALF = torch.finfo(torch.float16).max
-TRANSFORM = ("crop_scale", "hflip", "rand_augment", "random_erasing", "augment_args", "train_size", "mixup", "cutmix")
+TRANSFORM = ("crop_scale", "hflip", "rand_augment", "random_erasing", "augment_args", "train_size", "mixup", "cutmix", "cache_side")
 COMMON = ("task", "num_outputs", "class_names", "target_names", "target_range", "encoding", "data",
           "data_args", "fingerprint", "sizes", "image_size", "mean", "std", "interpolation")
 KNOBS = {  # what must be equal, by the view of the pictures that the teacher saw
