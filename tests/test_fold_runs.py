@@ -66,7 +66,7 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     assert np.allclose(mean["prediction"], np.mean([part["prediction"] for part in parts], 0), rtol=1e-6)
     assert result["folds"] == result["folds_finished"] == 3 and result["finished"] is True
     assert result["train_seconds"] == pytest.approx(sum(result_of(place)["train_seconds"] for place in places), abs=0.02)
-    for word in ("1 finished, 2 to do, one after the other", "of training steps each", "fold 0 has ended after", "oof/rmse", "the mean of 3 folds"):
+    for word in ("1 finished, 2 to do, one after the other", "by those before", "fold 0 has ended after", "oof/rmse", "the mean of 3 folds"):
         assert word in ended.out, ended.out
 
     again = launch(f"{LINE} --folds 3 --name all", before=quick)
