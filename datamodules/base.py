@@ -15,6 +15,7 @@ from datamodules.checks import check_values
 from datamodules.erasing import Boxes
 from datamodules.mixing import Mixer
 from datamodules.on_device import OnDevice
+from datamodules.own import OwnTransform, digest
 from datamodules.pictures import EvalPictures, Split, TrainPictures, fingerprint, hold_out
 from datamodules.samplers import EvalSampler, TrainSampler, passes_per_step
 from datamodules.sizes import training_sizes
@@ -35,7 +36,7 @@ class PictureData(L.LightningDataModule):
         random_erasing: probability, of N(0,1) noise in a box of the normalised picture (timm's).
         repeated_augment: copies of each picture in a batch (`TrainSampler`).
         mixup, cutmix: Beta parameters, 0 is off; with either, targets in training are (B, K) float32, `label_smoothing` folded in.
-        augment_args: fields of `Augment`.
+        augment_args: fields of `Augment`. own_augment: my.py:build in place of `train_transform` (`OwnTransform`).
         train_size, epochs: size of training crops where it is not image_size (`training_sizes`).
         val_fraction, split_seed: part of train held out where there is no `val`; `seed` moves order and augmentation only.
         global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an epoch is dropped.
@@ -68,6 +69,7 @@ class PictureData(L.LightningDataModule):
     cutmix: float = 0.0
     label_smoothing: float = 0.0
     augment_args: dict[str, Any] = field(default_factory=dict)
+    own_augment: str | None = None
     train_size: str | int | None = None
     epochs: int = 1
     val_fraction: float = 0.1
@@ -95,6 +97,7 @@ class PictureData(L.LightningDataModule):
         self.class_names, self.splits = self.read()
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
+            self.training_view(self.image_size)  # raises for one that cannot be used
         self.cache = cache.planned(self)
         self.cache_side = self.cache and self.cache.side
         mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
@@ -117,17 +120,14 @@ class PictureData(L.LightningDataModule):
         rest, val = hold_out(train, self.val_fraction, self.split_seed, class_names)
         return {"train": rest, "val": val}
 
+    def training_view(self, size: tuple[int, int]) -> Transform:
+        """`train_transform`, or a person's own. Raises ValueError where that cannot be used."""
+        return OwnTransform(self.own_augment, size) if self.own_augment else self.train_transform(size)
+
     def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
         """RGB picture -> (3, H, W) uint8 of `size` or else image_size, random."""
-        return train_transform(
-            size or self.image_size,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            crop_scale=self.crop_scale,
-            hflip=self.hflip,
-            rand_augment=self.rand_augment,
-            augment=self.augment,
-        )
+        words = dict(crop_scale=self.crop_scale, hflip=self.hflip, rand_augment=self.rand_augment, augment=self.augment)
+        return train_transform(size or self.image_size, interpolation=self.interpolation, mean=self.mean, **words)
 
     def eval_transform(self) -> Transform:
         """RGB picture -> (3, H, W) uint8, as timm evaluates."""
@@ -168,6 +168,7 @@ class PictureData(L.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """What must be equal for a position in training to mean the same samples: plain values."""
         order = {"seed": self.seed, "global_batch_size": self.global_batch_size, "repeated_augment": self.repeated_augment}
+        order |= {"augment": digest(self.own_augment)} if self.own_augment else {}
         return {**order, "sizes": self.sizes, "fingerprint": self.fingerprint}
 
     @property
@@ -181,6 +182,9 @@ class PictureData(L.LightningDataModule):
             return []
         flag = "rand_augment" if self.rand_augment else "auto_augment"
         policy = self.rand_augment or self.augment.auto_augment
+        if self.own_augment:
+            return [f"augment {self.own_augment} makes the training pictures: crop_scale, hflip, rand_augment and their like do nothing",
+                    *cache.notes(self)]
         lines = inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)
         return lines + cache.notes(self)
 
@@ -206,17 +210,10 @@ class PictureData(L.LightningDataModule):
             raise ValueError(f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes} (data.accumulation)")
         epoch, start = self._resume or (getattr(self.trainer, "current_epoch", 0), 0)
         self._resume = None
-        sampler = TrainSampler(
-            self.sizes["train"],
-            global_batch_size=self.global_batch_size,
-            seed=self.seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            epoch=epoch,
-            start=start,
-            repeats=self.repeated_augment,
-        )
-        transforms = {size: self.train_transform(size) for size in set(self.train_sizes)}
+        place = dict(rank=self._rank, world_size=self._world_size, epoch=epoch, start=start)
+        repeats, batch = self.repeated_augment, self.global_batch_size
+        sampler = TrainSampler(self.sizes["train"], global_batch_size=batch, seed=self.seed, repeats=repeats, **place)
+        transforms = {size: self.training_view(size) for size in set(self.train_sizes)}
         boxes = Boxes(self.random_erasing, self.augment.erasing_count) if self.random_erasing else None
         pictures = TrainPictures(self._served("train"), [transforms[size] for size in self.train_sizes], self.seed, boxes, self.repeated_augment)
         return self._loader(pictures, sampler, self.global_batch_size // self._world_size // passes)

@@ -240,11 +240,11 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     data = datamodules.create(
         cfg.data, encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,
         std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale,
-        hflip=cfg.hflip, val_fraction=cfg.val_fraction,
-        rand_augment=cfg.rand_augment, random_erasing=cfg.random_erasing, repeated_augment=cfg.repeated_augment, mixup=cfg.mixup,
-        cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing, augment_args=cfg.augment_args, train_size=cfg.train_size, epochs=cfg.epochs,
-        split_seed=cfg.split_seed, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size,
-        workers=cfg.workers, cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, **names, **cfg.data_args)
+        hflip=cfg.hflip, val_fraction=cfg.val_fraction, rand_augment=cfg.rand_augment, random_erasing=cfg.random_erasing,
+        repeated_augment=cfg.repeated_augment, mixup=cfg.mixup, cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing,
+        augment_args=cfg.augment_args, own_augment=cfg.augment, train_size=cfg.train_size, epochs=cfg.epochs, split_seed=cfg.split_seed,
+        seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size, workers=cfg.workers,
+        cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, **names, **cfg.data_args)
     if saved and data.target_range:
         data.target_range = saved["spec"].get("target_range") or data.target_range
     return data
