@@ -351,9 +351,9 @@ def test_with_and_without_a_cache_are_two_runs(pics, launch):
     line = f"{TINY} --epochs 1"
     assert launch(f"{line} --cache_dir cache").code == 0
     (folder,) = (pics / "runs").iterdir()
-    assert "cache_side: 18" in (folder / "config.yaml").read_text() and launch(f"{line} --dry_run").out.count(folder.name) == 0
+    assert "cache_side: 16" in (folder / "config.yaml").read_text() and launch(f"{line} --dry_run").out.count(folder.name) == 0
     refused = launch(f"{line} --name {folder.name}")
-    assert refused.code == 2 and "cache_side 18 -> None" in refused.out, refused.out
+    assert refused.code == 2 and "cache_side 16 -> None" in refused.out, refused.out
     planned = launch(f"{line} --cache_dir other --dry_run")
     assert planned.code == 0 and "to be built" in planned.out and not (pics / "other").exists(), planned.out
 

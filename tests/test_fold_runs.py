@@ -331,7 +331,7 @@ CLASSES = {"task": "classification", "class_names": ["cat", "dog"], "target_name
 @pytest.fixture
 def merged(tmp_path):
     """Two folds of ten rows with two classes, and four rows to predict: (folder, {fold: its directory})."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(3)
     ids, fold = [f"0{n}" for n in range(10)], np.arange(10) % 2
     folds.write(tmp_path / "folds.csv", ids, fold, "Id")
     for k in (0, 1):
@@ -355,7 +355,8 @@ def test_everything_is_joined_by_id(merged):
     assert said["overall"] == pytest.approx(-np.log(right).mean()) and said["fold_scores"][1] == pytest.approx(-np.log(right[1::2]).mean())
     of_all = fold_merge.merge(folder, places, CLASSES, "auroc")
     assert of_all["overall"] == pytest.approx(roc_auc_score(oof["target"] == "dog", oof["prediction_dog"]))
-    assert abs(of_all["overall"] - np.mean(of_all["fold_scores"])) > 0.01  # not a mean of means
+    means = [roc_auc_score(part["target"] == "dog", part["prediction_dog"]) for _, part in oof.groupby("fold")]
+    assert of_all["fold_scores"] == pytest.approx(means) and abs(of_all["overall"] - np.mean(means)) > 0.01  # not a mean of means
     first, second = (pd.read_csv(place / "predictions.csv", dtype={"Id": str}).set_index("Id") for place in places.values())
     mean = pd.read_csv(folder / "predictions.csv", dtype={"Id": str}).set_index("Id")
     pd.testing.assert_frame_equal(mean, (first + second.loc[first.index]) / 2, rtol=1e-6)
