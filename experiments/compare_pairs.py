@@ -1,21 +1,22 @@
 """Better, worse or noise: groups of runs compared two by two, over the rows that both predicted and over their seeds.
 
 Over rows: the bootstrap of the difference (2,000 draws, the same for both sides). It says whether these networks would keep their order on
-other pictures. Over seeds: Welch's. It says whether other seeds would keep it. With both, the variances are added (Satterthwaite's degrees of
-freedom): the seeds' spread is that on these rows, the draws hold the networks fixed.
+other pictures. Over seeds: Welch's. It says whether other seeds would keep it. With both, the two half-widths are added as squares: the seeds'
+is that on these rows, and the draws hold the networks fixed.
 """
 import math
 from dataclasses import dataclass, replace
 from itertools import combinations
+from statistics import NormalDist
 
 import numpy as np
 
 from experiments.compare_rows import DRAWS, FILES, SEED, Rows, bootstrap, read_rows, score
 from experiments.compare_runs import Record
-from experiments.compare_tables import Comparison, Group
+from experiments.compare_tables import Comparison, Group, in_percent
 
 BETTER, NOISE, WORSE, UNKNOWN = "better", "noise", "worse", "unknown"
-LEVEL = 0.95
+LEVEL, Z = 0.95, NormalDist().inv_cdf(0.975)
 MIN_ROWS = 20  # fewer say nothing
 Drawn = dict[str, tuple[float, np.ndarray]]
 SEEDS, ONE_SIDE, ROWS = "rows and seeds", "rows and one side's seeds", "rows"
@@ -142,10 +143,9 @@ def _over_rows(first: Group, second: Group, shared: _Shared, draws: dict, smalle
     if seeds is None:
         low, high = np.quantile(apart, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return _judged(Pair(first.name, second.name, NOISE, difference, float(low), float(high), ROWS, count), smaller)
-    variance = sum(seeds) + float(apart.var())
-    freedom = variance**2 / sum(part**2 / each for part, each in zip(seeds, freedom)) if sum(seeds) else math.inf
+    reach = math.hypot(_reach(seeds, freedom), Z * float(apart.std()))
     by = SEEDS if min(map(len, scores)) > 1 else ONE_SIDE
-    return _judged(Pair(first.name, second.name, NOISE, difference, *_interval(difference, variance, freedom), by, count), smaller)
+    return _judged(Pair(first.name, second.name, NOISE, difference, difference - reach, difference + reach, by, count), smaller)
 
 
 def _seed_variance(scores: list[np.ndarray]) -> tuple[list[float] | None, list[int]]:
@@ -166,14 +166,18 @@ def _over_seeds(first: Group, second: Group, smaller: bool, why: str) -> Pair:
     parts = [float(values.var(ddof=1)) / len(values) for values in scores]
     if not sum(parts):
         return Pair(first.name, second.name, UNKNOWN, difference, why=f"{why}, and the seeds do not differ")
-    freedom = sum(parts)**2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, scores))
-    return _judged(Pair(first.name, second.name, NOISE, difference, *_interval(difference, sum(parts), freedom), "seeds", why=why), smaller)
+    reach = _reach(parts, [len(values) - 1 for values in scores])
+    return _judged(Pair(first.name, second.name, NOISE, difference, difference - reach, difference + reach, "seeds", why=why), smaller)
 
 
-def _interval(difference: float, variance: float, freedom: float) -> tuple[float, float]:
-    from scipy.stats import norm, t
-    reach = float((t(freedom) if math.isfinite(freedom) else norm).ppf((1 + LEVEL) / 2)) * math.sqrt(variance)
-    return difference - reach, difference + reach
+def _reach(variances: list[float], freedom: list[int]) -> float:
+    """Half of Welch's interval, from the variances of two means and their degrees of freedom."""
+    from scipy.stats import t
+    total = sum(variances)
+    if not total:
+        return 0.0
+    joint = total**2 / sum(variance**2 / each for variance, each in zip(variances, freedom))
+    return float(t.ppf((1 + LEVEL) / 2, joint)) * math.sqrt(total)
 
 
 def _judged(pair: Pair, smaller: bool) -> Pair:
@@ -187,13 +191,13 @@ def _what(found: Comparison, common: dict, pairs: dict[tuple[str, str], Pair]) -
     """One paragraph on what the verdicts rest on."""
     base, shared = found.metric.split("/")[-1], [each for each in common.values() if isinstance(each, _Shared)]
     counts, by = sorted({len(each.ids) for each in shared}), {pair.by for pair in pairs.values()}
-    text = []
+    text = ["Differences in percentage points."] if in_percent(found.metric) else []
     if shared:
         files = " and ".join(sorted({each.file for each in shared}))
         text.append(f"{base} on the {' or '.join(f'{count:,}' for count in counts)} rows that both sides predicted ({files}): bootstrap over the "
                     f"rows, {DRAWS:,} draws, seed {SEED}, {LEVEL:.0%} intervals.")
     if by & {SEEDS, ONE_SIDE}:
-        text.append("Where a side has several seeds, their spread is added"
+        text.append("Where a side has several seeds, Welch's interval over them is added (as squares)"
                     + (" (a side of one run is given the other's spread)." if ONE_SIDE in by else "."))
     if ROWS in by:
         text.append("One run against one run tells these two networks apart, not what another seed would give.")

@@ -188,12 +188,16 @@ def _warn(records: list[Record], scored: list[Record], metric: str, notes: list[
         notes.append(f"Without a score, so not ranked: {', '.join(each.name for each in rest)}.")
 
 
+def in_percent(metric: str | None) -> bool:
+    return bool(metric) and metric.split("/")[-1].startswith("acc")
+
+
 def shown(metric: str | None, value: float | None, sign: bool = False) -> str:
-    """A score for people: accuracies in per cent."""
+    """A score for people: accuracies in per cent, their differences (`sign`) in percentage points."""
     if value is None:
         return ""
-    if metric and metric.split("/")[-1].startswith("acc"):
-        return f"{100 * value:+.2f} %" if sign else f"{100 * value:.2f} %"
+    if in_percent(metric):
+        return f"{100 * value:+.2f}" if sign else f"{100 * value:.2f} %"
     return f"{value:+.4g}" if sign else f"{value:.5g}"
 
 

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from experiments.compare_pairs import BETTER, NOISE, UNKNOWN, Matrix, Pair
+from experiments.compare_pairs import LEVEL, Matrix, Pair
 from experiments.compare_runs import number
 from experiments.compare_tables import COST, Comparison, Group, shown, with_spread
 
@@ -21,10 +21,10 @@ def runs_table(found: Comparison) -> Table:
     rows = []
     for run in found.records:
         knobs = run.knobs()
-        rows.append([str(found.group_of(run).number), run.name, plain(run.value("seed")), shown(found.metric, found.score(run)),
+        rows.append([str(found.group_of(run).number), run.name, plain(run.value("seed")), shown(found.metric, found.score(run)) or run.state,
                      *(shown(key, run.value(key) if number(run.value(key)) else None) for key in tested),
                      *(plain(knobs.get(key)) for key in differing), *(cost(key, run.value(key)) for key in COST),
-                     "; ".join([run.state] * (run.state != "finished") + run.notes + [f"{len(run.folds)} folds"] * bool(run.folds))])
+                     "; ".join(run.notes + [f"{len(run.folds)} folds"] * bool(run.folds))])
     return header, rows
 
 
@@ -69,27 +69,24 @@ def cost(key: str, value: Any) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def verdict(pair: Pair, metric: str, interval: bool = True) -> str:
-    """`better +1.20 % [+0.40 %, +2.00 %]`, `noise ...`, `unknown`."""
+def verdict(pair: Pair, metric: str) -> str:
+    """`better +1.20 [+0.40, +2.00]`, `noise ...`, `unknown`."""
     if pair.low is None:
         return pair.verdict
-    reach = f" [{shown(metric, pair.low, True)}, {shown(metric, pair.high, True)}]".replace(" %", "") if interval else ""
+    reach = f" [{shown(metric, pair.low, True)}, {shown(metric, pair.high, True)}]"
     return f"{pair.verdict} {shown(metric, pair.difference, True)}{reach}"
 
 
-def against_best(found: Comparison, pairs: Matrix) -> list[str]:
-    """The best group against each other one, a sentence each."""
+def against_best(found: Comparison, pairs: Matrix) -> Table:
+    """The best group against each other one, a row each."""
     scored = [group for group in found.groups if group.runs]
-    said = []
+    rows = []
     for other in scored[1:]:
         pair = pairs.pairs[scored[0].name, other.name]
-        reach = f" by {shown(found.metric, pair.difference, True)} [{shown(found.metric, pair.low, True)}, {shown(found.metric, pair.high, True)}]" \
-            if pair.low is not None else ""
-        words = {BETTER: "is better than", NOISE: "and", UNKNOWN: "and"}.get(pair.verdict, "is worse than, on these rows,")
-        tail = {NOISE: ": noise", UNKNOWN: f": not known ({pair.why})"}.get(pair.verdict, "")
-        basis = f" ({pair.by}{f', n = {pair.rows:,}' if pair.rows else ''})" if pair.by else ""
-        said.append(f"{scored[0].name} {words} {other.name}{tail}{reach}{basis}")
-    return said
+        reach = f"[{shown(found.metric, pair.low, True)}, {shown(found.metric, pair.high, True)}]" if pair.low is not None else ""
+        basis = f"{pair.by}{f', n = {pair.rows:,}' if pair.rows else ''}" if pair.by else pair.why
+        rows.append([str(other.number), other.name, pair.verdict, shown(found.metric, pair.difference, True), reach, basis])
+    return ["#", f"{scored[0].name} is, against" if scored else "", "", "difference", f"{LEVEL:.0%} interval", "by"], rows
 
 
 def matrix_table(found: Comparison, pairs: Matrix) -> Table:
@@ -116,7 +113,7 @@ def write_markdown(path: Path, found: Comparison, pairs: Matrix) -> None:
     if len(scored) > 1:
         parts += ["## Better, worse or noise", pairs.what]
         parts += [markdown(matrix_table(found, pairs))] if len(scored) <= FULL_MATRIX else \
-            ["The best against the others:\n\n" + "\n".join(f"* {line}" for line in against_best(found, pairs))]
+            [markdown(against_best(found, pairs))]
     path.write_text("\n\n".join([*parts, "![curves](curves.png)"]) + "\n", encoding="utf-8")
 
 
@@ -132,8 +129,7 @@ def terminal(found: Comparison, pairs: Matrix) -> str:
     several = any(len(group.runs) > 1 for group in found.groups)
     parts = [headline(found), aligned(runs_table(found), width)]
     parts += ["Seeds folded: mean +- standard deviation (number)", aligned(groups_table(found), width)] if several else []
-    lines = against_best(found, pairs)
-    parts += ["\n".join([pairs.what, *lines[:20], *[f"... and {len(lines) - 20} more in runs.md"] * (len(lines) > 20)])] if lines else []
+    parts += [f"{pairs.what}\n\n{aligned(against_best(found, pairs), width)}"] if pairs.pairs else []
     return "\n\n".join([*parts, *(["\n".join(f"Note: {note}" for note in found.notes + pairs.notes)] if found.notes + pairs.notes else [])])
 
 
@@ -143,7 +139,8 @@ def aligned(table: Table, width: int) -> str:
     rows = [[cell if place in (1, len(header) - 1) else cut(cell, LONGEST) for place, cell in enumerate(row)] for row in rows]
     sizes = [max(len(each) for each in column) for column in zip(header, *rows)]
     kept = [place for place, column in enumerate(zip(*rows)) if any(column)]
-    first, last = next(place for place, name in enumerate(header) if "/" in name) + 1, header.index(TITLES["params"])
+    first = next((place for place, name in enumerate(header) if "/" in name), len(header)) + 1
+    last = header.index(TITLES["params"]) if TITLES["params"] in header else 0
     droppable = [place for place in kept if first < place < last]
     while sum(sizes[place] + 2 for place in kept) > width and droppable:
         kept.remove(droppable.pop())

@@ -91,17 +91,16 @@ def online(project: str) -> list[Record]:
     if not has_credentials():
         raise UsageError(f"{project}: there is no such folder, and as W&B's entity/project it needs a key (wandb login)")
     import wandb
-    made = []
     try:
-        for run in wandb.Api(timeout=60).runs(project, lazy=False, per_page=200):
-            state = UNFINISHED if run.state == "running" else run.state
-            summary = {key: run.summary[key] for key in run.summary.keys()}  # noqa: SIM118  it is no dict
-            made.append(_record(run.name or run.id, dict(run.config), summary, list(run.scan_history()), state, f"{project}/{run.id}"))
-    except (wandb.Error, ValueError, OSError) as error:
-        raise UsageError(f"{project}: there is no such folder, and W&B says: {str(error).splitlines()[0]}") from None
-    if not made:
+        runs = [{"name": run.name or run.id, "config": dict(run.config), "summary": {key: run.summary[key] for key in run.summary.keys()},  # noqa: SIM118
+                 "rows": list(run.scan_history()), "state": UNFINISHED if run.state == "running" else run.state, "source": f"{project}/{run.id}"}
+                for run in wandb.Api(timeout=60).runs(project, lazy=False, per_page=200)]
+    except Exception as error:  # no network, a wrong key, no such project: wandb has a dozen kinds, not all of them wandb.Error
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{project}: there is no such folder, and as W&B's entity/project: {said[:200]}") from None
+    if not runs:
         raise UsageError(f"{project}: W&B has no run in it")
-    return made
+    return [_record(**run) for run in runs]
 
 
 def _record(name: str, config: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], state: str, source: str) -> Record:
