@@ -154,7 +154,7 @@ def write_png(path: Path, found: Comparison, made: list[Chart]) -> None:
     """All pictures on one sheet, two a row, with the legend below."""
     names = [f"{group.number}  {group.name if len(group.name) < 50 else group.name[:49] + '…'}" for group in found.groups]
     columns = 2 if max(map(len, names)) > 30 else 3
-    lines, rows = -(-len(names) // columns), -(-len(made) // 2)
+    lines, rows = -(-len(names) // columns), max(1, -(-len(made) // 2))  # without any picture the legend alone
     with rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # of a name in letters that the font has not
         figure = Figure(figsize=(11, 3.7 * rows + 0.22 * lines + 0.3), layout="constrained")

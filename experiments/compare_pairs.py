@@ -11,12 +11,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-from experiments.compare_rows import DRAWS, FILES, SEED, Rows, bootstrap, read_rows, score
-from experiments.compare_runs import Record
+from experiments.compare_rows import DRAWS, FILES, SEED, Rows, bootstrap, of_means, parts, read_rows, score
+from experiments.compare_runs import Record, number
 from experiments.compare_tables import Comparison, Group, in_percent
 
 BETTER, NOISE, WORSE, UNKNOWN = "better", "noise", "worse", "unknown"
 LEVEL, Z = 0.95, NormalDist().inv_cdf(0.975)
+SAME = 2e-3  # of a metric worked out from rows and the run's own, in whatever precision
 MIN_ROWS = 20  # fewer say nothing
 Drawn = dict[str, tuple[float, np.ndarray]]
 SEEDS, ONE_SIDE, ROWS = "rows and seeds", "rows and one side's seeds", "rows"
@@ -58,7 +59,7 @@ class Matrix:
 def matrix(found: Comparison) -> Matrix:
     """Every group that has a score against every other."""
     groups, metric, notes = [group for group in found.groups if group.runs], found.metric.split("/")[-1], []
-    tables = {run.name: _tables(run, notes) for group in groups for run in group.runs}
+    tables = {run.name: _tables(run, metric, notes) for group in groups for run in group.runs}
     common = {(a.name, b.name): _common(a, b, tables) for a, b in combinations(groups, 2)}
     draws = _draws(common, tables, groups, metric, notes)
     pairs = {}
@@ -79,8 +80,10 @@ class _Shared:
     key: tuple[str, str]
 
 
-def _tables(run: Record, notes: list[str]) -> dict[str, Rows]:
-    """The run's predictions by file name; what cannot be used is noted."""
+def _tables(run: Record, metric: str, notes: list[str]) -> dict[str, Rows]:
+    """The run's predictions by file name; what cannot be used, or is not what its result says, is noted."""
+    said = [run.best, *(value for key, value in run.result.items() if key.endswith(f"/{metric}"))]
+    said = list(dict.fromkeys(value for value in said if number(value)))
     found = {}
     for name in FILES:
         try:
@@ -88,8 +91,14 @@ def _tables(run: Record, notes: list[str]) -> dict[str, Rows]:
         except ValueError as error:
             notes.append(f"{run.name}: {error}; its rows are not compared.")
             continue
-        if rows is not None:
-            found[name] = rows
+        if rows is None:
+            continue
+        found[name] = rows
+        if (each := parts(rows, metric)) is not None:
+            value = float(of_means(each.mean(0), metric))
+            if min((abs(value - other) for other in said), default=0) > SAME * max(1, abs(value)):
+                notes.append(f"{run.name}: {name} gives {metric} {value:.5g}, its result {' or '.join(f'{other:.5g}' for other in said)}: is it "
+                             "of the same run?")
     return found
 
 
@@ -108,8 +117,7 @@ def _common(first: Group, second: Group, tables: dict[str, dict[str, Rows]]) -> 
         if len(ids) < MIN_ROWS:
             why = f"{len(ids)} rows in common are too few"
             continue
-        targets = [each.at(ids).target for each in rows]
-        if any(one.shape != targets[0].shape or not (one == targets[0]).all() for one in targets[1:]):
+        if not all(each.at(ids).same_targets(rows[0].at(ids)) for each in rows[1:]):
             why = "the targets of the same rows differ"
             continue
         return _Shared(name, ids, (name, rows[0].at(ids).key))

@@ -40,6 +40,12 @@ class Rows:
         place = np.searchsorted(self.ids, ids)
         return Rows(self.ids[place], self.target[place], self.prediction[place], self.names, self.task)
 
+    def same_targets(self, other: "Rows") -> bool:
+        """Whether rows of the same ids have the same targets, up to the last digits of text."""
+        if self.target.shape != other.target.shape or self.task != other.task:
+            return False
+        return bool((self.target == other.target).all()) if self.task == CLASSES else np.allclose(self.target, other.target, rtol=1e-6)
+
     def classes(self) -> np.ndarray:
         """(N,) int64: the target's place among `names`."""
         known = {name: place for place, name in enumerate(self.names)}
@@ -113,9 +119,12 @@ def score(rows: Rows, metric: str) -> float:
 
 def _slow(rows: Rows, metric: str) -> float:
     """A metric of whole arrays, by lightning_modules.metrics. Raises ValueError."""
-    from lightning_modules import metrics  # torch: seconds
     if rows.prediction.ndim == 1:
         raise ValueError(f"{metric} needs the probabilities of all classes")
+    try:
+        from lightning_modules import metrics  # torch: seconds
+    except ImportError:
+        raise ValueError(f"{metric} is no mean over rows") from None
     target = rows.classes() if rows.task == CLASSES else rows.target
     return metrics.score(metric, target, rows.prediction, {"task": rows.task})
 

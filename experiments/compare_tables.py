@@ -15,6 +15,7 @@ SMALLER = {"loss", "log_loss", "rmse", "mse", "mae", "mape", "error", "nll", "br
 LARGER = {"acc1", "acc5", "acc", "accuracy", "f1", "auroc", "auc", "map", "qwk", "r2", "spearman", "kappa"}
 SHOWN_PLACES = {"recipe", "devices", "num_nodes"}  # no part of what a run is, but worth a column where they differ
 EACH_RUN = {"seed", "fold"}  # what the runs of a group differ in
+PATHS = {"teacher", "init", "teacher_init"}  # and these, where their names go with the seed: cache0 for seed 0, cache1 for seed 1
 COST = ("params", "gmacs", "images_per_sec", "hours")
 
 
@@ -143,13 +144,16 @@ def _groups(records: list[Record], differing: list[str], metric: str, smaller: b
     members: dict[str, list[Record]] = {}
     for each in records:
         knobs = each.knobs()
-        members.setdefault(_text([knobs.get(key) for key in keys]) if each.config else f"alone {each.name}", []).append(each)
+        same = _text([_starred(str(knobs[key]), each) if key in PATHS and knobs.get(key) else knobs.get(key) for key in keys])
+        members.setdefault(same if each.config else f"alone {each.name}", []).append(each)
     groups = []
     for each in members.values():
         runs = sorted((run for run in each if run.state == FINISHED and score(run, metric) is not None),
                       key=lambda run: (_order(run.value("seed")), run.name))
-        knobs = each[0].knobs()
-        groups.append(Group(_group_name(each), {key: knobs.get(key) for key in differing if key not in EACH_RUN}, runs,
+        knobs = {key: {_text(run.knobs().get(key)): run.knobs().get(key) for run in each} for key in differing if key not in EACH_RUN}
+        knobs = {key: next(iter(values.values())) if len(values) == 1 else _starred(str(each[0].knobs().get(key)), each[0])
+                 for key, values in knobs.items()}
+        groups.append(Group(_group_name(each), knobs, runs,
                             [run for run in each if run not in runs], [score(run, metric) for run in runs]))
     groups.sort(key=lambda group: (not group.runs, (group.spread()[0] or 0) * (1 if smaller else -1), group.name))
     taken = Counter(group.name for group in groups)
@@ -161,6 +165,11 @@ def _groups(records: list[Record], differing: list[str], metric: str, smaller: b
 
 def _order(seed: Any) -> tuple[int, float]:
     return (0, seed) if number(seed) else (1, 0)
+
+
+def _starred(text: str, record: Record) -> str:
+    """A path with a star for the run's seed in its last name, where it stands as a number of its own."""
+    return re.sub(rf"(?<![0-9.]){re.escape(str(record.value('seed')))}(?![0-9.])(?=[^/]*/?$)", "*", text)
 
 
 def _group_name(records: list[Record]) -> str:

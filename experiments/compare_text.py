@@ -128,24 +128,24 @@ def terminal(found: Comparison, pairs: Matrix) -> str:
     width = shutil.get_terminal_size((160, 24)).columns
     several = any(len(group.runs) > 1 for group in found.groups)
     parts = [headline(found), aligned(runs_table(found), width)]
-    parts += ["Seeds folded: mean +- standard deviation (number)", aligned(groups_table(found), width)] if several else []
+    parts += ["Seeds folded: mean +- standard deviation (number)", aligned(groups_table(found), width, say=False)] if several else []
     parts += [f"{pairs.what}\n\n{aligned(against_best(found, pairs), width)}"] if pairs.pairs else []
     return "\n\n".join([*parts, *(["\n".join(f"Note: {note}" for note in found.notes + pairs.notes)] if found.notes + pairs.notes else [])])
 
 
-def aligned(table: Table, width: int) -> str:
-    """Columns side by side, numbers to the right; config columns are left out from the right until the lines fit."""
+def aligned(table: Table, width: int, say: bool = True) -> str:
+    """Columns side by side, numbers to the right; of the config's, from the left, those there is room for (`say`: and which are left out)."""
     header, rows = table
     rows = [[cell if place in (1, len(header) - 1) else cut(cell, LONGEST) for place, cell in enumerate(row)] for row in rows]
     sizes = [max(len(each) for each in column) for column in zip(header, *rows)]
-    kept = [place for place, column in enumerate(zip(*rows)) if any(column)]
+    filled = [place for place, column in enumerate(zip(*rows)) if any(column)]
     first = next((place for place, name in enumerate(header) if "/" in name), len(header)) + 1
     last = header.index(TITLES["params"]) if TITLES["params"] in header else 0
-    droppable = [place for place in kept if first < place < last]
-    while sum(sizes[place] + 2 for place in kept) > width and droppable:
-        kept.remove(droppable.pop())
-    left = {place for place in kept if place in (1, len(header) - 1)}
-    lines = ["  ".join(row[place].ljust(sizes[place]) if place in left else row[place].rjust(sizes[place]) for place in kept).rstrip()
+    kept = [place for place in filled if not first < place < last]
+    for place in filled:
+        if place not in kept and sum(sizes[each] + 2 for each in kept) + sizes[place] <= width:
+            kept.append(place)
+    left, dropped = {1, len(header) - 1}, [header[place] for place in filled if place not in kept]
+    lines = ["  ".join(row[place].ljust(sizes[place]) if place in left else row[place].rjust(sizes[place]) for place in sorted(kept)).rstrip()
              for row in [header, *rows]]
-    dropped = [name for place, name in enumerate(header) if first < place < last and place not in kept and any(row[place] for row in rows)]
-    return "\n".join([*lines, *([f"(also differ, see runs.csv: {', '.join(dropped)})"] if dropped else [])])
+    return "\n".join([*lines, *([f"(also differ, see runs.csv: {', '.join(dropped)})"] if dropped and say else [])])

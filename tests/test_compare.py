@@ -64,6 +64,13 @@ def run_compare(capsys, *argv) -> tuple[int, str, str]:
     return code, said.out, said.err
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Without charts, which take most of the time."""
+    from experiments import compare_charts
+    monkeypatch.setattr(compare_charts, "charts", lambda found: [])
+
+
 class Page(HTMLParser):
     """Collects the tags, the text, and what is opened and never closed."""
 
@@ -87,14 +94,14 @@ class Page(HTMLParser):
 # the table
 
 
-def test_numbers_are_those_of_result_json_and_rows_are_sorted(tmp_path, capsys):
+def test_numbers_are_those_of_result_json_and_rows_are_sorted(tmp_path, capsys, no_pictures):
     scores = {"b": 0.6585999727, "a": 0.1 + 0.2, "c": 0.6585999728}
     for place, (name, best) in enumerate(scores.items()):
         fake_run(tmp_path / "runs", name, best, lr=0.001 * (place + 1), result={"test/acc1": best / 3, "train_seconds": 679.37, "note": "x,\"y"})
     code, out, _ = run_compare(capsys, tmp_path / "runs", "--out", tmp_path / "out")
     assert code == 0 and {file.name for file in (tmp_path / "out").iterdir()} == FILES
     rows = table_of(tmp_path / "out" / "runs.csv")
-    assert [row["name"] for row in rows] == ["c", "b", "a"] == re.findall(r"^\d +([abc]) ", out, re.M)
+    assert [row["name"] for row in rows] == ["c", "b", "a"] == re.findall(r"^\d +([abc]) ", out.split("Differences")[0], re.M)
     for row in rows:
         result = result_of(tmp_path / "runs" / row["name"])
         for key, value in result.items():
@@ -131,7 +138,7 @@ def test_the_direction_of_an_own_metric_is_that_in_which_epochs_were_chosen(tmp_
     assert not compare_tables.compare(compare_runs.find([str(tmp_path)])).smaller
 
 
-def test_seeds_are_folded_to_mean_and_spread(tmp_path, capsys):
+def test_seeds_are_folded_to_mean_and_spread(tmp_path, capsys, no_pictures):
     scores = [0.50, 0.52, 0.57]
     for seed, best in enumerate(scores):
         more = {"test/acc1": best + 0.1, "images_per_sec": 100.0 + seed}
@@ -148,6 +155,15 @@ def test_seeds_are_folded_to_mean_and_spread(tmp_path, capsys):
     assert "53.00 % ± 3.61 (3)" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_a_teacher_of_each_seed_is_one_group_and_another_teacher_is_not(tmp_path):
+    for seed in range(2):
+        fake_run(tmp_path, f"soft-s{seed}", 0.5, seed=seed, teacher=f"/w/c1/cache{seed}")
+    fake_run(tmp_path, "soft-s2", 0.5, seed=2, teacher="/w/c1/cache0")
+    fake_run(tmp_path, "size-s1", 0.5, seed=1, teacher="/w/c1/cache10")
+    groups = {group.name: group for group in compare_tables.compare(compare_runs.find([str(tmp_path)])).groups}
+    assert {*groups} == {"soft-s*", "soft-s2", "size-s1"} and groups["soft-s*"].knobs == {"teacher": "/w/c1/cache*"}
+
+
 def value_rows(count: int, error: float, first: int = 0, fold: int = 0) -> pd.DataFrame:
     rng = np.random.default_rng(first)
     target = rng.uniform(1, 100, count)
@@ -155,7 +171,7 @@ def value_rows(count: int, error: float, first: int = 0, fold: int = 0) -> pd.Da
     return pd.DataFrame({"Id": range(first, first + count), "fold": fold, "target": target, "prediction": said})
 
 
-def test_folds_are_one_run_with_the_score_over_all_rows(tmp_path, capsys):
+def test_folds_are_one_run_with_the_score_over_all_rows(tmp_path, capsys, no_pictures):
     for fold, (count, error) in enumerate([(30, 1.0), (60, 2.0), (30, 5.0)]):
         fake_run(tmp_path / "runs" / "pets", f"fold{fold}", error, metric="val/rmse", folds=3, fold=fold,
                  rows=("oof.csv", value_rows(count, error, 100 * fold, fold)))
@@ -186,7 +202,7 @@ def test_single_folds_side_by_side_are_gathered_and_a_missing_one_is_said(tmp_pa
 # what is wrong with runs
 
 
-def test_what_is_not_finished_or_broken_is_listed(tmp_path, capsys):
+def test_what_is_not_finished_or_broken_is_listed(tmp_path, capsys, no_pictures):
     fake_run(tmp_path / "runs", "good")
     fake_run(tmp_path / "runs", "going", None, epochs=10, lr=0.1)
     fake_run(tmp_path / "runs", "cut", lr=0.2)
@@ -205,7 +221,7 @@ def test_what_is_not_finished_or_broken_is_listed(tmp_path, capsys):
     assert all(name in page for name in states)
 
 
-def test_several_metrics_are_said_and_the_commonest_sorts(tmp_path, capsys):
+def test_several_metrics_are_said_and_the_commonest_sorts(tmp_path, capsys, no_pictures):
     fake_run(tmp_path / "runs", "a", 0.5)
     fake_run(tmp_path / "runs", "b", 0.6, lr=0.1)
     fake_run(tmp_path / "runs", "c", 1.2, metric="val/loss", lr=0.2, result={"val/acc1": 0.55})
@@ -236,13 +252,13 @@ def test_runs_of_one_name_and_runs_given_twice(tmp_path):
     (lambda root: (root / "a.txt").write_text("x"), "a.txt", "neither a run directory nor a .wandb file"),
     (lambda root: (root / "a.wandb").write_text("x"), "a.wandb", "is not a .wandb file"),
 ])
-def test_mistakes_end_with_a_line(tmp_path, capsys, made, argument, words):
+def test_mistakes_end_with_a_line(tmp_path, capsys, made, argument, words, no_pictures):
     made(tmp_path)
     code, _, error = run_compare(capsys, tmp_path / argument, "--out", tmp_path / "out")
     assert code == 2 and words in error and len(error.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_project_without_a_key_and_a_place_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+def test_a_project_without_a_key_and_a_place_that_cannot_be_written(tmp_path, capsys, monkeypatch, no_pictures):
     for name in ("WANDB_API_KEY", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -367,6 +383,14 @@ def test_rows_that_do_not_match_are_not_compared(tmp_path):
     assert "10 rows in common are too few" in made.pairs["all", "few"].why and "targets of the same rows differ" in made.pairs["all", "other"].why
     assert any("an id is there twice" in note for note in made.notes) and made.pairs["all", "twice"].verdict == "unknown"
     assert "no predictions with targets on both sides" in made.pairs["all", "kaggle"].why
+
+
+def test_predictions_of_another_run_are_noticed(tmp_path):
+    right = np.arange(100) < 60
+    fake_run(tmp_path, "own", 0.6, rows=class_rows(right), lr=1.0)
+    fake_run(tmp_path, "odd", 0.7, rows=class_rows(right), lr=2.0, result={"test/acc1": 0.75})
+    notes = compare_pairs.matrix(compare_tables.compare(compare_runs.find([str(tmp_path)]))).notes
+    assert notes == ["odd: predictions.csv gives acc1 0.6, its result 0.7 or 0.75: is it of the same run?"]
 
 
 def test_scores_of_rows_are_scikit_learns(tmp_path):
@@ -569,6 +593,7 @@ def test_a_report_and_a_workspace_are_saved(tmp_path):
     pytest.importorskip("wandb_workspaces")
     with WandbStub() as server:
         env = {**server.env, "HOME": str(tmp_path)}
+        server._run("r1", "pets", "stub")
         fake = compare_tables.Comparison("val/acc1", False, [], [], [], [], [])
         code, said = apart(tmp_path, _report, env, fake)
         assert code == 0 and "report: http" in said and "workspace: http" in said, said
