@@ -135,6 +135,7 @@ def _number(axes: Axes, points: list[tuple[Group, float, float, float, float]]) 
         taken.append((px + dx * unit, py + dy * unit))
         far = abs(dx) + abs(dy) > 15
         axes.annotate(str(group.number), (x, y), (dx, dy), textcoords="offset points", ha="center", va="center", fontsize=9, color=style(group)[0],
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4},
                       arrowprops={"arrowstyle": "-", "color": style(group)[0], "linewidth": 0.5, "shrinkB": 2} if far else None)
 
 

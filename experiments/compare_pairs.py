@@ -205,8 +205,8 @@ def _what(found: Comparison, common: dict, pairs: dict[tuple[str, str], Pair]) -
         text.append(f"{base} on the {' or '.join(f'{count:,}' for count in counts)} rows that both sides predicted ({files}): bootstrap over the "
                     f"rows, {DRAWS:,} draws, seed {SEED}, {LEVEL:.0%} intervals.")
     if by & {SEEDS, ONE_SIDE}:
-        text.append("Where a side has several seeds, Welch's interval over them is added (as squares)"
-                    + (" (a side of one run is given the other's spread)." if ONE_SIDE in by else "."))
+        text.append("Where a side has several seeds, Welch's interval over them is added, as squares"
+                    + ("; a side of one run is given the other's spread." if ONE_SIDE in by else "."))
     if ROWS in by:
         text.append("One run against one run tells these two networks apart, not what another seed would give.")
     if "seeds" in by:

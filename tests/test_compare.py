@@ -574,7 +574,8 @@ def test_a_project_on_the_server_gives_the_same_table(launch, tmp_path):
     with WandbStub() as server:
         env = {**server.env, "WANDB_PROJECT": "pets", "HOME": str(tmp_path)}
         assert launch(f"{LINE} --name one", env=env).code == 0
-        assert launch(f"{LINE} --name two --lr 5e-4", env=env, kill_at_step=6).code == -9
+        server._run("r2", "pets").update(displayName="two", config={"model": {"value": "vit_nano4"}, "epochs": {"value": 2}, "lr": {"value": 5e-4}},
+                                         history={0: json.dumps({"_step": 0, "trainer/global_step": 3, "epoch": 0, "val/acc1": 0.25})})
         code, said = apart(tmp_path, _compare_at, str(tmp_path), env, ["stub/pets", "--out", "out"])
         assert code == 0 and not server.unknown, (said, server.unknown)
         code, empty = apart(tmp_path, _compare_at, str(tmp_path), env, ["stub/nothing", "--out", "none"])
@@ -584,7 +585,7 @@ def test_a_project_on_the_server_gives_the_same_table(launch, tmp_path):
         assert code == 2 and "stub/pets: " in refused and "Traceback" not in refused, refused
     first, second = table_of(tmp_path / "out" / "runs.csv")
     result = result_of(tmp_path / "runs" / "one")
-    assert first["name"] == "one" and second["name"] == "two" and second["state"] == "unfinished"
+    assert first["name"] == "one" and second["name"] == "two" and (second["state"], second["notes"]) == ("unfinished", "not finished: epoch 1 of 2")
     assert first["best"] == repr(result["best"]) and first["images_per_sec"] == repr(result["images_per_sec"]) and first["lr"] == repr(result["lr"])
     assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
 
