@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from datamodules.base import PictureData
 
 
+NAMES = {"kaggle_csv": "csv"}  # files whose data set has a shorter name
+
+
 def names() -> list[str]:
     """Registered data sets, sorted: the files beside this one that define `class DataModule`."""
     files = Path(__file__).parent.glob("*.py")
-    return sorted(f.stem for f in files if re.search(r"^class DataModule\b", f.read_text(encoding="utf-8"), re.MULTILINE))
+    return sorted(NAMES.get(f.stem, f.stem) for f in files if re.search(r"^class DataModule\b", f.read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def accepted(name: str) -> list[str]:
@@ -76,7 +79,12 @@ def data_class(name: str) -> type[PictureData]:
     """The class behind a data set's name. Raises ValueError for an unknown one."""
     if name not in names():
         raise ValueError(f"there is no data set {_closest(name, names())}")
-    return import_module(f"datamodules.{name}").DataModule
+    return import_module(module(name)).DataModule
+
+
+def module(name: str) -> str:
+    """The module of a data set's name."""
+    return f"datamodules.{next((file for file, short in NAMES.items() if short == name), name)}"
 
 
 def _closest(word: str, known: list[str]) -> str:

@@ -173,7 +173,9 @@ class PictureData(L.LightningDataModule):
         return self.mixup > 0 or self.cutmix > 0
 
     def notes(self) -> list[str]:
-        """Lines for people: given values that change nothing."""
+        """Lines for people: given values that change nothing in training."""
+        if self.eval_only:
+            return []
         flag = "rand_augment" if self.rand_augment else "auto_augment"
         policy = self.rand_augment or self.augment.auto_augment
         return inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)

@@ -19,13 +19,26 @@ class Roll:
 
     def __call__(self, image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         lam = float(np.random.beta(self.alpha, self.alpha))
-        lam, low = max(lam, 1 - lam), self.smoothing / self.num_classes
-        soft = one_hot(target, self.num_classes, on_value=1 - self.smoothing + low, off_value=low)
+        lam, soft = max(lam, 1 - lam), target
+        if not target.is_floating_point():
+            low = self.smoothing / self.num_classes
+            soft = one_hot(target, self.num_classes, on_value=1 - self.smoothing + low, off_value=low)
         return lam * image + (1 - lam) * image.roll(1, 0), lam * soft + (1 - lam) * soft.roll(1, 0)
 
 
+class MixupOfNumbers(Mixup):
+    """timm's Mixup for targets (B, T) float: target = lam * own + (1 - lam) * that of the picture mixed in, as timm mixes one-hot rows."""
+
+    def __call__(self, image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.num_classes = len(target)  # each picture a class of its own: its row says how much of which pictures it has become
+        image, shares = super().__call__(image, torch.arange(len(target), device=target.device))
+        own, other = shares.diagonal()[:, None], shares.fliplr().diagonal()[:, None]  # (B, 1)
+        return image, own * target + other * target.flip(0)
+
+
 class Mixer:
-    """image (B, C, H, W) float, target (B,) int64 -> mixed image, soft target (B, K) float32; timm's `Mixup`, or `Roll`.
+    """image (B, C, H, W) float, target (B,) int64 -> mixed image, soft target (B, K) float32; timm's `Mixup`, or `Roll`. Of other tasks targets
+    are (B, T) float, mixed as they are (in own units; multilabel smoothing is the loss's).
 
     All randomness comes from the key, so a resumed run mixes as an uninterrupted one; numpy's global state is put back.
     """
@@ -35,14 +48,15 @@ class Mixer:
         if augment.mix_mode == "roll":
             self.mix = Roll(mixup, num_classes, smoothing)
         else:
-            self.mix = Mixup(
+            classes = task == "classification"
+            self.mix = (Mixup if classes else MixupOfNumbers)(
                 mixup_alpha=mixup,
                 cutmix_alpha=cutmix,
                 cutmix_minmax=augment.cutmix_minmax,
                 prob=augment.mix_prob,
                 switch_prob=augment.mix_switch_prob,
                 mode=augment.mix_mode,
-                label_smoothing=smoothing,
+                label_smoothing=smoothing if classes else 0.0,
                 num_classes=num_classes,
             )
 

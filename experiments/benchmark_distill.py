@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 import models
-from lightning_modules import distill_losses, teacher_cache
+from lightning_modules import distill_losses, losses, teacher_cache
 from lightning_modules.distiller import Distill
-from lightning_modules.losses import LOSSES
 from lightning_modules.optim import optimizer
-from lightning_modules.task import Classify
+from lightning_modules.task import Task
 from lightning_modules.teacher import Teacher
 from lightning_modules.teacher_cache import CachedTeacher
 
@@ -34,14 +33,14 @@ def cached(folder: Path, rows: int, topk: int) -> CachedTeacher:
     return CachedTeacher(folder)
 
 
-def tasks(student: str, teacher: str, cache: CachedTeacher, device: torch.device, precision: str) -> dict[str, Classify]:
+def tasks(student: str, teacher: str, cache: CachedTeacher, device: torch.device, precision: str) -> dict[str, Task]:
     """The three contenders, each with a student of its own from the same first weights."""
-    common = {"loss": partial(LOSSES["cross_entropy"], smoothing=0.1), "schedule": lambda step: 1e-4, "seed": 0,
+    common = {"loss": losses.create("cross_entropy", SPEC, 0.1), "schedule": lambda step: 1e-4, "seed": 0,
               "make_optimizer": partial(optimizer, name="adamw", lr=1e-4, weight_decay=0.05)}
     hard = {"distill": distill_losses.create("hard"), "weights": distill_losses.weights("hard")}
     live = Teacher(models.create(teacher), mean=HALF, std=HALF, student_mean=HALF, student_std=HALF, precision=precision)
     made = {}
-    for name, build in {"plain": Classify, "cached": partial(Distill, teacher=cache, **hard), "live": partial(Distill, teacher=live, **hard)}.items():
+    for name, build in {"plain": Task, "cached": partial(Distill, teacher=cache, **hard), "live": partial(Distill, teacher=live, **hard)}.items():
         torch.manual_seed(0)
         made[name] = build(models.create(student), SPEC, {}, **common).to(device).train()
     for guide in (cache, live):
@@ -49,7 +48,7 @@ def tasks(student: str, teacher: str, cache: CachedTeacher, device: torch.device
     return made
 
 
-def seconds(task: Classify, learner: torch.optim.Optimizer, batch: dict[str, Tensor], dtype: torch.dtype | None) -> float:
+def seconds(task: Task, learner: torch.optim.Optimizer, batch: dict[str, Tensor], dtype: torch.dtype | None) -> float:
     """One training step: forward, teacher, backward, update."""
     start = time.perf_counter()
     with torch.autocast(batch["image"].device.type, dtype, enabled=dtype is not None):

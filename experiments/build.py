@@ -17,6 +17,7 @@ import datamodules
 import models
 from experiments import plan, preflight, rundir
 from experiments.config import Command, Config, read
+from experiments.recipe import recipe_data
 from experiments.usage import UsageError, size
 from lightning_modules import distill_losses, targets, teacher_cache
 from lightning_modules.freeze import freeze
@@ -88,7 +89,9 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     data = None
     try:
         data = datamodule(cfg)
-        cfg, alone = (each.filled(loss="cross_entropy" if data.task == "classification" else "bce") for each in (cfg, alone))
+        guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
+        cfg, alone = cfg.filled(**guessed), alone.filled(**guessed)
+        cfg, alone = (preflight.for_task(each, data) for each in (cfg, alone))
         if cfg.teacher:
             cfg = cfg.filled(distill=distill_losses.default(data.task))
         if not problems[0]:
@@ -96,7 +99,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     except (ValueError, FileNotFoundError) as error:
         problems.append(str(error))
     problems += preflight.unfit(cfg, data) if data else []
-    problems += preflight.unlearnable(cfg, data.spec["num_outputs"], data.spec["task"]) if data and not cfg.eval_only else []
+    problems += preflight.unlearnable(cfg, data.spec) if data and not cfg.eval_only else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
@@ -118,6 +121,8 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, identity)
     else:
         folder, resume, finished = rundir.enter(cfg, data.spec, identity)
+        if cfg.folds:
+            data.keep_folds()
     decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
                 "finished": finished}
     return Run(cfg, folder, resume, finished, data, network, guide), decision
@@ -153,13 +158,17 @@ def _build(cfg: Config, decision: dict[str, Any]) -> Run:
 
 
 def _with_data(command: Command) -> Command:
-    """The command with a data set named: what the folder says it is, or imagenet; the recipe may follow from it."""
+    """The command with a data set named: what the folder says it is, or imagenet; the recipe may follow from it. A folder with tables is the
+    competition that the recipe is for, where it is for one."""
     cfg = command.config
     if cfg.model is None:
         raise UsageError("--model is missing: --list models prints the names; --recipe demo is a small one to try")
     if cfg.data:
         return command
-    return read([*command.argv, "--data", datamodules.detect(cfg.data_dir) if cfg.data_dir else "imagenet"])
+    found, meant = datamodules.detect(cfg.data_dir) if cfg.data_dir else "imagenet", recipe_data(cfg.recipe)
+    if found == "csv" and meant and issubclass(datamodules.data_class(meant), datamodules.data_class("csv")):
+        found = meant
+    return read([*command.argv, "--data", found])
 
 
 def _saved(cfg: Config) -> dict[str, Any]:
@@ -175,12 +184,13 @@ def _with_saved(command: Command) -> Command:
     if not saved:
         return command
     taken = {key: saved.get(key) for key in ("model", "model_args") if cfg.model is None}
-    taken |= {key: saved.get(key) for key in ("data", "data_dir", "data_args") if not (cfg.data or cfg.data_dir)}
+    taken |= {key: saved[key] for key in ("data", "data_dir", "data_args", *TABLE, "metric") if key in saved and not (cfg.data or cfg.data_dir)}
+    taken |= {key: saved[key] for key in ("loss", "loss_args") if key in saved and cfg.loss is None}  # they say what the outputs mean
     return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
 
 
 def datamodule(cfg: Config) -> L.LightningDataModule:
-    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order."""
+    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order, targets its range."""
     names = {}
     if saved := _saved(cfg):
         names = {"class_names": saved["spec"].get("class_names")}
@@ -188,8 +198,14 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
     if strange := table.keys() - {*known}:
         raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
+    if cfg.folds and cfg.fold is None:
+        table["fold"] = 0  # over all folds: the first stands for the rest
+    if cfg.folds and "folds_at" in known and "folds_at" not in cfg.data_args:
+        over = Path(cfg.runs_dir) / "folds.csv"
+        table["folds_at"] = str(over if cfg.name == f"fold{cfg.fold}" and over.is_file() else over.with_suffix(""))
+    table |= {"metric": cfg.metric} if "metric" in known and cfg.metric else {}
     encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))
-    return datamodules.create(
+    data = datamodules.create(
         cfg.data, encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,
         std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale,
         hflip=cfg.hflip, val_fraction=cfg.val_fraction,
@@ -197,6 +213,9 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing, augment_args=cfg.augment_args, train_size=cfg.train_size, epochs=cfg.epochs,
         split_seed=cfg.split_seed, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size,
         workers=cfg.workers, eval_only=cfg.eval_only, **names, **cfg.data_args)
+    if saved and data.target_range:
+        data.target_range = saved["spec"].get("target_range") or data.target_range
+    return data
 
 
 def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:

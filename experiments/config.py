@@ -110,7 +110,8 @@ class Config:
     devices: int = knob(1, "devices (or CPU processes) on each machine", role="place")
     num_nodes: int = knob(1, "machines", role="place")
     accelerator: Literal["auto", "cpu", "gpu"] = knob("auto", "auto is the GPU where there is one", role="place")
-    strategy: str = knob("auto", "Lightning's strategy; auto is ddp for more than one process", role="place")
+    strategy: str = knob("auto", "Lightning's strategy; auto is ddp for more than one process; folds: a device for each of "
+                                 "--folds", role="place")
     workers: int | None = knob(None, "data loading processes of each device; left out: what the machine has", role="place")
     # the run directory
     name: str | None = knob(None, "of the run; left out: data, model, seed and what differs from the recipe", role="place")

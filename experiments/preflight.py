@@ -1,6 +1,7 @@
 """What speaks against a run before it starts, and what a person should hear about it: names, data, losses, sizes. Nothing is written here."""
 from dataclasses import fields, replace
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,9 +14,8 @@ from datamodules.base import PictureData
 from experiments.config import Config
 from experiments.keywords import check_values
 from experiments.usage import UsageError, did_you_mean
-from lightning_modules import distill_losses, teacher_cache
+from lightning_modules import distill_losses, losses, metrics, teacher_cache
 from lightning_modules.ema import uses_ema
-from lightning_modules.losses import check_loss
 from lightning_modules.optim import check_optimizer
 
 
@@ -28,9 +28,10 @@ def check_names(cfg: Config) -> None:
     if cfg.data not in datamodules.names():
         raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
                          f"(there are {', '.join(datamodules.names())})")
-    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for knob in fields(PictureData)}]
+    known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for room in (PictureData, Config) for knob in fields(room)}]
     check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
     check_values(Augment.__init__, cfg.augment_args, "--augment_args", [field.name for field in fields(Augment)])
+    losses.check_values(cfg.loss_args)  # the number of outputs follows from them
 
 
 def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
@@ -40,15 +41,28 @@ def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
         problems.append(f"--average_checkpoints {cfg.average_checkpoints} chooses by val, and these data have no val split: last-5, for example")
     if not cfg.eval_only and not data.sizes["train"]:
         problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
-    elif not cfg.eval_only and data.spec["num_outputs"] < 2:
+    elif not cfg.eval_only and data.task == "classification" and data.spec["num_outputs"] < 2:
         problems.append(f"{data.data_dir} has the single class {data.spec['class_names'][0]}: nothing can be learned from it")
+    try:
+        metrics.find(cfg.metric or getattr(data, "metric_name", None), data.task)
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 
-def unlearnable(cfg: Config, num_outputs: int, task: str) -> list[str]:
+def for_task(cfg: Config, data: L.LightningDataModule) -> Config:
+    """The config with what was left out and depends on the task. The default smoothing is for classes and labels: of a regression it is off."""
+    off = data.task == "regression" and cfg.label_smoothing == Config.__dataclass_fields__["label_smoothing"].default_factory()
+    cfg = replace(cfg, label_smoothing=0.0) if off else cfg
+    return cfg.filled(loss=losses.default(data.task), metric=getattr(data, "metric_name", None))
+
+
+def unlearnable(cfg: Config, spec: dict[str, Any]) -> list[str]:
     """What loss and optimizer say against their settings."""
-    problems = []
-    for check in (partial(check_loss, cfg.loss, smoothing=cfg.label_smoothing, mixing=bool(cfg.mixup or cfg.cutmix), num_outputs=num_outputs),
+    problems, task = [], spec["task"]
+    of_classes = partial(losses.check_loss, cfg.loss, smoothing=cfg.label_smoothing, mixing=bool(cfg.mixup or cfg.cutmix),
+                         num_outputs=spec["num_outputs"])
+    for check in (partial(losses.create, cfg.loss, spec, cfg.label_smoothing, **cfg.loss_args), *([of_classes] if task == "classification" else []),
                   partial(check_optimizer, cfg.optimizer, cfg.optimizer_args),
                   *([partial(_check_distill, cfg, task)] if cfg.teacher else [])):
         try:
@@ -102,7 +116,7 @@ def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config,
 def advice(cfg: Config, data: L.LightningDataModule) -> list[str]:
     """Lines on what is allowed but perhaps not meant."""
     if cfg.eval_only:
-        return []
+        return data.notes()
     lines, steps = data.notes(), cfg.epochs * data.steps_per_epoch
     if uses_ema(cfg.ema_decay, cfg.use_ema) and cfg.ema_decay < 1 and steps < 5 / (1 - cfg.ema_decay):
         lines.append(f"ema_decay {cfg.ema_decay:g} looks back over {1 / (1 - cfg.ema_decay):.0f} of only {steps} steps, so its weights stay near the "

@@ -25,7 +25,29 @@ def teacher(argv: list[str]) -> int:
     return teacher_shards.main(command, args.out, topk=args.topk, fixed=args.view == "fixed", check=args.check_cache)
 
 
-VERBS = {"teacher": teacher}
+def duplicates(argv: list[str]) -> int:
+    """Write groups of pictures that are (nearly) the same, so that no split parts them (`--group groups.csv`)."""
+    parser = argparse.ArgumentParser(prog="prepare.py duplicates", description=duplicates.__doc__, allow_abbrev=False,
+                                     usage="prepare.py duplicates --data_dir DIR [--out groups.csv] [--threshold 0.9] [--model RUN]",
+                                     epilog="Other flags say what the table means, as those of run.py do (--target, --image, --group ...). A group "
+                                            "column of the table is united with what is found.")
+    parser.add_argument("--out", default="groups.csv", help="file to write: the id column and group")
+    parser.add_argument("--threshold", type=float, help="least share of equal bits of a perceptual hash of 256 bits, 0.9 where left out; with "
+                        "--model least cosine, 0.97")
+    parser.add_argument("--model", help="compare the features of a network instead: a run, a file, or a name with its published weights")
+    args, flags = parser.parse_known_args(argv)
+    if args.threshold is not None and not 0 < args.threshold <= 1:
+        parser.error(f"--threshold {args.threshold}: above 0 and up to 1")
+    command = read([*flags, "--recipe", "none"], "prepare.py")
+    from experiments import duplicates as work  # torch: seconds, so after --help and mistakes
+    try:
+        return work.main(command, args.out, threshold=args.threshold, model=args.model)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
+
+
+VERBS = {"teacher": teacher, "duplicates": duplicates}
 
 
 @listening()

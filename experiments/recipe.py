@@ -31,6 +31,12 @@ def choose_recipe(given: dict[str, Any], asked: bool) -> tuple[str, str]:
     return "none", "none fits; the defaults"
 
 
+def recipe_data(name: str | None) -> str | None:
+    """The data set that a recipe is for, if it names one."""
+    file = RECIPES / f"{name}.yaml"
+    return (yaml.safe_load(file.read_text()) or {}).get("data") if name and file.is_file() else None
+
+
 def yaml_keys(file: Path, name: str, known: list[str]) -> dict[str, Any]:
     """The top level of a YAML file, its keys checked against the known ones. Raises UsageError."""
     try:

@@ -19,12 +19,11 @@ from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
 from experiments.usage import size
-from lightning_modules import distill_losses
+from lightning_modules import distill_losses, losses, metrics
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.ema import uses_ema
 from lightning_modules.history import History
-from lightning_modules.losses import TEXTS as LOSS_TEXTS
 from lightning_modules.meter import Meter, clock, peak_memory_mb
 from lightning_modules.preemption import Preempted, disarm_launcher
 from lightning_modules.signals import PREEMPTED, notice
@@ -35,7 +34,7 @@ LOST_RANK = re.compile("closed by peer|reset by peer|Broken pipe|connectFullMesh
 
 
 def listing(cfg: Config) -> int:
-    """Print the names there are, for --list models|data|recipes; with --model its layers."""
+    """Print the names there are, for --list; with --model its layers."""
     if cfg.list == "models" and cfg.model:
         _layers(cfg)
     elif cfg.list == "models":
@@ -49,16 +48,19 @@ def listing(cfg: Config) -> int:
         print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
     elif cfg.list == "data":
         for name in datamodules.names():
-            print(f"{name:<12}{import_module(f'datamodules.{name}').__doc__.splitlines()[0]}")
+            print(f"{name:<12}{import_module(datamodules.module(name)).__doc__.splitlines()[0]}")
     elif cfg.list == "losses":
-        for name, text in LOSS_TEXTS.items():
-            print(f"--loss {name:<14}{text}")
+        for name, text in losses.TEXTS.items():
+            print(f"--loss {name:<14}{', '.join(losses.tasks_of(name))}: {text}")
         for name in distill_losses.names():
             build = distill_losses.LOSSES[name].build
             print(f"--distill {name:<10}{build.__doc__.splitlines()[0]} ({', '.join(['alpha', *distill_losses.keywords(name)])})")
+        print("--loss_args.target_weights [1,2]: how much each label or target weighs, of multilabel and regression")
     elif cfg.list == "metrics":
-        print("acc1, acc5  share of pictures whose class is the likeliest, or among the five likeliest\n"
-              "loss        mean cross entropy, without smoothing")
+        for name, entry in metrics.METRICS.items():
+            print(f"{name:<10}{entry.mode}  {', '.join(entry.tasks)}: {entry.compute.__doc__.splitlines()[0]}")
+        print("my.py:function  (target, prediction), whole arrays -> a number; larger is better unless function.mode = \"min\"\n"
+              f"left out: what the data are known for, else {', '.join(f'{name} ({task})' for task, name in metrics.DEFAULTS.items())}")
     else:
         for name in recipe_names():
             print(f"{name:<26}{(RECIPES / f'{name}.yaml').read_text().splitlines()[0].lstrip('# ')}")
@@ -96,7 +98,7 @@ def dry_run(run: Run) -> int:
     print(plan.table([
         ("model", f"{cfg.model}, {cost.parameters(meta):,} parameters, {_gmacs(run):.2f} GMACs at {cfg.image_size}"),
         ("data", f"{cfg.data}, train {data.sizes['train']:,}, val {data.sizes['val']:,}, test {data.sizes['test']:,}, "
-                 f"{data.spec['num_outputs']} classes"),
+                 f"{_targets(data.spec)}"),
         ("batch", f"{cfg.global_batch_size} = {cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"),
         ("steps", f"{steps:,} = {cfg.epochs} epochs x {data.steps_per_epoch:,}, peak lr {cfg.lr:g}, precision {cfg.precision}"),
         *_recipe_rows(cfg),
@@ -107,6 +109,12 @@ def dry_run(run: Run) -> int:
     return 0
 
 
+def _targets(spec: dict[str, Any]) -> str:
+    if spec["task"] != "regression":
+        return f"{spec['num_outputs']} {'classes' if spec['task'] == 'classification' else 'labels'}"
+    return ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in zip(spec["target_names"], spec["target_range"]))
+
+
 def _recipe_rows(cfg: Config) -> list[tuple[str, str]]:
     """How it learns, for the plan: knobs that are off are left out."""
     def row(*keys: str) -> str:
@@ -115,7 +123,7 @@ def _recipe_rows(cfg: Config) -> list[tuple[str, str]]:
                               "layer_decay", "head_lr_scale", "clip_grad", "clip_mode", "freeze")),
             ("pictures", row("crop_scale", "hflip", "rand_augment", "random_erasing", "repeated_augment", "mixup", "cutmix", "augment_args",
                              "train_size")),
-            ("loss", row("loss", "label_smoothing", "teacher", "distill", "distill_args")),
+            ("loss", row("loss", "loss_args", "label_smoothing", "metric", "teacher", "distill", "distill_args")),
             ("weights", row("init", "model_args", "ema_decay", "use_ema", "average_checkpoints") or "from scratch")]
 
 
@@ -142,6 +150,7 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
     try:
         if trainer.is_global_zero:
             print(f"run directory {run.folder}" + (f", resumed from {run.resume}" if run.resume else ""), flush=True)
+            rundir.write_skipped(run.folder, getattr(run.data, "skipped", None))
         yield
         code = 0
     except Preempted as asked:
@@ -192,7 +201,8 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         **scores, "epochs": 0 if cfg.eval_only else cfg.epochs, "steps": steps, "lr": cfg.lr,
         "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
-        "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures, "finished": True}
+        "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures,
+        "skipped_images": len(getattr(run.data, "skipped", ())), "finished": True}
     try:
         rundir.write_result(run.folder, values)
     except OSError as error:
@@ -204,7 +214,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})
-    shown = ", ".join(f"{key} {100 * value:.2f} %" for key, value in values.items() if "/acc" in key)
+    shown = ", ".join(metrics.shown(key, value) for key, value in values.items() if "/acc" in key or key.endswith(f"/{task.metric.name}"))
     took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""
     print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}")
     if saving.failures:
@@ -219,7 +229,8 @@ def _stop(trainer: L.Trainer, line: str) -> None:
 
 def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
     """`val/*` of the best checkpoint (read from the history), `test/*` where there is a labelled test split, and which epoch was best. With
-    averaged checkpoints `val/*` and `test/*` are theirs, and `best` stays that of the epoch."""
+    averaged checkpoints `val/*` and `test/*` are theirs, and `best` stays that of the epoch. A table's val is predicted with these weights into
+    oof.csv, and what has no labels into predictions.csv."""
     sizes = run.data.sizes
     if run.cfg.eval_only:
         stage = "test" if sizes["test"] else "val"
@@ -227,10 +238,11 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
         scores = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(stage)}
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": 0, **scores}, step=0)
-        metric = f"{stage}/{task.monitor.split('/')[1]}"
+        metric = f"{stage}/{task.metric.name}"
         return {"metric": metric, "best": scores[metric], "best_epoch": None, "stopped_epoch": None, **scores}
     averaged, state, epoch = _averaged(task, trainer), None, -1
-    if sizes["val"] or sizes["test"]:
+    of_table, predicted = bool(run.data.spec["id_column"]), "predict" in run.data.splits
+    if sizes["val"] or sizes["test"] or predicted:
         file = pretrained.checkpoint_in(run.folder, pretrained.FILES[1:])
         checkpoint = pretrained.read_checkpoint(file)
         state, epoch = pretrained.network_state(checkpoint, uses_ema(run.cfg.ema_decay, run.cfg.use_ema), file), checkpoint["epoch"]
@@ -242,11 +254,15 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
         state, scores["averaged_epochs"] = pretrained.network_state(averaged, None, file), " ".join(map(str, averaged["averaged_epochs"]))
     else:
         scores |= {key: value for key, value in best.items() if key.startswith("val")}
-    for split, score, wanted in (("val", trainer.validate, averaged), ("test", trainer.test, True)):
+    if state is not None:
+        task.model.load_state_dict(state)
+    for split, score, wanted in (("val", trainer.validate, averaged or of_table), ("test", trainer.test, True)):
         if wanted and sizes[split]:
-            task.model.load_state_dict(state)
             score(task, run.data, verbose=False)
-            scores |= {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(split)}
+            if split == "test" or averaged:
+                scores |= {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(split)}
+    if predicted:
+        trainer.predict(task, datamodule=run.data, return_predictions=False)
     return scores
 
 

@@ -1,6 +1,7 @@
 """Train one model: python experiments/run.py --model vit_b16 --devices 8"""
 import sys
 
+from experiments import fold_runs
 from experiments.config import read
 from lightning_modules.signals import listening
 
@@ -9,8 +10,10 @@ from lightning_modules.signals import listening
 def main(argv: list[str] | None = None) -> int:
     """Parse, resolve, train, evaluate, write the result. Returns the exit code."""
     command = read(argv)
-    from experiments import build, report, training  # torch and lightning: seconds, so after --help and mistakes
     try:
+        if fold_runs.wanted(command.config):
+            return fold_runs.main(command)
+        from experiments import build, report, training  # torch and lightning: seconds, so after --help and mistakes
         if command.config.list:
             return report.listing(command.config)
         run = build.resolve(command)

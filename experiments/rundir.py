@@ -15,19 +15,25 @@ from models import pretrained
 
 CONFIG, RESULT = "config.yaml", "result.json"
 OPTIMIZER = ("optimizer", "optimizer_args", "weight_decay", "layer_decay", "head_lr_scale", "freeze")  # what its saved state is the state of
-NAMED_APART = ("model", "data", "distill", "seed", "eval_only")  # stand in every name
+NAMED_APART = ("model", "data", "distill", "seed", "fold", "eval_only")  # stand in every name
 
 
 def run_name(cfg: Config, recipe_alone: Config) -> str:
-    """`<data>-<model>[-<distill>]-s<seed>[-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex digits."""
+    """`<data>-<model>[-<distill>]-s<seed>[-f<fold>][-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex
+    digits."""
     ours, theirs = _flat(cfg, "training", "numerics"), _flat(recipe_alone, "training", "numerics")
     apart = {key: ours.get(key) for key in {**theirs, **ours} if key not in NAMED_APART and ours.get(key) != theirs.get(key)}
     if len(apart) > 2:
         tail = "-" + hashlib.sha256(json.dumps(apart, sort_keys=True, default=str).encode()).hexdigest()[:6]
     else:
         tail = "".join(f"-{key.split('.')[-1]}{_spelled(value)}" for key, value in sorted(apart.items()))
-    start = "-".join(filter(None, (cfg.data, cfg.model, cfg.distill)))
-    return f"{start}-s{cfg.seed}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
+    of_fold = "" if cfg.fold is None else f"-f{cfg.fold}"
+    return name_start(cfg) + f"{of_fold}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
+
+
+def name_start(cfg: Config) -> str:
+    """`<data>-<model>[-<distill>]-s<seed>`."""
+    return f"{'-'.join(filter(None, (cfg.data, cfg.model, cfg.distill)))}-s{cfg.seed}".replace("/", "_").replace(" ", "")
 
 
 def look(cfg: Config, identity: dict[str, Any]) -> bool:
@@ -37,10 +43,10 @@ def look(cfg: Config, identity: dict[str, Any]) -> bool:
     if cfg.overwrite or not (folder / CONFIG).is_file():
         return False
     _check_same(folder, cfg)
-    result = json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
-    if result.get("finished"):
-        _check_same_data(folder, result, identity)
-    return bool(result.get("finished"))
+    before = result(folder)
+    if before.get("finished"):
+        _check_same_data(folder, before, identity)
+    return bool(before.get("finished"))
 
 
 def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[Path, str | None, bool]:
@@ -57,7 +63,7 @@ def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[
         _check_fits(start, cfg, spec, identity)
     try:
         if cfg.overwrite and folder.exists():
-            _remove(folder)
+            remove(folder)
         _prepare(folder, cfg, start)
     except OSError as error:
         raise UsageError(f"the run directory {folder} cannot be written: {error.strerror or error}; --runs_dir names another place") from None
@@ -85,7 +91,7 @@ def _prepare(folder: Path, cfg: Config, start: "Start | None") -> None:
             os.replace(damaged, damaged.with_name(f"damaged-{damaged.name}"))  # else it would push out the whole one at the next save
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Delete a run in a way that a kill in between leaves no half of it under its name."""
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -202,10 +208,14 @@ def _check_free(folder: Path) -> None:
         raise UsageError(f"{folder} exists and is not a run directory (no {CONFIG}): --name or --runs_dir another")
 
 
-def _check_same(folder: Path, cfg: Config) -> None:
+def differences(folder: Path, cfg: Config) -> list[str]:
+    """`key before -> now` of the training values and places that a run directory's config has otherwise."""
     there, here = _spread(stored(folder), "training", "where"), _flat(cfg, "training", "where")
-    apart = [f"{key} {there.get(key)} -> {here.get(key)}" for key in {**there, **here} if there.get(key) != here.get(key)]
-    if apart:
+    return [f"{key} {there.get(key)} -> {here.get(key)}" for key in {**there, **here} if there.get(key) != here.get(key)]
+
+
+def _check_same(folder: Path, cfg: Config) -> None:
+    if apart := differences(folder, cfg):
         raise UsageError(f"{folder} is a run with other values ({', '.join(apart)}): --name another, or --overwrite it")
 
 
@@ -241,8 +251,19 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def result(folder: Path) -> dict[str, Any]:
+    """What result.json of a run directory says; {} where there is none."""
+    return json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
+
+
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def write_skipped(folder: Path, skipped: Any) -> None:
+    """List the pictures that a table's run does without, a DataFrame; where there are none, nothing."""
+    if skipped is not None and len(skipped):
+        write_text(folder / "skipped.csv", skipped.to_csv(index=False))
 
 
 def commit() -> str | None:

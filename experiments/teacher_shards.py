@@ -120,7 +120,7 @@ def _check_own(out: Path, about: dict[str, Any]) -> None:
     apart = [f"{key} {before[key]} -> {about[key]}" for key in ("view", "topk") if before[key] != about[key]]
     apart += [f"teacher {_teachers(before)} -> {_teachers(about)}"] * (before["teachers"] != about["teachers"])
     there, here = before["identity"], about["identity"]
-    apart += [f"{key} {teacher_cache.short(there[key])} -> {teacher_cache.short(here[key])}" for key in here if there[key] != here[key]]
+    apart += [f"{key} {teacher_cache.short(there.get(key))} -> {teacher_cache.short(here[key])}" for key in here if there.get(key) != here[key]]
     raise UsageError(f"--out {out} holds a cache of other values:\n  " + "\n  ".join(apart) + "\nName another folder, or delete that one")
 
 

@@ -6,26 +6,24 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 
-from experiments import plan, rundir
+from experiments import fold_dirs, plan, rundir
 from experiments.build import Run
-from experiments.config import Config
-from lightning_modules import distill_losses, ema
+from lightning_modules import distill_losses, ema, losses, metrics
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.distiller import Distill
 from lightning_modules.history import History
-from lightning_modules.losses import LOSSES
 from lightning_modules.meter import Meter, Progress
 from lightning_modules.optim import optimizer
 from lightning_modules.predictions import Predictions
 from lightning_modules.preemption import Preemption
 from lightning_modules.schedules import SCHEDULES
-from lightning_modules.task import Classify
+from lightning_modules.task import Task
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost
 
 
-def task(run: Run) -> Classify:
+def task(run: Run) -> Task:
     cfg, per_epoch = run.cfg, run.data.steps_per_epoch
     warmup = cfg.warmup_steps
     if warmup is None:
@@ -35,37 +33,43 @@ def task(run: Run) -> Classify:
                        total_steps=cfg.epochs * per_epoch, steps_per_epoch=per_epoch)
     make_optimizer = partial(optimizer, name=cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay,
                              head_lr_scale=cfg.head_lr_scale, **cfg.optimizer_args)
-    build = Classify
+    build = Task
     if run.teacher is not None:
         hyper = {key: value for key, value in cfg.distill_args.items() if key != "alpha"}
         widths = (run.model.head_hidden_size, run.teacher.width) if distill_losses.LOSSES[cfg.distill].on_features else None
         build = partial(Distill, teacher=run.teacher, distill=distill_losses.create(cfg.distill, run.data.spec["task"], widths, **hyper),
                         weights=distill_losses.weights(cfg.distill, cfg.distill_args.get("alpha")))
-    made = build(run.model, run.data.spec, rundir.plain(cfg), loss=partial(LOSSES[cfg.loss], smoothing=cfg.label_smoothing),
-                 schedule=schedule, make_optimizer=make_optimizer, seed=cfg.seed)
-    made.monitor = monitor(cfg)
+    made = build(run.model, run.data.spec, rundir.plain(cfg), schedule=schedule, make_optimizer=make_optimizer, seed=cfg.seed, metric=metric(run),
+                 loss=losses.create(cfg.loss or losses.default(run.data.task), run.data.spec, cfg.label_smoothing, **cfg.loss_args))
+    made.monitor = monitor(run)
     return made
 
 
-def monitor(cfg: Config) -> str:
-    """The metric that chooses the best epoch."""
-    return ema.MONITOR if ema.uses_ema(cfg.ema_decay, cfg.use_ema) else Classify.monitor
+def metric(run: Run) -> metrics.Metric:
+    """What chooses the best epoch: what was asked for, what the data are known for, or the task's default."""
+    return metrics.find(run.cfg.metric or getattr(run.data, "metric_name", None), run.data.task)
+
+
+def monitor(run: Run) -> str:
+    """Its name in the log, of the weights that are chosen."""
+    return f"{ema.STAGE if ema.uses_ema(run.cfg.ema_decay, run.cfg.use_ema) else 'val'}/{metric(run).name}"
 
 
 def trainer(run: Run) -> L.Trainer:
     cfg, checkpoints = run.cfg, run.folder / "checkpoints"
+    watched, mode = monitor(run), metric(run).mode
     meter = Meter(cfg.global_batch_size, cfg.log_every_steps)
     callbacks = [meter, Progress(meter, cfg.epochs * run.data.steps_per_epoch, cfg.epochs),
-                 Predictions(run.folder, run.data.spec["class_names"])]
+                 Predictions(run.folder, run.data.spec, cfg.fold)]
     if not cfg.eval_only:  # before those that save
         callbacks += [ema.Ema(cfg.ema_decay)] if cfg.ema_decay is not None else []
-        callbacks += [Averaging(checkpoints, cfg.average_checkpoints, monitor(cfg), Classify.mode, ema.uses_ema(cfg.ema_decay, cfg.use_ema))] \
+        callbacks += [Averaging(checkpoints, cfg.average_checkpoints, watched, mode, ema.uses_ema(cfg.ema_decay, cfg.use_ema))] \
             if cfg.average_checkpoints else []
     callbacks += [Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
     if run.data.sizes["val"]:
-        callbacks.append(BestCheckpoint(checkpoints, monitor(cfg), Classify.mode))
+        callbacks.append(BestCheckpoint(checkpoints, watched, mode))
         if cfg.patience:
-            callbacks.append(EarlyStopping(monitor(cfg), mode=Classify.mode, patience=cfg.patience))
+            callbacks.append(EarlyStopping(watched, mode=mode, patience=cfg.patience))
     world, passes = plan.world_size(cfg), 1
     if not cfg.eval_only:
         passes = run.data.accumulation(world)
@@ -83,5 +87,6 @@ def loggers(run: Run) -> list[Any]:
     cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
     if cfg.logger == "wandb":
         config = {**rundir.plain(cfg), "params": cost.parameters(run.model), "commit": rundir.commit()}
-        found.append(SafeWandbLogger(run.folder, config=config))
+        name, group = fold_dirs.name_and_group(run.folder, cfg)
+        found.append(SafeWandbLogger(run.folder, config=config, name=name, group=group))
     return found

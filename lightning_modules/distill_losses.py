@@ -189,6 +189,15 @@ def nkd(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, gamma
     return -true.mean() - gamma * tau ** 2 * others.sum(1).mean()
 
 
+@distill_loss("binary", tasks=("multilabel",))
+def binary(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, tau: float = 1.0) -> Tensor:
+    """tau^2 KL(teacher || student) of the two probabilities of each label, the mean over batch and labels: `soft`, label by label."""
+    _check_tau(tau)
+    student, teacher = student_logits.float() / tau, teacher_logits.detach().float() / tau
+    yes, no = (F.logsigmoid(sign * teacher) - F.logsigmoid(sign * student) for sign in (1, -1))
+    return tau ** 2 * (teacher.sigmoid() * yes + (-teacher).sigmoid() * no).mean()
+
+
 @distill_loss("mse", tasks=TASKS)
 def mse(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
     """Squared difference of the logits, mean over batch and outputs; the teacher's numbers themselves, for regression."""

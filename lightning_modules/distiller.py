@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.distill_losses import Features
-from lightning_modules.task import Classify, share_right
+from lightning_modules.task import Task
 from lightning_modules.teacher import Teacher, Teachers
 from lightning_modules.teacher_cache import CachedTeacher
 
 
-class Distill(Classify):
-    """Classification with a teacher: total = weights[0] x loss on the labels + weights[1] x loss on the teacher (DeiT's losses.py).
+class Distill(Task):
+    """A task with a teacher: total = weights[0] x loss on the labels + weights[1] x loss on the teacher (DeiT's losses.py).
 
     A student with two heads learns the labels by the first and the teacher by the second; with one, both by the same logits. The teacher
     sees the batch as the student does, augmented and mixed. It is no part of the module: in no state dict, optimizer or EMA.
@@ -21,7 +21,7 @@ class Distill(Classify):
         teacher: pictures (B, 3, H, W) -> logits (B, K); a cached one answers by the rows of the batch instead.
         distill: (student's logits, teacher's, targets) -> scalar, or `Features` on pooled features.
         weights: of (loss on the labels, loss on the teacher).
-        task: the rest, see Classify.
+        task: the rest, see Task.
     """
 
     def __init__(self, *task: Any, teacher: Teacher | Teachers | CachedTeacher, distill: Callable[..., Tensor], weights: tuple[float, float],
@@ -41,7 +41,7 @@ class Distill(Classify):
         return self.teacher(batch["image"])
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss`, its parts `base_loss` and `distill_loss` (each a mean over the batch, unweighted), and `acc1` of the batch."""
+        """`loss`, its parts `base_loss` and `distill_loss` (each a mean over the batch, unweighted), and what the task tells of the batch."""
         image, target = batch["image"], batch["target"]
         if isinstance(self.distill, Features):
             tokens = self.model.forward_features(image)
@@ -53,8 +53,8 @@ class Distill(Classify):
         logits = (output[0] if isinstance(output, tuple) else output).float()
         base = self.loss(logits, target)
         part = self.distill(seen, told) if isinstance(self.distill, Features) else self.distill(seen, told, target)
-        return {"loss": self.weights[0] * base + self.weights[1] * part, "base_loss": base.detach(), "distill_loss": part.detach(),
-                "acc1": share_right(logits, target)}
+        total = self.weights[0] * base + self.weights[1] * part
+        return {"loss": total, "base_loss": base.detach(), "distill_loss": part.detach(), **self.running(logits, target)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The student's, and the parameters of the loss itself (a projection) in a group of their own."""

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
-MONITOR = "val_ema/acc1"
+STAGE = "val_ema"  # under which the averaged weights are scored
 
 
 def uses_ema(ema_decay: float | None, use_ema: bool | None) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_modules.history import History
+from lightning_modules.metrics import shown
 
 
 class Meter(Callback):
@@ -117,7 +118,8 @@ class Progress(Callback):
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
         speed = (trainer.global_step - self.start_step) * self.meter.global_batch_size / (self.shown - self.start)
         self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{self.epochs}", refresh=False)
-        self.bar.set_postfix_str(f"loss {loss:.3f}, acc {100 * float(outputs['acc1']):.1f} %, {speed:.0f} images/s")
+        right = f"acc {100 * float(outputs['acc1']):.1f} %, " if "acc1" in outputs else ""
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {right}{speed:.0f} images/s")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -126,7 +128,8 @@ class Progress(Callback):
         left = (time.monotonic() - self.start) / max(1, done - self.start_step) * (self.total_steps - done)
         row = self.meter.last_row
         line = " | ".join([f"epoch {trainer.current_epoch + 1}/{self.epochs}", f"loss {row.get('train/loss', float('nan')):.4f}",
-                           *(f"{name} {100 * row[name]:.2f} %" for name in ("train/acc1", "val/acc1", "val_ema/acc1") if name in row),
+                           *(shown(name, row[name]) for name in ("train/acc1", *(f"{stage}/{pl_module.metric.name}" for stage in ("val", "val_ema")))
+                             if name in row),
                            f"{row.get('perf/images_per_sec', 0):.0f} images/s", f"{clock(left)} left"])
         (self.bar.write if self.bar is not None else print)(line)
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What a network said of every sample of a scored split: collected on each rank with its row, merged, checked complete, written once."""
+"""What a network said of every sample of a split: collected on each rank with its row, merged, checked complete, written once."""
 import os
 from pathlib import Path
 from typing import Any
@@ -8,25 +8,31 @@ import numpy as np
 import pandas as pd
 from lightning.pytorch.callbacks import Callback
 
-MOST_COLUMNS = 100  # classes that get a column each; of more only the likeliest is written
+from lightning_modules.targets import predict
+
+MOST_COLUMNS = 100  # classes that get a column each; of more only the likeliest is written, but for a table
 
 
 class Predictions(Callback):
-    """Writes `predictions.csv` after a test or a validation of its own (not those inside training).
+    """Writes `predictions.csv` after a test, a prediction, or a validation of its own (not those inside training); of a table's validation
+    `oof.csv`.
 
-    Columns: `id` (the picture's name in its split), `target`, and `prediction_<class>` with probabilities; for more than 100 classes
-    `prediction` (the likeliest class) and its `probability`. Each rank leaves a shard beside the file; rank 0 merges them by row.
-    Raises RuntimeError when a row is missing or there twice.
+    Columns: a table's id under its own name, or `id`, the picture's name in its split; `fold` in oof.csv; where there are targets `target` (class
+    name or own units), or of several `target_<name>`; `prediction` (own units), or `prediction_<class, label or target>` (probabilities, own
+    units). For more than 100 classes of what is no table `prediction` (the likeliest class) and its `probability`. Each rank leaves a shard
+    beside the file; rank 0 merges them by row. Raises RuntimeError when a row is missing or there twice.
     """
 
-    def __init__(self, folder: Path, class_names: list[str]):
-        self.path, self.class_names = folder / "predictions.csv", class_names
+    def __init__(self, folder: Path, spec: dict[str, Any], fold: int | None = None):
+        self.folder, self.spec, self.fold = folder, spec, fold or 0
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *place: int) -> None:
         valid = batch["valid"].cpu().numpy()
-        rows = (batch["index"], batch["target"], outputs.float().softmax(1))
+        rows = (batch["index"], batch["target"], predict(outputs, self.spec))
         self.parts.append(tuple(values.cpu().numpy()[valid] for values in rows))
+
+    on_predict_batch_end = on_test_batch_end
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *place: int) -> None:
         if trainer.state.fn == "validate":
@@ -35,49 +41,70 @@ class Predictions(Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._finish(trainer, "test")
 
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._finish(trainer, "predict")
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "validate":
             self._finish(trainer, "val")
 
-    def _finish(self, trainer: L.Trainer, split: str) -> None:
-        index, target, probability = (np.concatenate(values) for values in zip(*self.parts))
+    def _finish(self, trainer: L.Trainer, name: str) -> None:
+        index, target, prediction = (np.concatenate(values) for values in zip(*self.parts))
         self.parts = []
         with open(self._shard(trainer.global_rank), "wb") as file:
-            np.savez(file, index=index, target=target, probability=probability)
+            np.savez(file, index=index, target=target, prediction=prediction)
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
-            names = trainer.datamodule.splits[split].names
-            merged = merge([self._shard(rank) for rank in range(trainer.world_size)], len(names))
-            self._write([os.fsdecode(name) for name in names], *merged)
+            split = trainer.datamodule.splits[name]
+            target, prediction = merge([self._shard(rank) for rank in range(trainer.world_size)], len(split))
+            ids = [os.fsdecode(each) for each in split.names] if split.ids is None else split.ids
+            of_table = self.spec.get("id_column") and name == "val"
+            content = table(ids, self.spec, prediction, None if name == "predict" else target, self.fold if of_table else None)
+            write(content, self.folder / ("oof.csv" if of_table else "predictions.csv"))
             for rank in range(trainer.world_size):
                 self._shard(rank).unlink()
 
     def _shard(self, rank: int) -> Path:
-        return self.path.with_name(f".predictions-{rank}.partial")
+        return self.folder / f".predictions-{rank}.partial"
 
-    def _write(self, names: list[str], target: np.ndarray, probability: np.ndarray) -> None:
-        table = pd.DataFrame({"id": names, "target": [self.class_names[i] for i in target]})
-        if len(self.class_names) <= MOST_COLUMNS:
-            columns = [f"prediction_{name}" for name in self.class_names]
-            table = pd.concat([table, pd.DataFrame(probability, columns=columns)], axis=1)
-        else:
-            table["prediction"] = [self.class_names[i] for i in probability.argmax(1)]
-            table["probability"] = probability.max(1)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        table.to_csv(partial, index=False)
-        os.replace(partial, self.path)
+
+def table(ids: Any, spec: dict[str, Any], prediction: np.ndarray, target: np.ndarray | None = None, fold: Any = None) -> pd.DataFrame:
+    """The columns of `Predictions`. ids (N,); prediction (N, K or T) of targets.predict; target (N,) class numbers or (N, K or T); fold a number
+    or (N,)."""
+    names = spec["class_names"] or spec["target_names"]
+    columns = {spec.get("id_column") or "id": ids}
+    columns |= {} if fold is None else {"fold": np.broadcast_to(fold, len(ids))}
+    if target is not None and spec["task"] == "classification":
+        columns["target"] = [names[k] for k in target]
+    elif target is not None:
+        target = np.rint(target).astype(int) if spec["task"] == "multilabel" else target
+        columns |= {"target": target[:, 0]} if len(names) == 1 else {f"target_{name}": target[:, k] for k, name in enumerate(names)}
+    if spec["task"] == "classification" and len(names) > MOST_COLUMNS and not spec.get("id_column"):
+        columns |= {"prediction": [names[k] for k in prediction.argmax(1)], "probability": prediction.max(1)}
+    elif len(names) == 1:
+        columns["prediction"] = prediction[:, 0]
+    else:
+        columns |= {f"prediction_{name}": prediction[:, k] for k, name in enumerate(names)}
+    return pd.DataFrame(columns)
+
+
+def write(content: pd.DataFrame, path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    content.to_csv(partial, index=False)
+    os.replace(partial, path)
 
 
 def merge(shards: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """(targets (N,), probabilities (N, K)) by row, from the ranks' shards. Raises RuntimeError unless each of `count` rows is there once."""
+    """(targets, predictions), (N, ...) each by row, from the ranks' shards. Raises RuntimeError unless each of `count` rows is there once."""
     parts = []
     for shard in shards:
         with np.load(shard, allow_pickle=False) as content:
-            parts.append({key: content[key] for key in ("index", "target", "probability")})
+            parts.append({key: content[key] for key in ("index", "target", "prediction")})
     index = np.concatenate([part["index"] for part in parts])
     order = index.argsort(kind="stable")
     if not np.array_equal(index[order], np.arange(count)):
         missing, twice = np.setdiff1d(np.arange(count), index), len(index) - len(np.unique(index))
         raise RuntimeError(f"predictions are not complete: {len(missing)} of {count} rows missing (first {missing[:5].tolist()}), "
                            f"{twice} there twice")
-    return tuple(np.concatenate([part[key] for part in parts])[order] for key in ("target", "probability"))
+    return tuple(np.concatenate([part[key] for part in parts])[order] for key in ("target", "prediction"))

@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_modules.evaluation import ClassificationMetrics
+from lightning_modules.evaluation import Metrics
 from lightning_modules.freeze import hold_frozen
+from lightning_modules.metrics import Metric, find
 from lightning_modules.optim import set_lr
 
 
@@ -24,33 +25,36 @@ def share_right(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.detach().argmax(1) == heaviest).float().mean()
 
 
-class Classify(L.LightningModule):
-    """Single-label classification.
+class Task(L.LightningModule):
+    """Classification, multilabel or regression, as the data's specification says; the loss and the metrics are what differs.
 
     Args:
         model: (B, 3, H, W) -> logits (B, num_outputs).
         spec: the data's specification (design: task, num_outputs, class_names, ...); kept in the checkpoint.
         config: the resolved config as plain data; kept in the checkpoint.
-        loss: logits (B, K), targets (B,) int64 or, mixed, (B, K) float -> scalar.
+        loss: logits (B, num_outputs), targets as in the batch (classes mixed: (B, K) float) -> scalar; of other tasks than classification one of
+            losses.create, whose `rows` evaluation takes.
         schedule: optimizer step (0-based) -> learning rate.
         make_optimizer: model -> optimizer; its groups may carry `lr_scale`.
         seed: of dropout and drop path.
+        metric: what chooses the best epoch; None is the task's default.
     """
 
-    monitor, mode = "val/acc1", "max"
     ema: nn.Module | None = None  # the network with averaged weights while training keeps one (lightning_modules/ema.py)
 
     def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, loss: Callable[[Tensor, Tensor], Tensor],
-                 schedule: Callable[[int], float], make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], seed: int):
+                 schedule: Callable[[int], float], make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], seed: int,
+                 metric: Metric | None = None):
         super().__init__()
         if hasattr(model, "set_distilled_training"):  # no teacher here: one output, the mean of both heads
             model.set_distilled_training(False)
         self.model, self.spec, self.config = model, spec, config
         self.loss, self.schedule, self.make_optimizer, self.seed = loss, schedule, make_optimizer, seed
-        self.lr_used = 0.0
-        self.val_metrics, self.val_ema_metrics, self.test_metrics = (ClassificationMetrics(spec["num_outputs"]) for _ in range(3))
+        self.lr_used, self.metric = 0.0, metric or find(None, spec["task"])
+        self.monitor = f"val/{self.metric.name}"
+        self.val_metrics, self.val_ema_metrics, self.test_metrics = (Metrics(spec, getattr(loss, "rows", None), self.metric) for _ in range(3))
 
-    def train(self, mode: bool = True) -> "Classify":
+    def train(self, mode: bool = True) -> "Task":
         """As always, but what is frozen stays in evaluation mode."""
         super().train(mode)
         hold_frozen(self.model)
@@ -60,9 +64,13 @@ class Classify(L.LightningModule):
         return self.model(image)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` (mean over the batch), and `acc1` of the batch."""
+        """`loss` (mean over the batch), and of a classification `acc1` of the batch: no other metric is a mean over batches."""
         logits, target = self(batch["image"]).float(), batch["target"]
-        return {"loss": self.loss(logits, target), "acc1": share_right(logits, target)}
+        return {"loss": self.loss(logits, target), **self.running(logits, target)}
+
+    def running(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """What a batch tells of the training beside its losses."""
+        return {"acc1": share_right(logits, target)} if self.spec["task"] == "classification" else {}
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         torch.manual_seed(step_seed(self.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -85,10 +93,13 @@ class Classify(L.LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         return self._evaluate(self.model, batch, "test", self.test_metrics)
 
-    def _evaluate(self, network: nn.Module, batch: dict[str, Tensor], stage: str, metrics: ClassificationMetrics) -> Tensor:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return self.model(batch["image"])
+
+    def _evaluate(self, network: nn.Module, batch: dict[str, Tensor], stage: str, metrics: Metrics) -> Tensor:
         """Count the batch and return its logits (B, num_outputs)."""
         logits = network(batch["image"])
-        metrics.update(logits, batch["target"], batch["valid"])
+        metrics.update(logits, batch["target"], batch["valid"], batch["index"])
         self.log_dict(metrics.named(stage), on_step=False, on_epoch=True, logger=False, batch_size=len(batch["target"]))
         return logits
 

@@ -15,7 +15,7 @@ import models
 from models import pretrained
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-MUST_AGREE = ("task", "class_names", "target_names", "num_outputs", "target_range")  # between the specs of teacher and student
+MUST_AGREE = ("task", "class_names", "target_names", "num_outputs", "encoding", "target_range")  # between the specs of teacher and student
 
 
 class Teacher:

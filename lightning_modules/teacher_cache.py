@@ -18,7 +18,8 @@ from torch import Tensor
 ABOUT, FORMAT = "cache.json", 1
 HALF = torch.finfo(torch.float16).max
 TRANSFORM = ("crop_scale", "hflip", "rand_augment", "random_erasing", "augment_args", "train_size", "mixup", "cutmix")
-COMMON = ("task", "num_outputs", "class_names", "data", "data_args", "fingerprint", "sizes", "image_size", "mean", "std", "interpolation")
+COMMON = ("task", "num_outputs", "class_names", "target_names", "target_range", "encoding", "data",
+          "data_args", "fingerprint", "sizes", "image_size", "mean", "std", "interpolation")
 KNOBS = {  # what must be equal, by the view of the pictures that the teacher saw
     "replayed": (*COMMON, *TRANSFORM, "repeated_augment", "seed", "global_batch_size"),  # the very pictures of training, another view in each epoch
     "still": (*COMMON, *TRANSFORM),  # those of training, where it shows a picture in one way only
@@ -49,7 +50,7 @@ def differences(there: dict[str, Any], here: dict[str, Any], view: str) -> list[
         keys += ["epochs"] * ("-" in str(here["train_size"]))  # the crops grow by the share of the epochs that is over
     if there["fingerprint"] != here["fingerprint"]:
         keys += ["val_fraction", "split_seed"]
-    apart = [f"{key} {short(there[key])} -> {short(here[key])}" for key in keys if there[key] != here[key]]
+    apart = [f"{key} {short(there.get(key))} -> {short(here[key])}" for key in keys if there.get(key) != here[key]]
     if view == "evaluation" and (here["mixup"] or here["cutmix"]):
         apart.append("mixup or cutmix: the teacher has seen unmixed pictures")
     if view == "replayed" and here["epochs"] > there["epochs"]:

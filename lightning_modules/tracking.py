@@ -59,13 +59,15 @@ def persistent_id(run_dir: Path) -> str:
 
 
 class SafeWandbLogger(WandbLogger):
-    """WandbLogger for one run directory that falls back to offline instead of blocking or killing the job."""
+    """WandbLogger for one run directory that falls back to offline instead of blocking or killing the job; `group` is of runs that belong
+    together, as the folds of one."""
 
-    def __init__(self, run_dir: Path, *, config: dict[str, Any], init_timeout: float = 60, finish_timeout: float = 300):
+    def __init__(self, run_dir: Path, *, config: dict[str, Any], name: str | None = None, group: str | None = None, init_timeout: float = 60,
+                 finish_timeout: float = 300):
         wanted = {"init_timeout": init_timeout, "finish_timeout": finish_timeout,
                   "x_transaction_log_flush_interval": 2.0}  # 15 s by default, which a kill -9 loses
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
-        super().__init__(mode=wandb_mode(), save_dir=run_dir, name=run_dir.name, id=persistent_id(run_dir), config=config,
+        super().__init__(mode=wandb_mode(), save_dir=run_dir, name=name or run_dir.name, group=group, id=persistent_id(run_dir), config=config,
                          settings=settings, project=os.getenv("WANDB_PROJECT", "vitlab"))
         self._wandb_init.pop("anonymous", None)  # a deprecated setting that Lightning passes
 

@@ -78,7 +78,7 @@ def keywords(name: str) -> list[str]:
     """The keywords that `create` takes for one of our own models, beside num_outputs, image_size and in_chans."""
     check_name(name)
     parameters = inspect.signature(REGISTRY[name].build.__init__).parameters
-    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")] + ["dist_head"]
+    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")] + ["dist_head", *HEAD]
 
 
 def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, in_chans: int = 3, **model_args: Any) -> nn.Module:
@@ -90,10 +90,17 @@ def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, i
         image_size: side or (height, width) in pixels; None is the variant's own.
         in_chans: colour channels of the picture.
         model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours. `dist_head` true gives
-            any network a second head to learn from a teacher with (models/dist_head.py).
+            any network a second head to learn from a teacher with (models/dist_head.py), `head_hidden` 128 a head of two layers, with
+            `head_dropout` between them (models/mlp_head.py).
     Raises ValueError for an unknown name (with the closest ones), an unknown keyword, or an image size the network cannot take.
     """
     check_name(name)
+    head = {key: model_args.pop(key) for key in HEAD if key in model_args}
+    if head.keys() == {HEAD[1]} or head and model_args.get("dist_head"):
+        raise ValueError("head_dropout is of a head with head_hidden" if HEAD[0] not in head else "head_hidden and dist_head: give one of them")
+    if head:
+        model = create(name, num_outputs, image_size, in_chans, **model_args)
+        return with_mlp_head(model, head[HEAD[0]], head.get(HEAD[1], 0.0)) if num_outputs else model
     if model_args.pop("dist_head", False):
         return with_dist_head(create(name, num_outputs, image_size, in_chans, **model_args))
     if name.startswith("timm/"):
@@ -127,6 +134,7 @@ def timm_cfg(name: str, num_outputs: int) -> dict[str, Any]:
             "first_conv": entry.build.first_conv, "classifier": entry.build.classifier, "architecture": name}
 
 
+HEAD = ("head_hidden", "head_dropout")
 TIMM_WORDS = {"drop_path": "drop_path_rate", "dropout": "drop_rate", "attn_dropout": "attn_drop_rate"}
 
 
@@ -161,6 +169,7 @@ def preprocessing(name: str) -> dict[str, Any]:
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 from models.dist_head import with_dist_head  # noqa: E402
+from models.mlp_head import with_mlp_head  # noqa: E402
 from models.pretrained import load  # noqa: E402  (after the registry, which it uses)
 
 __all__ = ["REGISTRY", "create", "keywords", "load", "names", "preprocessing", "register"]

@@ -67,14 +67,14 @@ def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_
 
 def _kill_before(step: int) -> None:
     """Die by kill -9 at the first training pass after `step` optimizer steps."""
-    from lightning_modules.task import Classify
-    original = Classify.training_step
+    from lightning_modules.task import Task
+    original = Task.training_step
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         if self.global_step >= step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, batch, batch_idx)
-    Classify.training_step = training_step
+    Task.training_step = training_step
 
 
 @pytest.fixture

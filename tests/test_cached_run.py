@@ -38,10 +38,12 @@ def test_cached_training_is_live_training_and_two_ranks_are_one(taught, launch):
     """Without mixing and batch norm, with all classes kept: the live teacher's run to float16's rounding, on one rank and on two."""
     cached(taught, launch, f"{HARD} --epochs 2 --topk 3")
     line = f"{TINY} {HARD} --epochs 2 --distill soft --lr 1e-2 --optimizer sgd"
-    for name, rest, ranks in (("live", "--teacher runs/teacher", 1), ("one", "--teacher cache", 1), ("two", "--teacher cache --devices 2", 2)):
+    for name, rest, ranks in (("live", "--teacher runs/teacher", 1), ("pair", "--teacher runs/teacher --devices 2", 2),
+                              ("one", "--teacher cache", 1), ("two", "--teacher cache --devices 2", 2)):
         ended = launch(f"{line} {rest} --name {name}", ranks=ranks)
         assert ended.code == 0, "\n".join(ended.outs)
-    live, one, two = (weights_of(taught / "runs" / name / "checkpoints" / "last.ckpt") for name in ("live", "one", "two"))
+    live, pair, one, two = (weights_of(taught / "runs" / name / "checkpoints" / "last.ckpt") for name in ("live", "pair", "one", "two"))
+    assert all((live[key].double() - pair[key].double()).abs().max() < 1e-6 for key in live)
     assert all((live[key].double() - one[key].double()).abs().max() < 1e-4 for key in live)  # the cache is in half precision
     assert all((one[key].double() - two[key].double()).abs().max() < 1e-6 for key in one)
     assert result_of(taught / "runs" / "one")["test/acc1"] == result_of(taught / "runs" / "two")["test/acc1"]

@@ -109,6 +109,14 @@ def test_features_by_cosine_and_by_numbers():
     assert [p.shape for p in create("features", widths=(2, 5)).parameters()] == [(5, 2), (5,)]
 
 
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_binary_is_soft_on_each_label_as_two_classes(tau):
+    student, teacher, labels = tensors()
+    expected = [create("soft", tau=tau)(*(torch.stack([torch.zeros(3), logits[:, k]], 1) for logits in (student, teacher)), labels) for k in range(4)]
+    assert create("binary", "multilabel", tau=tau)(student, teacher, labels).item() == pytest.approx(float(sum(expected) / 4), rel=1e-5)
+    assert create("binary", "multilabel")(teacher, teacher, labels).item() == 0
+
+
 @pytest.mark.parametrize("tau, target_weight, beta", [(1.0, 1.0, 0.5), (4.0, 1.0, 8.0), (2.0, 0.3, 2.0)])
 def test_dkd_is_the_papers(tau, target_weight, beta):
     s, t, expected = softmax(STUDENT / tau), softmax(TEACHER / tau), 0.0
@@ -169,13 +177,13 @@ def test_nothing_is_left_to_learn_from_an_equal(name):
 @pytest.mark.parametrize("name", ON_LOGITS)
 def test_gradients_reach_the_student_alone_and_are_computed_in_float32(name):
     student, teacher, labels = tensors(torch.bfloat16)
-    loss = create(name)(student, teacher, labels)
+    loss = create(name, LOSSES[name].tasks[0])(student, teacher, labels)
     loss.backward()
     assert loss.dtype == torch.float32 and student.grad.abs().max() > 0 and teacher.grad is None
-    plain = create(name)(student.detach().float(), teacher.detach().float(), labels)
+    plain = create(name, LOSSES[name].tasks[0])(student.detach().float(), teacher.detach().float(), labels)
     assert torch.equal(loss, plain)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(create(name)(student, teacher, labels), plain)
+        assert torch.equal(create(name, LOSSES[name].tasks[0])(student, teacher, labels), plain)
 
 
 def test_features_gradients_reach_the_student_and_the_projection_alone():
@@ -188,7 +196,7 @@ def test_features_gradients_reach_the_student_and_the_projection_alone():
 @pytest.mark.parametrize("name", ON_LOGITS)
 def test_extreme_logits_stay_finite(name):
     student = torch.tensor([[300.0, -300.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
-    loss = create(name)(student, torch.tensor([[-300.0, 300.0, 0.0], [500.0, 0.0, 0.0]]), torch.tensor([0, 1]))
+    loss = create(name, LOSSES[name].tasks[0])(student, torch.tensor([[-300.0, 300.0, 0.0], [500.0, 0.0, 0.0]]), torch.tensor([0, 1]))
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()
 

@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from lightning_modules import distill_losses
+from lightning_modules import distill_losses, losses
 from lightning_modules.distiller import Distill
-from lightning_modules.losses import LOSSES
 from lightning_modules.optim import optimizer
 from lightning_modules.teacher import Teacher
 
@@ -24,7 +23,7 @@ def student(name="vit_s16", loss="hard", teacher=None, alpha=None, widths=None, 
     network = models.create(name, 5, 32, **SMALL, **model_args)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return Distill(network, SPEC, {}, loss=lambda logits, target: LOSSES["cross_entropy"](logits, target, 0.1), schedule=lambda step: 0.1,
+    return Distill(network, SPEC, {}, loss=losses.create("cross_entropy", SPEC, 0.1), schedule=lambda step: 0.1,
                    make_optimizer=lambda model: optimizer(model, "sgd", lr=0.1, weight_decay=0.0), seed=0, teacher=teacher or guide(),
                    distill=distill_losses.create(loss, "classification", widths), weights=distill_losses.weights(loss, alpha))
 

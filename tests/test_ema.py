@@ -13,7 +13,7 @@ from experiments import build, export, training
 from experiments.config import read
 from lightning_modules.ema import Ema, uses_ema
 from lightning_modules.history import read_history
-from lightning_modules.task import Classify
+from lightning_modules.task import Task
 from models import pretrained
 
 TINY = "--data_dir pics --image_size 16 --recipe none --global_batch_size 8 --micro_batch_size 4 --lr 2e-3 --workers 0 --logger csv " \
@@ -141,13 +141,13 @@ def test_killed_twice_is_the_uninterrupted_run(pics, launch, line, ranks):
 
 def ask():
     """SIGTERM in the passes of the sixth optimizer step."""
-    original = Classify.training_step
+    original = Task.training_step
 
     def training_step(self, batch, batch_idx):
         if self.global_step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch, batch_idx)
-    Classify.training_step = training_step
+    Task.training_step = training_step
 
 
 @pytest.mark.slow

@@ -8,7 +8,11 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch.nn import functional as F
 
-from lightning_modules.losses import LOSSES, check_loss
+from lightning_modules import losses
+from lightning_modules.losses import check_loss
+from lightning_modules.targets import encoding_of, predict
+
+LOSSES = losses.LOSSES["classification"]
 
 
 @pytest.fixture
@@ -98,3 +102,108 @@ def test_what_is_refused_would_have_had_wrong_targets(logits):
         check_loss(name, smoothing=0.0, mixing=True, num_outputs=2)
     for name in set(LOSSES) - {"bce_deit3"}:
         check_loss(name, smoothing=0.1, mixing=True, num_outputs=10)
+
+
+LABELS = {"task": "multilabel", "class_names": list("abc"), "num_outputs": 3}
+ONE = {"task": "regression", "class_names": None, "target_names": ["y"], "target_range": [[10.0, 110.0]]}
+TWO = ONE | {"target_names": ["y", "z"], "target_range": [[10.0, 110.0], [-1.0, 1.0]]}
+
+
+def numbers(outputs=1, targets=2, seed=3):
+    rng = torch.Generator().manual_seed(seed)
+    logits = torch.randn(8, targets * outputs, generator=rng)
+    scaled = torch.rand(8, targets, generator=rng)
+    low, high = torch.tensor(TWO["target_range"][:targets]).T
+    return logits, scaled, low + scaled * (high - low)
+
+
+def test_multilabel_is_torchs_binary_cross_entropy():
+    logits = torch.randn(8, 3, generator=torch.Generator().manual_seed(3))
+    target = (torch.rand(8, 3, generator=torch.Generator().manual_seed(1)) > 0.6).float()
+    loss = losses.create("bce", LABELS)
+    assert float(loss(logits, target)) == pytest.approx(float(F.binary_cross_entropy_with_logits(logits, target)), rel=1e-6)
+    each = [F.cross_entropy(torch.stack([0 * column, column], 1), labels.long(), label_smoothing=0.2) for column, labels in zip(logits.T, target.T)]
+    smooth = losses.create("bce", LABELS, 0.2)  # torch's smoothing of two classes, of which the other has logit 0
+    assert float(smooth(logits, target)) == pytest.approx(float(torch.stack(each).mean()), rel=1e-6)
+    assert torch.equal(smooth.rows(logits, target), loss.rows(logits, target)) and loss.rows(logits, target).shape == (8,)
+    assert float(loss(logits, target)) == pytest.approx(float(BinaryCrossEntropy(0.0)(logits, target)), rel=1e-6)
+    mixed = 0.3 * target + 0.7 * target.flip(0)
+    assert float(loss(logits, mixed)) == pytest.approx(float(F.binary_cross_entropy_with_logits(logits, mixed)), rel=1e-6)
+
+
+@pytest.mark.parametrize("name, theirs, given", [
+    ("bce", F.binary_cross_entropy_with_logits, {}), ("mse", F.mse_loss, {}), ("l1", F.l1_loss, {}),
+    ("huber", lambda logits, scaled: F.huber_loss(logits, scaled, delta=0.1), {}),
+    ("huber", lambda logits, scaled: F.huber_loss(logits, scaled, delta=0.5), {"delta": 0.5})])
+def test_regression_losses_are_torchs_on_targets_scaled_to_0_1(name, theirs, given):
+    logits, scaled, target = numbers()
+    assert float(losses.create(name, TWO, **given)(logits, target)) == pytest.approx(float(theirs(logits, scaled)), rel=1e-5)
+    first = losses.create(name, ONE, **given)(logits[:, :1], target[:, :1])
+    assert float(first) == pytest.approx(float(theirs(logits[:, :1], scaled[:, :1])), rel=1e-5)
+
+
+def test_target_weights():
+    logits, scaled, target = numbers()
+    a, b = F.mse_loss(logits, scaled, reduction="none").mean(0)
+    for weights in ([1, 3], [0.5, 1.5]):
+        found = losses.create("mse", TWO, target_weights=weights)(logits, target)
+        assert float(found) == pytest.approx(float((a + 3 * b) / 4), rel=1e-5)
+    assert float(losses.create("mse", TWO, target_weights=[7, 7])(logits, target)) == pytest.approx(float((a + b) / 2), rel=1e-5)
+
+
+def test_ordinal_and_distribution_by_hand():
+    """Three bins of 0-1 stand at 0, 1/2, 1; the thresholds between them are passed at 1/4's half, ... : the target 3/4 is 1 above the first, half
+    above the second."""
+    logits, target = torch.tensor([[0.3, -0.2]]), torch.tensor([[85.0]])
+    expected = F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 0.5]]))
+    assert float(losses.create("ordinal", ONE, bins=3)(logits, target)) == pytest.approx(float(expected), rel=1e-6)
+    logits, place = torch.tensor([[0.3, -0.2, 0.9]]), np.array([0.0, 1.0, 2.0])
+    gauss = np.exp(-((1.5 - place) / 0.7) ** 2 / 2)
+    expected = F.cross_entropy(logits, torch.tensor((gauss / gauss.sum())[None], dtype=torch.float32))
+    assert float(losses.create("distribution", ONE, bins=3, sigma=0.7)(logits, target)) == pytest.approx(float(expected), rel=1e-6)
+    for name, outputs in (("ordinal", 4), ("distribution", 5)):
+        logits, _, target = numbers(outputs)
+        both = losses.create(name, TWO, bins=5)(logits, target)
+        alone = [losses.create(name, {**ONE, "target_range": [limits]}, bins=5) for limits in TWO["target_range"]]
+        apart = [loss(logits.unflatten(1, (2, -1))[:, t], target[:, t:t + 1]) for t, loss in enumerate(alone)]
+        assert float(both) == pytest.approx(float(sum(apart) / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("name, given", [("bce", {}), ("mse", {}), ("l1", {}), ("huber", {}), ("ordinal", {"bins": 9}),
+                                         ("distribution", {"bins": 21, "sigma": 0.5})])
+def test_the_best_logits_give_the_target_back_in_its_units(name, given):
+    """What minimises the loss is what `predict` turns into the target."""
+    target = torch.tensor([[20.0, -0.5], [60.0, 0.0], [100.0, 0.9]])
+    encoding, outputs = encoding_of(name, given.get("bins", 20))
+    logits = torch.zeros(3, 2 * outputs, requires_grad=True)
+    loss, learner = losses.create(name, TWO, **given), torch.optim.Adam([logits], 0.05)
+    for step in range(1500):
+        learner.param_groups[0]["lr"] = 0.05 * (1 - step / 1500)
+        learner.zero_grad()
+        loss(logits, target).backward()
+        learner.step()
+    found = predict(logits.detach(), TWO | {"encoding": encoding})
+    assert torch.allclose(found, target, atol=0.02, rtol=0.02), found
+
+
+def test_targets_out_of_the_range_count_as_its_end_where_the_loss_is_bounded():
+    logits, ends, beyond = torch.zeros(2, 1), torch.tensor([[10.0], [110.0]]), torch.tensor([[-50.0], [200.0]])
+    for name, given in (("bce", {}), ("ordinal", {"bins": 2}), ("distribution", {"bins": 3})):
+        outputs = {"distribution": 3}.get(name, 1)
+        loss = losses.create(name, ONE, **given)
+        assert torch.equal(loss.rows(logits.expand(2, outputs), beyond), loss.rows(logits.expand(2, outputs), ends))
+    assert losses.create("mse", ONE)(logits, beyond) > losses.create("mse", ONE)(logits, ends)
+
+
+@pytest.mark.parametrize("name, spec, given, says", [
+    ("mse", LABELS, {}, "--loss mse is for regression; for multilabel there are bce"),
+    ("mse", ONE, {"delta": 1}, "--loss_args.delta: --loss mse of a regression takes target_weights"),
+    ("huber", ONE, {"dleta": 1}, "did you mean delta"), ("huber", ONE, {"delta": 0}, "--loss_args.delta 0: must be a positive number"),
+    ("ordinal", ONE, {"bins": 1}, "at least 2"), ("distribution", ONE, {"bins": 2.5}, "whole number"),
+    ("distribution", ONE, {"sigma": "x"}, "positive"), ("bce", TWO, {"target_weights": [1]}, "has 1 numbers, the data 2 targets .y, z."),
+    ("bce", TWO, {"target_weights": [1, -1]}, "positive number for each"), ("bce", TWO, {"target_weights": 3}, "positive number for each")])
+def test_what_a_loss_does_not_take(name, spec, given, says):
+    with pytest.raises(ValueError, match=says):
+        losses.create(name, spec, **given)
+    with pytest.raises(ValueError, match="--label_smoothing 0.1 is for classes and labels"):
+        losses.create("bce", ONE, 0.1)

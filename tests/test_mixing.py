@@ -8,7 +8,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
 import datamodules
-from datamodules.mixing import batch_key
+from datamodules.mixing import Mixer, batch_key
 
 MODES = {
     "mixup": (dict(mixup=0.8), dict(mixup_alpha=0.8)),
@@ -161,3 +161,41 @@ def test_a_resumed_run_mixes_as_an_uninterrupted_one(tmp_path):
         assert fit(tmp_path / str(step), digits(**words, workers=workers), tmp_path / "whole" / f"step={step}.ckpt") == whole[2 * step :]
     with pytest.raises(ValueError, match="repeated_augment was 3, is 1"):
         fit(tmp_path / "other", digits(**{**words, "repeated_augment": 1}), tmp_path / "whole" / "step=3.ckpt")
+
+
+NUMBERS = torch.tensor(np.random.default_rng(5).uniform(-20, 80, (256, 3)), dtype=torch.float32)
+
+
+def mixer(**words):
+    data = digits(**words)
+    settings = dict(mixup=data.mixup, cutmix=data.cutmix, augment=data.augment, num_classes=0, smoothing=0.1)
+    return {task: Mixer(task=task, **settings) for task in ("multilabel", "regression")}
+
+
+@pytest.mark.parametrize("name", [name for name in MODES if "smoothing" not in str(MODES[name])] + ["roll", "odd roll"])
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_numbers_are_mixed_as_timm_mixes_classes(name, task):
+    """One-hot rows as numbers come out as classes do; pictures are the same, bit for bit; other numbers follow linearly."""
+    words = MODES[name][0] if name in MODES else dict(mixup=0.3, augment_args=dict(mix_mode="roll"))
+    of_numbers, count = mixer(**words)[task], 255 if "odd" in name else 256
+    of_classes = Mixer(task="classification", mixup=words.get("mixup", 0.0), cutmix=words.get("cutmix", 0.0), augment=digits(**words).augment,
+                       num_classes=10, smoothing=0.0)
+    image, classes, key = torch.randn(count, 3, 8, 8), torch.arange(count) % 10, (1, 2, 3)
+    expected_image, expected = of_classes(image.clone(), classes, 3, key)
+    one_hot = torch.nn.functional.one_hot(classes, 10).float()
+    found_image, found = of_numbers(image.clone(), one_hot, 3, key)
+    assert torch.equal(found_image, expected_image) and torch.equal(found, expected) and found.dtype == torch.float32
+    eye = torch.eye(count)
+    shares = of_numbers(image.clone(), eye, 3, key)[1]  # (B, B) of each picture in each other
+    mixed = of_numbers(image.clone(), NUMBERS[:count], 3, key)[1]
+    torch.testing.assert_close(mixed, shares @ NUMBERS[:count])
+    assert torch.allclose(shares.sum(1), torch.ones(count)) and (name == "seldom" or not torch.equal(mixed, NUMBERS[:count]))
+    assert torch.equal(mixed, of_numbers(image.clone(), NUMBERS[:count], 3, key)[1])
+    assert name == "seldom" or not torch.equal(mixed, of_numbers(image.clone(), NUMBERS[:count], 4, key)[1])
+
+
+def test_scaling_and_mixing_commute():
+    low, high = -20.0, 80.0
+    image, of_numbers = torch.zeros(256, 3, 8, 8), mixer(mixup=0.8)["regression"]
+    before, after = (of_numbers(image, numbers, 3, (1,))[1] for numbers in ((NUMBERS - low) / (high - low), NUMBERS))
+    torch.testing.assert_close(before, (after - low) / (high - low))

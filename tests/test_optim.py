@@ -10,7 +10,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 import models
-from lightning_modules.evaluation import ClassificationMetrics
+from lightning_modules.evaluation import Metrics
 from lightning_modules.optim import check_optimizer, optimizer, set_lr
 
 
@@ -258,11 +258,11 @@ def test_nonsense_scales_are_refused(little):
 def test_metrics_equal_scikit_learn_however_batched_and_padded(split):
     rng = np.random.default_rng(0)
     logits, target = rng.normal(size=(13, 7)), rng.integers(0, 7, 13)
-    metrics, start = ClassificationMetrics(7), 0
+    metrics, start, rows = Metrics({"task": "classification", "num_outputs": 7}), 0, torch.arange(15)
     for size in split:
         part = slice(start, start + size)
         padded = torch.tensor(np.concatenate([logits[part], rng.normal(size=(2, 7))]))
-        metrics.update(padded, torch.tensor(np.concatenate([target[part], [3, 3]])), torch.tensor([True] * size + [False] * 2))
+        metrics.update(padded, torch.tensor(np.concatenate([target[part], [3, 3]])), torch.tensor([True] * size + [False] * 2), rows[:size + 2])
         start += size
     found = {name: float(metric.compute()) for name, metric in metrics.named("val").items()}
     probabilities = torch.tensor(logits).softmax(1).numpy()
@@ -272,7 +272,7 @@ def test_metrics_equal_scikit_learn_however_batched_and_padded(split):
 
 
 def test_a_batch_of_padding_alone_weighs_nothing():
-    metrics = ClassificationMetrics(3)
-    metrics.update(torch.eye(3), torch.arange(3), torch.tensor([True, True, False]))
-    metrics.update(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool))
+    metrics = Metrics({"task": "classification", "num_outputs": 3})
+    metrics.update(torch.eye(3), torch.arange(3), torch.tensor([True, True, False]), torch.arange(3))
+    metrics.update(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.bool), torch.arange(4))
     assert float(metrics.metrics["acc1"].compute()) == 1.0

@@ -50,6 +50,6 @@ def test_incomplete_shards_are_refused(tmp_path, rows, words):
     shards = []
     for number, index in enumerate(rows):
         shards.append(tmp_path / f"{number}.npz")
-        np.savez(shards[-1], index=np.array(index), target=np.zeros(len(index), int), probability=np.ones((len(index), 2)))
+        np.savez(shards[-1], index=np.array(index), target=np.zeros(len(index), int), prediction=np.ones((len(index), 2)))
     with pytest.raises(RuntimeError, match=words):
         merge(shards, 4)

@@ -75,7 +75,9 @@ TABLE = {  # every knob of training that is not at its default, with rates as th
                                    "augment_args": {"mix_mode": "roll"}},
     "cifar10_vit": CIFAR | {"model": "vit_nano4", "model_args": NANO | {"gelu": "tanh", "pool": "cls", "pos": "learned"}},
 }
-OWN = {"demo", "finetune", "finetune_large", "cifar10_teacher", "cifar10_token"}  # nothing published to compare with
+OWN = {"demo", "finetune", "finetune_large", "cifar10_teacher", "cifar10_token",  # nothing published to compare with
+       *(f"{data}_{network}" for data in ("pawpularity", "classify_leaves") for network in (
+           "vit_small_patch32_224", "convnext_small", "swin_base", "efficientnet_b3"))}
 PARAMETERS = {"deit_ti16": 5_717_416, "deit_s16": 22_050_664, "deit_b16": 86_567_656, "deit_b16_384": 86_859_496,
               "deit_ti16_distilled": 5_910_800, "deit_s16_distilled": 22_436_432, "deit_b16_distilled": 87_338_192, "deit3_s16": 22_059_496,
               "deit3_b16_224": 86_585_320, "swin_t": 28_288_354, "swin_s": 49_606_258, "swin_b": 87_768_224, "convnext_t": 28_589_128,
@@ -84,7 +86,8 @@ PARAMETERS = {"deit_ti16": 5_717_416, "deit_s16": 22_050_664, "deit_b16": 86_567
 VIT = "--model_args.depth 2 --model_args.embed_dim 32 --model_args.num_heads 2 --image_size 32"
 SMALLER = {"swin": "--model_args.embed_dim 12 --model_args.depths [1,1,1,1] --model_args.num_heads [1,2,3,4] --image_size 64",
            "convnext": "--model_args.dims [8,16,16,16] --model_args.depths [1,1,1,1] --image_size 32",
-           "resnet50": "--model timm/resnet18 --image_size 32", "finetune": "--image_size 32", "demo": "", "cifar10_teacher": ""}
+           "resnet50": "--model timm/resnet18 --image_size 32", "finetune": "--image_size 32", "demo": "", "cifar10_teacher": "",
+           **dict.fromkeys(("pawpularity", "classify_leaves"), "--model timm/resnet18 --image_size 32")}
 TEACHER = {"patient": ["--teacher", "runs/t"]}
 ANY_MODEL = ("finetune", "patient")
 QUICK = {"vit_b16", "simple_vit_s16", "deit_ti16_distilled", "deit3_s16", "swin_t", "convnext_b_384"}

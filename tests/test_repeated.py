@@ -75,8 +75,8 @@ def test_copies_look_different():
 def repeat_and_record() -> None:
     """In a launched process: three copies of each digit; every pass appends (epoch, indices) to `seen-<rank>.jsonl`."""
     import datamodules
-    from lightning_modules.task import Classify
-    create, step = datamodules.create, Classify.training_step
+    from lightning_modules.task import Task
+    create, step = datamodules.create, Task.training_step
 
     def training_step(self, batch, batch_idx):
         with open(f"seen-{os.environ.get('RANK', 0)}.jsonl", "a") as file:
@@ -84,7 +84,7 @@ def repeat_and_record() -> None:
         return step(self, batch, batch_idx)
 
     datamodules.create = lambda name, **kwargs: create(name, **{**kwargs, "repeated_augment": 3})
-    Classify.training_step = training_step
+    Task.training_step = training_step
 
 
 def test_two_processes_of_a_run_share_the_order_once(launch, tmp_path: Path):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import models
 from lightning_modules.distill_losses import create, weights
-from lightning_modules.task import Classify
+from lightning_modules.task import Task
 from lightning_modules.teacher import Teacher, Teachers
 
 HALF, IMAGENET = {"mean": (0.5,) * 3, "std": (0.5,) * 3}, {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -42,7 +42,7 @@ def normalised(x, mean, std):
     return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
-class Distilled(Classify):
+class Distilled(Task):
     """A student as the distiller wires it, its batches mixed."""
 
     def __init__(self, teacher, **given):
@@ -71,7 +71,7 @@ def trained(tmp_path_factory):
     net.register_forward_pre_hook(lambda module, images: shown.append((images[0].clone(), module.training, torch.is_grad_enabled())))
     student = Distilled(guide)
     x = normalised(pictures(16, 3, 32, 32), **HALF)
-    rows = [{"image": x[i], "target": i % 3, "valid": True} for i in range(16)]
+    rows = [{"image": x[i], "target": i % 3, "index": i, "valid": True} for i in range(16)]
     trainer = L.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
                         default_root_dir=folder, callbacks=[EMAWeightAveraging(decay=0.9)], enable_checkpointing=False)
     start = copy.deepcopy(student.model.state_dict())
@@ -95,7 +95,7 @@ def test_it_is_nowhere_in_the_student(trained):
     own = {id(tensor) for tensor in guide.network.state_dict().values()}
     assert not [name for name, parameter in student.named_parameters() if id(parameter) in own or not name.startswith("model.")]
     assert not [module for module in student.modules() if module is guide.network]
-    assert student.state_dict().keys() == Classify(student.model, SPEC, {}, **WIRING).state_dict().keys()
+    assert student.state_dict().keys() == Task(student.model, SPEC, {}, **WIRING).state_dict().keys()
     held = {id(parameter) for group in student.configure_optimizers().param_groups for parameter in group["params"]}
     assert held == {id(parameter) for parameter in student.model.parameters()}
     content = torch.load(folder / "last.ckpt", weights_only=True)

@@ -38,14 +38,14 @@ def prepare() -> None:
 
 def spy() -> None:
     """In a launched process: keep what each training pass sees."""
-    from lightning_modules.task import Classify
-    original = Classify.training_step
+    from lightning_modules.task import Task
+    original = Task.training_step
 
     def training_step(self, batch, batch_idx):
         seen = {key: batch[key] for key in ("image", "index", "copy") if key in batch} | {"epoch": self.current_epoch}
         torch.save(seen, f"seen-{self.current_epoch}-{self.global_rank}-{batch_idx}.pt")
         return original(self, batch, batch_idx)
-    Classify.training_step = training_step
+    Task.training_step = training_step
 
 
 def die_in_the_second_shard() -> None:

@@ -50,9 +50,9 @@ class Fault:
     def plant(self, folder: Path) -> None:
         from experiments import build
         from lightning_modules.checkpoints import AtomicCheckpointIO
-        from lightning_modules.task import Classify
-        owner, name = {"step": (Classify, "training_step"), "validation": (Classify, "validation_step"), "test": (Classify, "test_step"),
-                       "save": (AtomicCheckpointIO, "save_checkpoint"), "setup": (Classify, "configure_optimizers"),
+        from lightning_modules.task import Task
+        owner, name = {"step": (Task, "training_step"), "validation": (Task, "validation_step"), "test": (Task, "test_step"),
+                       "save": (AtomicCheckpointIO, "save_checkpoint"), "setup": (Task, "configure_optimizers"),
                        "decide": (build, "datamodule")}[self.phase]
         original = getattr(owner, name)
 

@@ -74,14 +74,14 @@ def die_at_replace(name: str, number: int) -> None:
 
 def record_order(file: str) -> None:
     """Append `step epoch indices` of every training pass of this rank to a file."""
-    from lightning_modules.task import Classify
-    original = Classify.training_step
+    from lightning_modules.task import Task
+    original = Task.training_step
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         with open(file, "a") as lines:
             lines.write(f"{self.global_step} {self.current_epoch} {batch['index'].tolist()}\n")
         return original(self, batch, batch_idx)
-    Classify.training_step = training_step
+    Task.training_step = training_step
 
 
 def fixed_accuracies(values: list[float]) -> None:
@@ -135,8 +135,8 @@ def troubled_disk(fault: str, start: int, stop: int | None) -> None:
     os.makedirs("runs", exist_ok=True)
     _libc("mount", "none", "runs", "tmpfs", 0, "size=5m")
     from experiments import report
-    from lightning_modules.task import Classify
-    step_before, result_before = Classify.training_step, report.result
+    from lightning_modules.task import Task
+    step_before, result_before = Task.training_step, report.result
     done = []
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
@@ -155,7 +155,7 @@ def troubled_disk(fault: str, start: int, stop: int | None) -> None:
             result_before(*arguments)
         finally:
             shutil.copytree("runs", "kept", ignore=shutil.ignore_patterns("ballast"))
-    Classify.training_step, report.result = training_step, result
+    Task.training_step, report.result = training_step, result
 
 
 def _fill() -> None:

@@ -1,0 +1,109 @@
+"""The rows of one table with their pictures and targets, everything that is wrong with them reported. Only pandas, numpy, Pillow and the
+standard library, but for `Rows.split`."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from datamodules.table import Report, counted, listed, near_miss, rows_text
+from datamodules.table_pictures import Folder, Wrong, columns_in, locate, unreadable
+from datamodules.table_targets import read_targets
+
+if TYPE_CHECKING:
+    from datamodules.pictures import Split
+
+MOST_SKIPPED = 0.5  # more rows without a picture than that: the template is wrong, not the pictures
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`ids` (N,) str; `files` N paths relative to the data folder or None; `targets` (N, ...); `bad` rows: path and reason."""
+
+    name: str
+    ids: np.ndarray
+    files: list[str | None]
+    targets: np.ndarray
+    bad: Wrong
+
+    @property
+    def good(self) -> np.ndarray:
+        """(N,) bool: rows whose picture is there."""
+        mask = np.ones(len(self.ids), bool)
+        mask[list(self.bad)] = False
+        return mask
+
+    def split(self, opener: Any) -> "Split":
+        """The rows whose picture is there."""
+        from datamodules.pictures import Split
+
+        names = np.array([(file or "").encode("utf-8", "surrogateescape") for file in self.files], dtype="S")
+        return Split(names, self.targets, opener, self.ids).take(np.flatnonzero(self.good))
+
+    def skipped(self) -> pd.DataFrame:
+        """split, id, file and reason of the rows left out."""
+        found = [(self.name, self.ids[row], *found) for row, found in sorted(self.bad.items())]
+        return pd.DataFrame(found, columns=["split", "id", "file", "reason"])
+
+
+def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme: dict[str, Any], names: list[str] | None, report: Report, *,
+              labelled: bool = True, skip: bool) -> Rows:
+    """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad."""
+    targets = scheme["targets"] if labelled else []
+    needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)], split)]
+    missing = [name for name in dict.fromkeys(needed) if name not in frame]
+    for name in missing:
+        report.add(file, f"has no column {name!r}{near_miss(name, frame.columns)}")
+    ids = frame[scheme["id_column"]] if scheme["id_column"] in frame else pd.Series([""] * len(frame))
+    if missing:
+        return Rows(split, ids.to_numpy(str), [None] * len(frame), _no_targets(len(frame), scheme, names), {})
+    report.rows(file, scheme["id_column"], (ids == "").to_numpy(), "no id")
+    twice = ids[ids.duplicated(keep=False) & (ids != "")]
+    if len(twice):
+        report.rows(file, scheme["id_column"], twice.index.to_numpy(), f"{counted(twice.nunique(), 'id')} more than once", ids.to_numpy())
+    values = read_targets(frame, scheme, names, file, report) if labelled else _no_targets(len(frame), scheme, names)
+    files, bad = _pictures(folder, frame, split, file, scheme, report, skip)
+    if labelled:
+        _check_conflicts(files, values, file, report)
+    return Rows(split, ids.to_numpy(str), files, values, bad)
+
+
+def _template_columns(scheme: dict[str, Any]) -> list[str]:
+    """All that a template names, so that a column that one table lacks is reported there."""
+    return [re.sub(r"\[[\d:]+\]$", "", name) for name in re.findall(r"\{([^{}]+)\}", scheme["image"])]
+
+
+def _no_targets(count: int, scheme: dict[str, Any], names: list[str] | None) -> np.ndarray:
+    """Zeros in the shape of the task's targets."""
+    if scheme["task"] == "classification":
+        return np.zeros(count, np.int64)
+    return np.zeros((count, len(names or scheme["targets"])), np.float32)
+
+
+def _pictures(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme: dict[str, Any], report: Report,
+              skip: bool) -> tuple[list[str | None], Wrong]:
+    """(file of each row or None, the rows that have none that can be read)."""
+    files, missing, outside = locate(folder, scheme["image"], frame, split)
+    if outside:
+        shown = listed(map(" ".join, outside.values()))
+        report.add(file, f"{counted(len(outside), 'path')} outside of the data folder, {rows_text(list(outside))}: {shown}")
+    broken = unreadable(folder.root, files)
+    if not skip or len(missing) + len(broken) > MOST_SKIPPED * len(frame):
+        for found, what in ((missing, "missing"), (broken, "that cannot be read")):
+            if found:
+                report.add(file, f"{counted(len(found), 'picture')} {what}, {rows_text(list(found))}: {listed(map(' '.join, found.values()))}"
+                                 + " (--bad_images skip leaves such rows out)" * (not skip) + " (more than half: too many to skip)" * skip)
+    return files, missing | broken | outside
+
+
+def _check_conflicts(files: list[str | None], targets: np.ndarray, file: str, report: Report) -> None:
+    """Report pictures that several rows name with different targets."""
+    first: dict[str, int] = {}
+    pairs = [(first.setdefault(name, row), row) for row, name in enumerate(files) if name]
+    apart = [(before, row) for before, row in pairs if before != row and not np.array_equal(targets[before], targets[row])]
+    if apart:
+        before, row = apart[0]
+        report.add(file, f"{counted(len(apart), 'row')} with the picture of another row and another target, as {rows_text([before, row])}: "
+                         f"{files[row]}")

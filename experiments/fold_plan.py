@@ -1,0 +1,94 @@
+"""The heavy parts of `run.py --folds K`: what is resolved before the first fold, and what is concluded after the last."""
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules import folds
+from experiments import build, fold_dirs, fold_merge, plan, report, rundir
+from experiments.build import Run
+from experiments.config import Command, read
+from experiments.fold_runs import APART
+from experiments.usage import UsageError
+from lightning_modules import metrics
+
+
+def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
+    """Resolve the run as its first fold would, and enter its directory; without `write` only tell. Returns plain values for `fold_runs`, or an
+    exit code where there is nothing to do. Raises ValueError or FileNotFoundError for what a person must mend."""
+    cfg, apart, line = command.config, command.config.strategy == APART, [*command.argv, "--dry_run"]
+    if apart:
+        line += ["--devices", "1", "--strategy", "auto"]
+        if plan.on_gpu(cfg) and torch.cuda.device_count() < cfg.devices:
+            raise UsageError(f"--devices {cfg.devices} --strategy {APART}: this machine has {torch.cuda.device_count()} GPUs")
+    run, _ = build.decide(read(line))
+    if not write:
+        report.dry_run(run)
+        print(f"all of this {cfg.folds} times, once for each fold")
+        return 0
+    if run.finished:
+        return report.finished(run)
+    file, ids, fold = run.data.folds_file, run.data.train_ids, run.data.fold_numbers
+    fold_dirs.enter(replace(run.cfg, dry_run=False))
+    run.data.keep_folds()
+    folds.write(run.folder / fold_merge.FOLDS, ids, fold, run.data.id_column)
+    if not np.array_equal(folds.read(run.folder / fold_merge.FOLDS, ids, cfg.folds), fold):
+        raise UsageError(f"{run.folder / fold_merge.FOLDS} holds other folds than there are now: --name another run, or --overwrite it")
+    known = {key: getattr(run.cfg, key) for key in ("model", "data", "epochs", "lr", "global_batch_size", "seed", "split_seed", "hours", "folds")}
+    beside = [str(fold_dirs.alone(run.cfg, number) or "") for number in range(cfg.folds)]
+    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "beside": beside, "rows": len(ids),
+            "folds_file": str(file or run.folder / fold_merge.FOLDS),
+            "spec": run.data.spec, "metric": run.cfg.metric or run.data.metric_name or metrics.DEFAULTS[run.data.task],
+            "skipped": cfg.bad_images == "skip", "fingerprint": run.data.fingerprint, "gpus": _gpus() if apart and plan.on_gpu(cfg) else [],
+            **_forecast(run)}
+
+
+def _forecast(run: Run) -> dict[str, float]:
+    """Seconds of the training steps of one fold, by the speed measured now."""
+    cfg, world = run.cfg, plan.world_size(run.cfg)
+    micro = cfg.global_batch_size // world // run.data.accumulation(world)
+    speed = plan.images_per_second(run.model, cfg, micro if plan.on_gpu(cfg) else min(micro, 8))
+    together = world if plan.on_gpu(cfg) else cfg.num_nodes
+    return {"speed": speed, "forecast_seconds": cfg.epochs * run.data.steps_per_epoch * cfg.global_batch_size / (speed * together)}
+
+
+def _gpus() -> list[str]:
+    """The names of the GPUs that this process may use, for the environment of others."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [*map(str.strip, visible.split(","))] if visible else [*map(str, range(torch.cuda.device_count()))]
+
+
+def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float], *, whole: bool) -> None:
+    """Merge the finished folds, write result.json, print the lines a person waits for. Raises ValueError or OSError."""
+    folder, cfg = Path(known["folder"]), known["cfg"]
+    results = [rundir.result(place) for place in places.values()]
+    merged = fold_merge.merge(folder, places, known["spec"], known["metric"], skipped=known["skipped"])
+    rundir.write_result(folder, {
+        "model": cfg["model"], "data": cfg["data"], "params": results[0].get("params"), "gmacs": results[0].get("gmacs"),
+        "best": merged["overall"], **merged, "folds": cfg["folds"], "folds_finished": len(places), "epochs": cfg["epochs"], "lr": cfg["lr"],
+        "global_batch_size": cfg["global_batch_size"], "train_seconds": round(sum(_values(results, "train_seconds")), 2),
+        "seconds_per_epoch": _mean(results, "seconds_per_epoch", 3), "images_per_sec": _mean(results, "images_per_sec", 1),
+        "peak_memory_mb": max(_values(results, "peak_memory_mb"), default=None), "fold_seconds": [round(each, 1) for each in seconds],
+        "seed": cfg["seed"], "split_seed": cfg["split_seed"], "commit": rundir.commit(), "data_fingerprint": known["fingerprint"],
+        "finished": whole and len(places) == cfg["folds"]})
+    def shown(value: float) -> str:
+        return metrics.shown(merged["metric"], value).split(" ", 1)[1]
+    scores = [shown(each) for each in merged["fold_scores"] if each is not None]
+    print(f"{merged['metric']} {shown(merged['overall'])} over {merged['oof_rows']:,} rows, 95 % interval {shown(merged['ci_low'])} to "
+          f"{shown(merged['ci_high'])} ({merged['n_boot']} resamples of the rows); of each fold {', '.join(scores)}")
+    if len(places) < cfg["folds"]:
+        print(f"this is of {len(places)} of {cfg['folds']} folds ({', '.join(map(str, places))}): the run is not finished, the same command goes on")
+    print(f"{folder / fold_merge.OOF}" + f", {folder / fold_merge.PREDICTIONS} ({merged['test_rows']:,} rows, the mean of {len(places)} folds)"
+          * bool(merged["test_rows"]) + f"; result in {folder / rundir.RESULT}", flush=True)
+
+
+def _values(results: list[dict[str, Any]], key: str) -> list[float]:
+    return [each[key] for each in results if each.get(key) is not None]
+
+
+def _mean(results: list[dict[str, Any]], key: str, digits: int) -> float | None:
+    found = _values(results, key)
+    return round(float(np.mean(found)), digits) if found else None
