@@ -119,12 +119,9 @@ def score(rows: Rows, metric: str) -> float:
 
 def _slow(rows: Rows, metric: str) -> float:
     """A metric of whole arrays, by lightning_modules.metrics. Raises ValueError."""
+    from lightning_modules import metrics  # torch: seconds
     if rows.prediction.ndim == 1:
         raise ValueError(f"{metric} needs the probabilities of all classes")
-    try:
-        from lightning_modules import metrics  # torch: seconds
-    except ImportError:
-        raise ValueError(f"{metric} is no mean over rows") from None
     target = rows.classes() if rows.task == CLASSES else rows.target
     return metrics.score(metric, target, rows.prediction, {"task": rows.task})
 

@@ -187,18 +187,24 @@ def _folded(made: Record) -> Record:
 
 
 def _gathered(records: list[Record]) -> list[Record]:
-    """Runs of single folds (--folds K --fold I) that lie side by side become one run over all folds."""
+    """Runs of single folds (--folds K --fold I) that lie side by side become one run over all folds, or part of the one that merged them."""
+    def identity(each: Record) -> str:
+        return json.dumps({key: value for key, value in each.knobs().items() if key not in PLACE | {"fold"}}, sort_keys=True, default=str)
+    folded = [each for each in records if number(each.config.get("folds"))]
     sets: dict[str, list[Record]] = {}
-    for each in records:
-        if number(each.config.get("fold")) and number(each.config.get("folds")):
-            knobs = {key: value for key, value in each.knobs().items() if key not in PLACE | {"fold"}}
-            sets.setdefault(json.dumps(knobs, sort_keys=True, default=str), []).append(each)
-    for folds in sets.values():
+    for each in folded:
+        if number(each.config.get("fold")):
+            sets.setdefault(identity(each), []).append(each)
+    parents = {identity(each): each for each in folded if not number(each.config.get("fold"))}
+    for key, folds in sets.items():
         folds.sort(key=lambda each: each.config["fold"])
-        numbers = [each.config["fold"] for each in folds]
-        if len(folds) > 1 and len({*numbers}) == len(folds):
+        numbers, parent = [each.config["fold"] for each in folds], parents.get(key)
+        if parent:
+            parent.folds = sorted(parent.folds + folds, key=lambda each: each.config.get("fold", 0))
+            records = [each for each in records if each not in folds]
+        elif len(folds) > 1 and len({*numbers}) == len(folds):
             name = re.sub(rf"-?f(old)?{numbers[0]}(?![0-9.])", "", folds[0].name) or folds[0].name
-            config = {key: value for key, value in folds[0].config.items() if key != "fold"}
+            config = {knob: value for knob, value in folds[0].config.items() if knob != "fold"}
             made = _folded(Record(name, config, {}, [], UNFINISHED, folds[0].source.removesuffix(folds[0].name) + name, folds=folds))
             records = [made if each is folds[0] else each for each in records if each is folds[0] or each not in folds]
     return records

@@ -60,7 +60,8 @@ class Comparison:
 
 
 def score(record: Record, metric: str) -> float | None:
-    """The run's own best where it was chosen by this metric; else what its result says of it. Scores of averaged (EMA) weights are scores."""
+    """The run's own best where it was chosen by this metric; else what its result says of it. Scores of averaged (EMA) weights, and over
+    all folds, are scores too."""
     if record.best is not None and _plain(record.metric) == _plain(metric):
         return record.best
     found = record.result.get(metric)
@@ -85,7 +86,7 @@ def compare(records: list[Record], wanted: str | None = None) -> Comparison:
 
 
 def _plain(metric: str | None) -> str | None:
-    return metric and metric.replace("val_ema/", "val/")
+    return metric and metric.replace("val_ema/", "val/").replace("oof/", "val/")
 
 
 def _metric(records: list[Record], wanted: str | None, notes: list[str]) -> str:
@@ -98,12 +99,13 @@ def _metric(records: list[Record], wanted: str | None, notes: list[str]) -> str:
     if not counts:
         unfinished = ", ".join(f"{each.name} ({'; '.join(each.notes) or each.state})" for each in records[:5])
         raise UsageError(f"none of the {len(records)} runs is finished with a score: {unfinished}")
-    chosen = counts.most_common(1)[0][0]
+    common = counts.most_common(1)[0][0]
+    chosen = Counter(each.metric for each in records if each.best is not None and _plain(each.metric) == common).most_common(1)[0][0]
     if len(counts) > 1:
         said = ", ".join(f"{name} {times}" for name, times in counts.most_common())
         notes.append(f"The runs have different metrics ({said}); sorted by {chosen}. The others stand with what they reached in it, if they say.")
         for each in records:
-            if each.best is not None and _plain(each.metric) != chosen:
+            if each.best is not None and _plain(each.metric) != common:
                 each.notes.append(f"chosen by {each.metric} ({shown(each.metric, each.best)}), not by {chosen}")
     return chosen
 
@@ -191,7 +193,7 @@ def _warn(records: list[Record], scored: list[Record], metric: str, notes: list[
         notes.append(f"The runs saw {len(prints)} different states of their files (data_fingerprint in result.json).")
     kinds = {each.metric for each in scored if _plain(each.metric) == _plain(metric)}
     if len(kinds) > 1:
-        notes.append(f"{' and '.join(sorted(kinds))} stand side by side: each run's is that of the weights it chose.")
+        notes.append(f"{' and '.join(sorted(kinds))} stand side by side: each is of the weights its run chose, over the rows it held out.")
     rest = [each for each in records if each not in scored]
     if rest:
         notes.append(f"Without a score, so not ranked: {', '.join(each.name for each in rest)}.")

@@ -128,6 +128,12 @@ def test_the_better_end_comes_first(tmp_path, metric, first):
     assert compare_tables.compare(compare_runs.find([str(tmp_path)])).records[0].name == first
 
 
+def test_the_direction_of_every_metric_is_known():
+    from lightning_modules.metrics import METRICS
+    smaller, larger = ({name for name, entry in METRICS.items() if entry.mode == mode} for mode in ("min", "max"))
+    assert smaller <= compare_tables.SMALLER and larger <= compare_tables.LARGER
+
+
 def test_the_direction_of_an_own_metric_is_that_in_which_epochs_were_chosen(tmp_path):
     for name, best, lr in (("low", 0.2, 1.0), ("high", 0.6, 2.0)):
         folder = fake_run(tmp_path, name, best, metric="val/pain", lr=lr)
@@ -194,6 +200,10 @@ def test_single_folds_side_by_side_are_gathered_and_a_missing_one_is_said(tmp_pa
         fake_run(tmp_path, f"pets-s0-f{fold}", 1.0 + fold, metric="val/rmse", folds=3, fold=fold, rows=("oof.csv", rows))
     (run,) = compare_runs.find([str(tmp_path)])
     assert run.name == "pets-s0" and len(run.folds) == 3 and run.best == pytest.approx(math.sqrt(14 / 3))
+    fake_run(tmp_path, "pets-s0", 2.25, metric="oof/rmse", folds=3, result={"overall": 2.25})  # what merged them
+    (run,) = compare_runs.find([str(tmp_path)])
+    assert run.name == "pets-s0" and len(run.folds) == 3 and run.best == 2.25 and compare_tables.compare([run]).smaller
+    shutil.rmtree(tmp_path / "pets-s0")
     shutil.rmtree(tmp_path / "pets-s0-f1")
     (run,) = compare_runs.find([str(tmp_path)])
     assert run.best is None and run.state == "unfinished" and "2 of 3 folds finished" in run.notes
@@ -412,8 +422,24 @@ def test_scores_of_rows_are_scikit_learns(tmp_path):
     assert compare_rows.score(rows, "log_loss") == pytest.approx(np.mean([metrics.log_loss(labels[:, k], chance[:, k]) for k in range(4)]))
 
 
+def test_scores_from_parts_are_those_of_the_house():
+    from lightning_modules import metrics
+    rng, ids, checked = np.random.default_rng(1), np.arange(90).astype(str), 0
+    chances, classes, labels = rng.dirichlet(np.ones(7), 90), rng.integers(7, size=90), (rng.random((90, 7)) < 0.4).astype(float)
+    names = [f"n{k}" for k in range(7)]
+    tables = [(compare_rows.Rows(ids, np.array(names)[classes], chances, names, "classification"), classes),
+              (compare_rows.Rows(ids, labels, chances, names, "multilabel"), labels),
+              (compare_rows.Rows(ids, 9 * chances, rng.normal(size=(90, 7)), names, "regression"), 9 * chances)]
+    for rows, target in tables:
+        for name, entry in metrics.METRICS.items():
+            if rows.task in entry.tasks:
+                checked += compare_rows.parts(rows, name) is not None
+                house = metrics.score(name, target, rows.prediction, {"task": rows.task})
+                assert compare_rows.score(rows, name) == pytest.approx(house, rel=1e-12), (rows.task, name)
+    assert checked >= 9  # acc1 acc5 loss log_loss, loss log_loss, rmse mae r2
+
+
 def test_metrics_that_are_no_mean_over_rows(tmp_path):
-    pytest.importorskip("lightning_modules.metrics")
     rng = np.random.default_rng(0)
     for place, noise in enumerate((0.5, 3.0)):
         target = np.arange(200) * 1.0
@@ -532,14 +558,14 @@ def wandb_file(path: Path, payloads: list[bytes]) -> None:
 
 
 def test_a_wandb_file_is_read_over_blocks_and_up_to_where_it_was_cut(tmp_path):
-    payloads = [bytes([n % 256]) * size for n, size in enumerate((10, 32700, 40, 100_000, 0, 32754, 7))]
+    payloads = [bytes([n % 256]) * size for n, size in enumerate((32751, 32700, 40, 100_000, 0, 32754, 7))]  # after the first no header fits in
     path = tmp_path / "run-x.wandb"
     wandb_file(path, payloads)
     assert list(compare_wandb.payloads(path)) == payloads
     path.write_bytes(path.read_bytes()[:-9])
     assert list(compare_wandb.payloads(path)) == payloads[:-1]
     content = bytearray(path.read_bytes())
-    content[7 + 7 + 10 + 7 + 100] ^= 1  # inside the second
+    content[32768 + 7 + 100] ^= 1  # inside the second
     path.write_bytes(content)
     assert list(compare_wandb.payloads(path)) == payloads[:1]
 
