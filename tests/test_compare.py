@@ -508,7 +508,7 @@ def test_one_run_alone(tmp_path, capsys):
 # W&B
 
 
-LINE = "--recipe demo --epochs 2 --global_batch_size 256 --val_fraction 0.2 --log_every_steps 2"
+LINE = "--recipe demo --model_args.depth 2 --model_args.embed_dim 32 --epochs 2 --global_batch_size 256 --val_fraction 0.2 --log_every_steps 2"
 
 
 def test_two_runs_from_directories_and_from_their_offline_files_are_the_same(launch, tmp_path, capsys):
