@@ -5,23 +5,22 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import lightning as L
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules import cache
 from datamodules.augment import inactive, read_augment
 from datamodules.checks import check_values
 from datamodules.erasing import Boxes
 from datamodules.mixing import Mixer
 from datamodules.on_device import OnDevice
+from datamodules.own import OwnTransform, digest
 from datamodules.pictures import EvalPictures, Split, TrainPictures, fingerprint, hold_out
 from datamodules.samplers import EvalSampler, TrainSampler, passes_per_step
 from datamodules.sizes import training_sizes
 from datamodules.transforms import Transform, eval_transform, train_transform
-from datamodules.workers import heed_only_the_parent, worker_count
-
-WORKER_TIMEOUT_SECONDS = 300
+from datamodules.workers import loader, worker_count
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -37,12 +36,13 @@ class PictureData(L.LightningDataModule):
         random_erasing: probability, of N(0,1) noise in a box of the normalised picture (timm's).
         repeated_augment: copies of each picture in a batch (`TrainSampler`).
         mixup, cutmix: Beta parameters, 0 is off; with either, targets in training are (B, K) float32, `label_smoothing` folded in.
-        augment_args: fields of `Augment`.
+        augment_args: fields of `Augment`. own_augment: my.py:build in place of `train_transform` (`OwnTransform`).
         train_size, epochs: size of training crops where it is not image_size (`training_sizes`).
         val_fraction, split_seed: part of train held out where there is no `val`; `seed` moves order and augmentation only.
         global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an epoch is dropped.
         micro_batch_size: largest number of pictures in one pass of one rank.
         workers: processes per loader and rank; None chooses from the machine.
+        cache_dir, cache_side: where pictures are kept decoded with that shorter side (datamodules/cache.py); None: what evaluation resizes to.
         class_names: fixes the index order, e.g. from a checkpoint.
         encoding, outputs_per_target: how a network gives the targets of a regression (lightning_modules/targets.py).
         eval_only: nothing is trained, so the global batch may be larger than the training set.
@@ -69,6 +69,7 @@ class PictureData(L.LightningDataModule):
     cutmix: float = 0.0
     label_smoothing: float = 0.0
     augment_args: dict[str, Any] = field(default_factory=dict)
+    own_augment: str | None = None
     train_size: str | int | None = None
     epochs: int = 1
     val_fraction: float = 0.1
@@ -77,6 +78,8 @@ class PictureData(L.LightningDataModule):
     global_batch_size: int = 128
     micro_batch_size: int | None = None
     workers: int | None = None
+    cache_dir: str | None = None
+    cache_side: int | None = None
     class_names: list[str] | None = None
     encoding: str = "sigmoid"
     outputs_per_target: int = 1
@@ -94,6 +97,9 @@ class PictureData(L.LightningDataModule):
         self.class_names, self.splits = self.read()
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
+            self.training_view(self.image_size)  # raises for one that cannot be used
+        self.cache = cache.planned(self)
+        self.cache_side = self.cache and self.cache.side
         mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
         mixer = Mixer(**mixing, num_classes=len(self.class_names or ()), task=self.task) if self.mixing else None
         self._on_device = OnDevice(self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed)
@@ -114,17 +120,14 @@ class PictureData(L.LightningDataModule):
         rest, val = hold_out(train, self.val_fraction, self.split_seed, class_names)
         return {"train": rest, "val": val}
 
+    def training_view(self, size: tuple[int, int]) -> Transform:
+        """`train_transform`, or a person's own. Raises ValueError where that cannot be used."""
+        return OwnTransform(self.own_augment, size) if self.own_augment else self.train_transform(size)
+
     def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
         """RGB picture -> (3, H, W) uint8 of `size` or else image_size, random."""
-        return train_transform(
-            size or self.image_size,
-            interpolation=self.interpolation,
-            mean=self.mean,
-            crop_scale=self.crop_scale,
-            hflip=self.hflip,
-            rand_augment=self.rand_augment,
-            augment=self.augment,
-        )
+        words = dict(crop_scale=self.crop_scale, hflip=self.hflip, rand_augment=self.rand_augment, augment=self.augment)
+        return train_transform(size or self.image_size, interpolation=self.interpolation, mean=self.mean, **words)
 
     def eval_transform(self) -> Transform:
         """RGB picture -> (3, H, W) uint8, as timm evaluates."""
@@ -165,6 +168,7 @@ class PictureData(L.LightningDataModule):
     def identity(self) -> dict[str, Any]:
         """What must be equal for a position in training to mean the same samples: plain values."""
         order = {"seed": self.seed, "global_batch_size": self.global_batch_size, "repeated_augment": self.repeated_augment}
+        order |= {"augment": digest(self.own_augment)} if self.own_augment else {}
         return {**order, "sizes": self.sizes, "fingerprint": self.fingerprint}
 
     @property
@@ -178,7 +182,11 @@ class PictureData(L.LightningDataModule):
             return []
         flag = "rand_augment" if self.rand_augment else "auto_augment"
         policy = self.rand_augment or self.augment.auto_augment
-        return inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)
+        if self.own_augment:
+            return [f"augment {self.own_augment} makes the training pictures: crop_scale, hflip, rand_augment and their like do nothing",
+                    *cache.notes(self)]
+        lines = inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)
+        return lines + cache.notes(self)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -202,19 +210,12 @@ class PictureData(L.LightningDataModule):
             raise ValueError(f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes} (data.accumulation)")
         epoch, start = self._resume or (getattr(self.trainer, "current_epoch", 0), 0)
         self._resume = None
-        sampler = TrainSampler(
-            self.sizes["train"],
-            global_batch_size=self.global_batch_size,
-            seed=self.seed,
-            rank=self._rank,
-            world_size=self._world_size,
-            epoch=epoch,
-            start=start,
-            repeats=self.repeated_augment,
-        )
-        transforms = {size: self.train_transform(size) for size in set(self.train_sizes)}
+        place = dict(rank=self._rank, world_size=self._world_size, epoch=epoch, start=start)
+        repeats, batch = self.repeated_augment, self.global_batch_size
+        sampler = TrainSampler(self.sizes["train"], global_batch_size=batch, seed=self.seed, repeats=repeats, **place)
+        transforms = {size: self.training_view(size) for size in set(self.train_sizes)}
         boxes = Boxes(self.random_erasing, self.augment.erasing_count) if self.random_erasing else None
-        pictures = TrainPictures(self.splits["train"], [transforms[size] for size in self.train_sizes], self.seed, boxes, self.repeated_augment)
+        pictures = TrainPictures(self._served("train"), [transforms[size] for size in self.train_sizes], self.seed, boxes, self.repeated_augment)
         return self._loader(pictures, sampler, self.global_batch_size // self._world_size // passes)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -235,7 +236,7 @@ class PictureData(L.LightningDataModule):
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batches = divmod(batches, int(min(self.trainer.num_training_batches, self.steps_per_epoch * passes)))
         position = {"epoch": epoch, "samples": batches * self.global_batch_size // passes, "world_size": self._world_size}
-        return position | {"accumulation": passes} | self.identity
+        return position | {"accumulation": passes, "crops": cache.crops(self)} | self.identity
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; another world size is fine. Only fitting uses it.
@@ -251,6 +252,8 @@ class PictureData(L.LightningDataModule):
         if changed:
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])
+        if self._rank == 0:
+            cache.tell_filter(self, state.get("crops"))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """What the device side needs and the host knows (`OnDevice.before`)."""
@@ -272,23 +275,17 @@ class PictureData(L.LightningDataModule):
         if split not in self.splits:
             raise ValueError(f"these data have no {split} split (sizes: {self.sizes})")
         sampler = EvalSampler(len(self.splits[split]), rank=self._rank, world_size=self._world_size)
-        pictures = EvalPictures(self.splits[split], self.eval_transform())
+        pictures = EvalPictures(self._served(split), self.eval_transform())
         per_rank = -(-self.global_batch_size // self._world_size)
         return self._loader(pictures, sampler, min(per_rank, self.micro_batch_size or per_rank))
 
     def _loader(self, pictures: Dataset, sampler: Sampler, batch_size: int) -> DataLoader:
         workers = worker_count(self.workers, self.in_memory, getattr(self.trainer, "num_devices", 1))
-        return DataLoader(
-            pictures,
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
-            worker_init_fn=heed_only_the_parent,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # its own: iter() would draw from the global one
-        )
+        return loader(pictures, sampler, batch_size, workers, self.seed)
+
+    def _served(self, split: str) -> Split:
+        """The split with its pictures as batches shall have them: out of the cache where there is one."""
+        return self.cache.serve(self.splits[split]) if self.cache else self.splits[split]
 
     def _check_global_batch(self) -> None:
         given, largest = self.global_batch_size, self.sizes["train"]

@@ -33,6 +33,7 @@ def check_values(data: "PictureData") -> None:
         "global_batch_size": (data.global_batch_size >= 1, "at least 1"),
         "micro_batch_size": (data.micro_batch_size is None or data.micro_batch_size >= 1, "at least 1"),
         "workers": (data.workers is None or data.workers >= 0, "at least 0"),
+        "cache_side": (data.cache_side is None or data.cache_side >= 1, "at least 1 pixel"),
         "random_erasing": (0 <= data.random_erasing <= 1, "a probability"),
         "repeated_augment": (data.repeated_augment >= 1, "copies of each picture, at least 1"),
         "mixup": (data.mixup >= 0, "a Beta parameter, at least 0"),

@@ -19,7 +19,11 @@ class Files:
     root: str
 
     def __call__(self, name: bytes) -> Image.Image:
-        return open_picture(os.path.join(self.root, os.fsdecode(name)))
+        return open_picture(self.path(name))
+
+    def path(self, name: bytes) -> str:
+        """The file, for the picture cache (datamodules/cache.py)."""
+        return os.path.join(self.root, os.fsdecode(name))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

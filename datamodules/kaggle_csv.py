@@ -1,7 +1,9 @@
 """A competition's folder: train.csv, test.csv, sample_submission.csv and pictures. What each column means is guessed, or given."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,8 +12,8 @@ import pandas as pd
 from datamodules import folds, table_scheme, table_split, table_targets
 from datamodules.base import PictureData
 from datamodules.folder import Files
-from datamodules.pictures import Split, hold_out
-from datamodules.table import Report, listed
+from datamodules.pictures import Split
+from datamodules.table import Report, counted, listed
 from datamodules.table_guess import Tables
 from datamodules.table_pictures import Folder
 from datamodules.table_rows import Rows, find_rows
@@ -64,79 +66,90 @@ class DataModule(PictureData):
         self.rows: dict[str, np.ndarray] = {}
         self.fold_numbers: np.ndarray | None = None
         self.folds_file: str | None = None
+        self._limits: list[list[float]] | None = None
+        if self.bad_images not in ("error", "skip"):
+            raise ValueError(f"bad_images {self.bad_images!r}: error or skip")
+        if self.fold is not None and not 0 <= self.fold < (self.folds or 0):
+            raise ValueError(f"fold {self.fold} of folds {self.folds}: from 0 on, below folds")
+        if self.fold_column and not self.folds:
+            raise ValueError(f"--data_args.fold_column {self.fold_column}: --folds says how many folds there are")
         super().__post_init__()
 
     def read(self) -> tuple[list[str] | None, dict[str, Split]]:
         if self.data_dir is None or not os.path.isdir(self.data_dir):
             where = "is not given" if self.data_dir is None else f"{os.path.abspath(self.data_dir)} is not a folder"
             raise FileNotFoundError(f"--data_dir {where}; it must hold train.csv and pictures")
-        tables = table_scheme.read_tables(self.data_dir, {"train": self.train_csv, "test": self.test_csv, "sample": self.sample_csv})
+        named = {"train": self.train_csv, "test": self.test_csv, "sample": self.sample_csv}
+        tables = table_scheme.read_tables(self.data_dir, named, no_train=self.eval_only)
         folder, report = Folder(self.data_dir), Report(f"--data_dir {self.data_dir}")
         scheme, self.lines = table_scheme.decide(tables, folder, self._given | {"usual_metric": self.usual_metric})
         self.table_scheme, self.task, self.metric_name, self.id_column = scheme, scheme["task"], scheme["metric"], scheme["id_column"]
         names = self.class_names or table_targets.class_names(tables.train, scheme)
         self.target_names = scheme["targets"] if names is None else None
-        skip = self.bad_images == "skip"
-        train = find_rows(folder, tables.train, "train", tables.names["train"], scheme, names, report, skip=skip)
-        table_targets.check_constant(train.targets, scheme, names, tables.names["train"], report)
-        asked, labelled = self._asked(tables, folder, names, report)
-        self.all_targets, fold = train.targets, self._folds(tables, train, report)
-        limits = self._limits(train, tables.names["train"], report) if self.task == "regression" else None
-        report.finish()
-        splits = self._divide(train, fold, names, report, tables.names["train"])
-        report.finish()
+        find = partial(find_rows, folder, scheme=scheme, names=names, report=report, skip=self.bad_images == "skip",
+                       known="the checkpoint" if self.class_names else tables.names["train"])
+        if tables.names["train"] == tables.names.get("test"):  # of an evaluation without train.csv
+            parts, splits = {"test": find(tables.train, "test", tables.names["test"])}, {}
+            report.finish()
+        else:
+            parts = {"train": find(tables.train, "train", tables.names["train"])} | self._asked(tables, find)
+            splits = self._divide(parts["train"], tables, names, report)
+        self.lines += table_scheme.advice(tables, scheme, names)
+        self.skipped = pd.concat([part.skipped() for part in parts.values()], ignore_index=True)
+        for split in parts.keys() - {"train"}:
+            splits[split], self.rows[split] = parts[split].split(Files(self.data_dir)), np.flatnonzero(parts[split].good)
         if self.task == "regression":
-            self.target_range = limits or _extent(splits["train"].targets)
-        self.skipped = pd.concat([part.skipped() for part in (train, asked) if part], ignore_index=True)
+            self.target_range = self._limits or _extent(next(iter(splits.values())).targets)
         self.table_scheme = {**scheme, "class_names": names, "target_range": self.target_range}
-        if asked is not None:
-            splits["test" if labelled else "predict"] = asked.split(Files(self.data_dir))
-            self.rows["test" if labelled else "predict"] = np.flatnonzero(asked.good)
         return names, splits
 
-    def _asked(self, tables: Tables, folder: Folder, names: list[str] | None, report: Report) -> tuple[Rows | None, bool]:
-        """(rows that answers are wanted for, whether they have labels)."""
-        frame, file = table_scheme.rows_asked(tables), tables.names.get("test", tables.names.get("sample"))
+    def _asked(self, tables: Tables, find: Callable[..., Rows]) -> dict[str, Rows]:
+        """The rows that answers are wanted for, as `test` where they have labels, else as `predict`."""
+        frame, targets = table_scheme.rows_asked(tables), self.table_scheme["targets"]
         if frame is None or frame.empty:
-            return None, False
-        targets = self.table_scheme["targets"]
+            return {}
         labelled = frame is tables.test and all(name in frame for name in targets) and not (frame[targets] == "").all(axis=None)
-        found = find_rows(folder, frame, "test", file, self.table_scheme, names, report, labelled=labelled, skip=self.bad_images == "skip")
-        return found, labelled
+        return {"test" if labelled else "predict": find(frame, "test", tables.names.get("test", tables.names.get("sample")), labelled=labelled)}
 
-    def _limits(self, train: Rows, file: str, report: Report) -> list[list[float]] | None:
-        """The range that was given, a pair for each target."""
-        given, count = self._given["target_range"], len(self.table_scheme["targets"])
-        if given is None:
-            return None
-        pairs = [given] * count if len(given) == 2 and not isinstance(given[0], list | tuple) else given
+    def _divide(self, train: Rows, tables: Tables, names: list[str] | None, report: Report) -> dict[str, Split]:
+        """{"train", "val"} of the rows with pictures. Raises ValueError with all that was reported before, or speaks against dividing."""
+        file, scheme = tables.names["train"], self.table_scheme
+        table_targets.check_constant(train.targets, scheme, names, file, report)
+        if self.task == "regression" and self._given["target_range"] is not None:
+            self._limits = table_targets.read_range(self._given["target_range"], len(scheme["targets"]))
+            table_targets.check_range(train.targets, scheme, self._limits, file, report)
+        self.groups, self.train_ids = self._groups(tables, train, report), tables.train[self.id_column].str.strip().tolist()
+        report.finish()
+        self.all_targets, rows, every = train.targets, np.flatnonzero(train.good), train.split(Files(self.data_dir))
         try:
-            pairs = [[float(low), float(high)] for low, high in pairs]
-        except (TypeError, ValueError):
-            pairs = []
-        if len(pairs) != count or not all(low < high for low, high in pairs):
-            raise ValueError(f"--data_args.target_range {given}: [low,high], or a pair for each of {count} targets, low below high")
-        table_targets.check_range(train.targets, self.table_scheme, pairs, file, report)
-        return pairs
-
-    def _folds(self, tables: Tables, train: Rows, report: Report) -> np.ndarray | None:
-        """(N,) fold of every row of the table, of skipped ones too; None without folds."""
-        column, file = self.table_scheme["fold_column"], tables.names["train"]
-        if column and not self.folds:
-            raise ValueError(f"--data_args.fold_column {column}: --folds says how many folds there are")
-        self.groups, self.train_ids = self._grouping(tables, train, report), tables.train[self.id_column].str.strip().tolist()
-        if not self.folds or report.lines:
-            return None
-        try:
-            if column:
-                self.fold_numbers = table_split.from_column(tables.train[column], self.folds)
-            else:
-                self.fold_numbers = self._kept_or_assigned(train.targets)
+            held = self._held_out(tables, train.targets, rows, names)
         except ValueError as error:
-            report.add(file, f"column {column}: {error}" if column else str(error))
-        return self.fold_numbers
+            report.add(file, str(error))
+            report.finish()
+        if held is None:
+            self.rows["train"] = rows
+            return {"train": every}
+        self.rows |= {"train": rows[~held], "val": rows[held]}
+        return {"train": every.take(np.flatnonzero(~held)), "val": every.take(np.flatnonzero(held))}
 
-    def _kept_or_assigned(self, targets: np.ndarray) -> np.ndarray:
+    def _held_out(self, tables: Tables, targets: np.ndarray, rows: np.ndarray, names: list[str] | None) -> np.ndarray | None:
+        """(R,) bool of the rows with pictures: held out; None for none. Folds are of all rows of the table, so that a picture that comes or goes
+        moves no other. Raises ValueError where the rows cannot be divided so."""
+        column, groups = self.table_scheme["fold_column"], self.groups
+        if self.folds:
+            self.fold_numbers = table_split.from_column(tables.train[column], column, self.folds) if column else self._kept_or_assigned(
+                targets, names)
+            held = self.fold_numbers[rows] == (self.fold or 0)
+            if not 0 < held.sum() < len(rows):
+                raise ValueError(f"--fold {self.fold or 0} of --folds {self.folds}: no row with a picture is {'left' if held.any() else 'in it'}")
+            return held
+        if self.val_fraction == 0:
+            return None
+        if self.task == "classification" and groups is None:
+            return table_split.stratified(targets, rows, self.val_fraction, self.split_seed, names)
+        return table_split.share_held_out(targets[rows], self.task, self.val_fraction, self.split_seed, None if groups is None else groups[rows])
+
+    def _kept_or_assigned(self, targets: np.ndarray, names: list[str] | None) -> np.ndarray:
         """(N,) fold of every row: as a file of `folds_at` has it, else by rule."""
         at, groups = self.folds_at or "folds", self.groups
         if at.endswith(".csv"):
@@ -148,14 +161,14 @@ class DataModule(PictureData):
             return folds.read(self.folds_file, self.train_ids, self.folds, groups)
         if at.endswith(".csv"):
             raise ValueError(f"--data_args.folds_at {at}: there is no such file")
-        return folds.assign(targets, self.task, self.folds, self.split_seed, groups)
+        return table_split.by_rule(targets, self.task, self.folds, self.split_seed, groups, names)
 
     def keep_folds(self) -> None:
         """Write `folds_file`, unless it is there."""
         if self.folds_file is not None:
             folds.write(self.folds_file, self.train_ids, self.fold_numbers, self.id_column)
 
-    def _grouping(self, tables: Tables, train: Rows, report: Report) -> np.ndarray | None:
+    def _groups(self, tables: Tables, train: Rows, report: Report) -> np.ndarray | None:
         """(N,) group of every row, "" where it has none: of the group column or file, and rows of one picture."""
         name, parts = self.table_scheme["group"], []
         if name and name.endswith(".csv"):
@@ -167,34 +180,9 @@ class DataModule(PictureData):
         files = np.array([file or "" for file in train.files])
         if len(set(files) - {""}) < (files != "").sum():
             parts.append(files)
+        if report.lines:
+            return None
         return table_split.together(parts) if len(parts) > 1 else parts[0] if parts else None
-
-    def _divide(self, train: Rows, fold: np.ndarray | None, names: list[str] | None, report: Report, file: str) -> dict[str, Split]:
-        """{"train", "val"} of the rows with pictures."""
-        every, rows = train.split(Files(self.data_dir)), np.flatnonzero(train.good)
-        if fold is not None:
-            held = fold[rows] == (self.fold or 0)
-        elif self.val_fraction == 0:
-            self.rows["train"] = rows
-            return {"train": every}
-        elif self.task == "classification" and self.groups is None:
-            lonely = [names[place] for place in np.flatnonzero(np.bincount(every.targets, minlength=len(names)) == 1)]
-            if lonely:
-                column = ", ".join(self.table_scheme["targets"])
-                report.add(file, f"column {column}: classes with one row each: {listed(lonely)}; --val_fraction {self.val_fraction} needs two of "
-                                 "each class: drop them, or --folds K, or --val_fraction 0")
-                return {}
-            place = Split(np.arange(len(rows)), every.targets, every.open)
-            held = np.isin(np.arange(len(rows)), hold_out(place, self.val_fraction, self.split_seed, names)[1].names)
-        else:
-            groups = None if self.groups is None else self.groups[rows]
-            try:
-                held = table_split.share_held_out(every.targets, self.task, self.val_fraction, self.split_seed, groups)
-            except ValueError as error:
-                report.add(file, str(error))
-                return {}
-        self.rows |= {"train": rows[~held], "val": rows[held]}
-        return {"train": every.take(np.flatnonzero(~held)), "val": every.take(np.flatnonzero(held))}
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -204,15 +192,18 @@ class DataModule(PictureData):
     def resolved(self) -> dict[str, str | None]:
         """The flags that were left out, as they were guessed: target, task, image, group and metric."""
         scheme = self.table_scheme
-        return {"target": ",".join(scheme["targets"])} | {name: scheme[name] for name in ("task", "image", "group", "metric")}
+        target = None if any("," in name for name in scheme["targets"][1:]) else ",".join(scheme["targets"])
+        return {"target": target} | {name: scheme[name] for name in ("task", "image", "group", "metric")}
 
     def notes(self) -> list[str]:
         """What the table was taken to mean, and why; what was skipped; classes too rare for the folds."""
         lines, numbers = list(self.lines), self.fold_numbers
         if len(self.skipped):
-            counts = self.skipped["split"].value_counts()
-            lines.append(f"table skipped {' and '.join(f'{count} pictures of {split}' for split, count in counts.items())}, listed in skipped.csv: "
-                         + listed(self.skipped["file"] + " " + self.skipped["reason"]))
+            counts = " and ".join(f"{counted(count, 'picture')} of {split}" for split, count in self.skipped["split"].value_counts().items())
+            lines.append(f"table skipped {counts}, listed in skipped.csv: {listed(self.skipped['file'] + ' ' + self.skipped['reason'])}")
+        if self.task == "regression" and self._given["target_range"] is None:
+            spans = [f"{low:g} to {high:g}" for low, high in self.target_range]
+            lines.append(f"table range {listed(spans)} (of the rows trained on; a known one: --data_args.target_range [0,100])")
         if numbers is not None:
             lines += table_split.notes(numbers, self.all_targets, self.task, self.class_names)
         return lines + super().notes()

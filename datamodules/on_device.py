@@ -40,7 +40,7 @@ class OnDevice:
         image, boxes, key = batch["image"], batch.pop("erase", None), batch.pop("mix", None)
         if image.dtype == torch.uint8:
             mean, std = self._mean_and_std(image.device)
-            image = image.float().sub_(mean).div_(std)
+            image = image.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)  # cached ones come channels last
         if boxes is not None:
             if image.device not in self._generators:
                 self._generators[image.device] = torch.Generator(image.device)

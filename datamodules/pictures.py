@@ -1,15 +1,17 @@
 """One split of pictures with targets, how it becomes samples, and how a part of it is held out."""
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from datamodules.transforms import Transform
 
@@ -54,12 +56,26 @@ class TrainPictures(Dataset):
         return len(self.split)
 
     def __getitem__(self, key: tuple[int, ...]) -> dict:
+        return self._sample(key)
+
+    def __getitems__(self, keys: list[tuple[int, ...]]) -> list[dict]:
+        """Of one batch, for a DataLoader: cached pictures stand side by side in memory, and `collate` need not copy them."""
+        transform = self._transform(keys[0][1])
+        if not (hasattr(self.split.open, "pixels") and getattr(transform, "plain", False)):
+            return [self._sample(key) for key in keys]
+        memory = fresh((len(keys), *transform.size, 3)).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        return [self._sample(key, out) for key, out in zip(keys, memory)]
+
+    def _transform(self, epoch: int) -> Transform:
+        return self.transforms[min(epoch, len(self.transforms) - 1)]
+
+    def _sample(self, key: tuple[int, ...], out: torch.Tensor | None = None) -> dict:
         index, epoch, *copy = key
-        picture = self.split.open(self.split.names[index])
-        transform, erase = self.transforms[min(epoch, len(self.transforms) - 1)], {}
+        transform, erase = self._transform(epoch), {}
         number = {"copy": copy[0] if copy else 0} if self.copies > 1 else {}
-        with keyed_rng(self.seed, epoch, index, *copy):
-            image = transform(picture)
+        show = shown(self.split, index, transform)
+        with keyed_rng(self.seed, epoch, index, *copy, numpy=not getattr(transform, "plain", False)):
+            image = show() if out is None else show(out=out)
             if self.boxes is not None:
                 erase = {"erase": self.boxes(image)}
         return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, **number, **erase}
@@ -76,29 +92,56 @@ class EvalPictures(Dataset):
 
     def __getitem__(self, key: tuple[int, bool]) -> dict:
         index, valid = key
-        image = self.transform(self.split.open(self.split.names[index]))
+        image = shown(self.split, index, self.transform)()
         return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, "valid": valid}
 
 
+def shown(split: Split, index: int, transform: Transform) -> Callable[[], torch.Tensor]:
+    """What makes (3, H, W) uint8 of a picture that is open by now; straight from the pixels where it is cached and the transform can."""
+    if hasattr(split.open, "pixels") and hasattr(transform, "of_pixels"):
+        return partial(transform.of_pixels, *split.open.pixels(split.names[index]))
+    return partial(transform, split.open(split.names[index]))
+
+
+def fresh(shape: tuple[int, ...]) -> torch.Tensor:
+    """An empty uint8 tensor; in a worker one that its loader can read too (as `default_collate` makes them)."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, torch.empty(shape, device="meta").stride())
+
+
+def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
+    """`default_collate`, where the images stand side by side in memory already (`TrainPictures.__getitems__`) without copying them."""
+    memory = samples[0]["image"]._base
+    if memory is None or len(memory) != len(samples) or any(sample["image"]._base is not memory for sample in samples):
+        return default_collate(samples)
+    rest = default_collate([{key: value for key, value in sample.items() if key != "image"} for sample in samples])
+    return {"image": memory.permute(0, 3, 1, 2), **rest}
+
+
 @contextmanager
-def keyed_rng(seed: int, *key: int) -> Iterator[None]:
+def keyed_rng(seed: int, *key: int, numpy: bool = True) -> Iterator[None]:
     """Seed `random`, `numpy.random` and torch's CPU generator by seed and key; outside a worker the states before are put back.
 
-    timm's transforms draw from all three. The CUDA generators are never touched (`torch.manual_seed` would seed them).
+    timm's transforms draw from all three; NumPy's, slow to put back, is left alone without `numpy`. The CUDA generators are never touched
+    (`torch.manual_seed` would seed them).
     """
     restore = get_worker_info() is None
     if restore:
-        before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+        before = random.getstate(), np.random.get_state() if numpy else None, torch.default_generator.get_state()
     seeds = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()
     random.seed(seeds[0])
-    np.random.seed(seeds[1])
+    if numpy:
+        np.random.seed(seeds[1])
     torch.default_generator.manual_seed(seeds[2])
     try:
         yield
     finally:
         if restore:
             random.setstate(before[0])
-            np.random.set_state(before[1])
+            if numpy:
+                np.random.set_state(before[1])
             torch.default_generator.set_state(before[2])
 
 

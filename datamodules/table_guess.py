@@ -41,8 +41,9 @@ def words(name: str) -> str:
 def guess_id(tables: Tables) -> tuple[str, str]:
     """(id column, reason)."""
     train, others = tables.train, [table for table in (tables.test, tables.sample) if table is not None]
-    if tables.sample is not None and tables.sample.columns[0] in train:
-        return tables.sample.columns[0], f"first column of {tables.names['sample']}"
+    first = [name for name in (tables.sample.columns if tables.sample is not None else ()) if not name.startswith("Unnamed: ")][:1]
+    if first and first[0] in train:
+        return first[0], f"first column of {tables.names['sample']}"
     shared = [name for name in train.columns if all(name in table for table in others)]
     where = " and ".join(tables.names[key] for key in ("train", "test", "sample") if key in tables.names)
     named = [name for name in shared if ID_NAMES.search(words(name)) and not GROUP_NAMES.search(words(name))]
@@ -87,10 +88,12 @@ def guess_task(tables: Tables, targets: list[str], separator: str | None) -> tup
         return _task_of_several(values)
     text = values[0][values[0] != ""]
     numbers, distinct = pd.to_numeric(text, errors="coerce"), text.nunique()
-    if numbers.isna().mean() > 0.5:
-        sign = separator or joined_by(text)
-        if sign:
-            return "multilabel", f"texts joined by {sign!r}, {len(_parts(set(text), sign))} words in {distinct} combinations"
+    sign, strange = separator or joined_by(text), text[numbers.isna()]
+    if len(strange) and text.str.fullmatch(r"[-+]?\d+(,\d+)?").all():
+        return "regression", "numbers with a decimal comma"
+    if len(strange) and sign and (len(strange) > len(text) / 2 or strange.str.contains(sign, regex=False).all()):
+        return "multilabel", f"texts joined by {sign!r}, {len(_parts(set(text), sign))} words in {distinct} combinations"
+    if len(strange) > len(text) / 2:
         return "classification", f"{distinct} different texts"
     asked = _asked_numbers(tables.sample, targets[0])
     finite = numbers[np.isfinite(numbers)]

@@ -69,7 +69,7 @@ class Folder:
     plain word directly in it, may be links."""
 
     def __init__(self, root: str):
-        self.root, self.listing = root, cache(self._listing)
+        self.root, self.listing, self.folders = root, cache(self._listing), cache(self._folders)
 
     def _listing(self, folder: str) -> tuple[dict[str, str | None], dict[str, str]]:
         """({file name: why it cannot be used, or None}, {name without the suffix or with it in lower case: file name}) of the pictures in it."""
@@ -101,7 +101,7 @@ class Folder:
                 return f"is a broken link to {target}"
         return "is a folder" if entry.is_dir() else None
 
-    def folders(self, depth: int = 3, most: int = 3000) -> list[str]:
+    def _folders(self, depth: int = 3, most: int = 3000) -> list[str]:
         """Visible folders, the nearest first, relative; `` is the data folder itself."""
         found, level = [""], [""]
         for _ in range(depth):

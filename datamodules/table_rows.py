@@ -49,8 +49,9 @@ class Rows:
 
 
 def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme: dict[str, Any], names: list[str] | None, report: Report, *,
-              labelled: bool = True, skip: bool) -> Rows:
-    """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad."""
+              known: str, labelled: bool = True, skip: bool) -> Rows:
+    """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad. `known` is
+    where the names of the outputs come from."""
     targets = scheme["targets"] if labelled else []
     needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)], split)]
     missing = [name for name in dict.fromkeys(needed) if name not in frame]
@@ -63,7 +64,7 @@ def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme
     twice = ids[ids.duplicated(keep=False) & (ids != "")]
     if len(twice):
         report.rows(file, scheme["id_column"], twice.index.to_numpy(), f"{counted(twice.nunique(), 'id')} more than once", ids.to_numpy())
-    values = read_targets(frame, scheme, names, file, report) if labelled else _no_targets(len(frame), scheme, names)
+    values = read_targets(frame, scheme, names, file, report, known) if labelled else _no_targets(len(frame), scheme, names)
     files, bad = _pictures(folder, frame, split, file, scheme, report, skip)
     if labelled:
         _check_conflicts(files, values, file, report)

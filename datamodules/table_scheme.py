@@ -16,18 +16,20 @@ FILES = {"train": ["train.csv"], "test": ["test.csv"], "sample": ["sample_submis
 TASKS = ("classification", "multilabel", "regression")
 
 
-def read_tables(root: str, named: dict[str, str | None]) -> Tables:
-    """The tables of a folder, under their usual names or the given ones, {train, test, sample: name or None}; only train.csv must be there.
+def read_tables(root: str, named: dict[str, str | None], no_train: bool = False) -> Tables:
+    """The tables of a folder, under their usual names or the given ones, {train, test, sample: name or None}; only train.csv must be there, and
+    with `no_train` test.csv may stand in for it.
 
     Raises:
         FileNotFoundError: a table that must be there is not; says what was looked for.
         ValueError: one or several cannot be read, or hold no row; in one report.
     """
     report, frames, names = Report(f"--data_dir {root}"), {}, {}
+    named = {part: named.get(part) for part in FILES}
     for part, usual in FILES.items():
-        given = named.get(part)
+        given = named[part]
         found = [name for name in ([given] if given else usual) if os.path.isfile(os.path.join(root, name))]
-        if not found and (given or part == "train"):
+        if not found and (given or part == "train" and not (no_train and os.path.isfile(os.path.join(root, named["test"] or "test.csv")))):
             raise FileNotFoundError(f"--data_dir {root}: there is no table {given or usual[0]}" + f" (--data_args.{part}_csv)" * bool(given))
         if found:
             names[part] = found[0]
@@ -39,6 +41,8 @@ def read_tables(root: str, named: dict[str, str | None]) -> Tables:
             if frames[part].empty and part != "test":
                 report.add(found[0], "has a header and no row")
     report.finish()
+    if "train" not in frames:
+        return Tables(frames["test"], None, None, {"train": names["test"], "test": names["test"]})
     return Tables(frames["train"], frames.get("test"), frames.get("sample"), names)
 
 
@@ -80,6 +84,22 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     if found and not scheme["fold_column"]:
         lines.append(f"table column {found} looks like folds: --data_args.fold_column {found} with --folds uses it")
     return {**scheme, "group": None if scheme["group"] == "none" else scheme["group"]}, lines
+
+
+def advice(tables: Tables, scheme: dict[str, Any], names: list[str] | None) -> list[str]:
+    """Lines on what is allowed but perhaps not meant: ids that only one table has, names of labels that are nearly the same."""
+    lines, column = [], scheme["id_column"]
+    if tables.test is not None and tables.sample is not None and column in tables.test and column in tables.sample:
+        asked, there = set(tables.sample[column]), set(tables.test[column])
+        for less, more, where in ((asked, there, "test"), (there, asked, "sample")):
+            if more - less:
+                lines.append(f"table {tables.names[where]} has {len(more - less):,} ids alone, as {min(more - less)!r}")
+    folded: dict[str, list[str]] = {}
+    for name in names or ():
+        folded.setdefault(table_guess.words(name).replace("_", ""), []).append(name)
+    for same in [same for same in folded.values() if len(same) > 1 and not all(name[-1:].isdigit() for name in same)][:3]:
+        lines.append(f"table labels that are nearly the same: {', '.join(map(repr, same))}")
+    return lines
 
 
 def _separator(train: pd.DataFrame, scheme: dict[str, Any], given: str | None) -> str | None:

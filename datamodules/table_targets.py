@@ -39,11 +39,11 @@ def labels_of(text: str, separator: str) -> list[str]:
 
 
 def read_targets(frame: pd.DataFrame, scheme: dict[str, Any], names: list[str] | None, file: str, report: Report,
-                 known: str = "train.csv") -> np.ndarray:
+                 known: str) -> np.ndarray:
     """(N,) int64 class indices, (N, K) float32 of 0 and 1, or (N, T) float32 in own units; what cannot be read is reported and left 0.
 
     Args:
-        names: of the outputs, in index order; a label beyond them is reported as one that `known` does not have.
+        names: of the outputs, in index order; a label beyond them is reported as one that `known`, a file, does not have.
     """
     targets = scheme["targets"]
     if scheme["task"] == "regression":
@@ -118,6 +118,18 @@ def check_constant(targets: np.ndarray, scheme: dict[str, Any], names: list[str]
         return
     for place in np.flatnonzero(still):
         report.add(file, f"column {columns[place]}: the constant {targets[0, place]:g}, nothing can be learned from it")
+
+
+def read_range(given: Any, count: int) -> list[list[float]]:
+    """A range [low, high] for each of so many targets, from one pair for all or a pair for each. Raises ValueError."""
+    try:
+        pairs = [given] * count if len(given) == 2 and not isinstance(given[0], list | tuple) else given
+        pairs = [[float(low), float(high)] for low, high in pairs]
+    except (TypeError, ValueError):
+        pairs = []
+    if len(pairs) != count or not all(low < high for low, high in pairs):
+        raise ValueError(f"--data_args.target_range {given}: [low,high], or a pair for each of {count} targets, low below high")
+    return pairs
 
 
 def check_range(targets: np.ndarray, scheme: dict[str, Any], limits: list[list[float]], file: str, report: Report) -> None:

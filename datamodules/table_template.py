@@ -28,7 +28,7 @@ def guess_template(folder: Folder, train: pd.DataFrame, asked: pd.DataFrame | No
         there = listed(f"{name or '.'}/ ({len(folder.listing(name)[0])} pictures)" for name in folder.folders() if folder.listing(name)[0])
         raise ValueError(f"where the pictures are cannot be told: --image says it, as {{split}}/{{{id_column}}}.jpg. Looked for the values of "
                          f"{id_column}, as {train[id_column].iloc[0]!r}, with and without {' '.join(SUFFIXES[:4])} ..., in: "
-                         + (there or "no folder with pictures"))
+                         + (there or "no folder with pictures") + _packed(folder.root))
     general, reason = re.sub("train", "{split}", template), f"{share:.0%} of the rows looked for have a picture there"
     if asked is None or asked.empty or id_column not in asked:
         return general, reason
@@ -38,6 +38,11 @@ def guess_template(folder: Folder, train: pd.DataFrame, asked: pd.DataFrame | No
     if not there or re.sub("test", "{split}", there) == general:
         return general, reason
     return f"{template},{there}", f"{reason}; those to predict lie elsewhere"
+
+
+def _packed(root: str) -> str:
+    names = sorted(name for name in os.listdir(root) if name.lower().endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z")))
+    return f"; {listed(names)} may hold them: unpack it there" if names else ""
 
 
 def _best(folder: Folder, frame: pd.DataFrame, id_column: str, split: str) -> tuple[float, str]:

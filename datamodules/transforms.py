@@ -11,6 +11,7 @@ from timm.data.auto_augment import posterize as timm_posterize
 from torchvision import transforms as tv
 from torchvision.transforms import InterpolationMode
 
+from datamodules.array_transforms import TrainTransform
 from datamodules.augment import Augment
 
 Transform = Callable[[Image.Image], torch.Tensor]  # RGB picture -> (3, H, W) uint8
@@ -26,13 +27,12 @@ def train_transform(
     hflip: float,
     rand_augment: str | None = None,
     augment: Augment = PLAIN,
-) -> Transform:
+) -> TrainTransform:
     """timm's: random resized crop of `crop_scale` of the area, flips, then policy or colour jitter; draws from `random`, numpy and torch's
     CPU generator.
     """
     words = dict(interpolation=interpolation, mean=mean, scale=crop_scale, hflip=hflip)
-    crop, colours, to_tensor = _parts(size, rand_augment, augment, **words)
-    return tv.Compose([*crop, *colours, *to_tensor])
+    return TrainTransform(size, interpolation, *_parts(size, rand_augment, augment, **words))
 
 
 def eval_transform(

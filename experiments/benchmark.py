@@ -1,8 +1,9 @@
-"""Speed against peers: python experiments/benchmark.py step --family vit --precision bf16
+"""Speed against peers: python experiments/benchmark.py step --family vit --precision bf16, or benchmark.py data --data_dir DIR
 
 `step` times forward and backward of the same network, batch and precision as ours and as timm, torchvision and vit-pytorch write it, in one
-process and interleaved: every round runs each once, in a shuffled order, so that a noisy machine is noisy to all. `distill` does the same
-with one student's training step without a teacher, with a cached one and with the live one.
+process and interleaved: every round runs each once, in a shuffled order, so that a noisy machine is noisy to all. In the same way `data` times
+training batches, ours from the picture cache and from files, and timm's; `distill` one student's training step without a teacher, with a cached
+one and with the live one.
 """
 import argparse
 import random
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
+from datamodules.decode import PictureError
 from experiments import benchmark_distill
 
 Makers = dict[str, Callable[[], nn.Module]]
@@ -100,6 +102,18 @@ def step(family: str, precision: str, batch: int, rounds: int, channels_last: bo
     print(f"  vitlab / {fastest}: {medians[fastest] / medians['vitlab']:.3f} (quartiles of the rounds {low:.3f} to {high:.3f})")
 
 
+def _data(args: argparse.Namespace) -> int:
+    from experiments import benchmark_data
+    words = {"data_dir": args.data_dir, "image_size": args.image_size, "interpolation": args.interpolation, "cache_side": args.cache_side,
+             "global_batch_size": args.batch}
+    try:
+        benchmark_data.measure(words, args.cache_dir, args.rounds, args.batches)
+    except (ValueError, OSError, PictureError) as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -116,9 +130,20 @@ def main(argv: list[str] | None = None) -> int:
         each.add_argument("--precision", choices=["float32", "bf16"], default="float32")
         each.add_argument("--batch", type=int, default=8, help="pictures in a step")
         each.add_argument("--rounds", type=int, default=15, help="interleaved rounds after two to warm up, at least 2")
+    verb = verbs.add_parser("data", help="training batches from the picture cache and from files, and timm's, on one core")
+    verb.add_argument("--data_dir", required=True, help="folder with train/<class>/")
+    verb.add_argument("--image_size", type=int, default=224, help="side of training crops")
+    verb.add_argument("--cache_dir", help="of a cache to keep; left out: a temporary folder")
+    verb.add_argument("--cache_side", type=int, help="shorter side of cached pictures; left out: what evaluation resizes to")
+    verb.add_argument("--interpolation", choices=["bicubic", "bilinear"], default="bicubic", help="of all contenders")
+    verb.add_argument("--batch", type=int, default=64, help="pictures in a batch")
+    verb.add_argument("--batches", type=int, default=4, help="of each contender in a round")
+    verb.add_argument("--rounds", type=int, default=15, help="interleaved rounds after one to warm up, at least 2")
     args = parser.parse_args(argv)
     if args.batch < 1 or args.rounds < 2:
         parser.error("--batch must be at least 1 and --rounds at least 2")
+    if args.verb == "data":
+        return _data(args)
     if args.verb == "step":
         step(args.family, args.precision, args.batch, args.rounds, args.channels_last)
     else:

@@ -2,6 +2,7 @@
 import json
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 import datamodules
 import models
+from datamodules.decode import PictureError
 from experiments import plan, preflight, rundir
 from experiments.config import Command, Config, read
 from experiments.recipe import recipe_data
@@ -82,8 +84,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     cfg, alone = command.config, command.recipe_alone
     preflight.check_names(cfg)
     problems = [plan.device_problem(cfg)]
-    left_out = models.preprocessing(cfg.model) | {key: saved["spec"][key] for key in PREPARATION if saved}
-    left_out["image_size"] = "x".join(map(str, left_out["image_size"]))
+    left_out = _left_out(cfg, saved)
     cfg, alone = (replace(each.filled(**left_out), precision=plan.precision(each) if each.precision == "auto" else each.precision)
                   for each in (cfg, alone))
     data = None
@@ -106,6 +107,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
     preflight.check_train_sizes(meta, cfg, data)
     cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
+    cfg = replace(cfg, cache_side=data.cache_side)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
     cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta))
@@ -138,6 +140,36 @@ def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module)
     if cfg.teacher and data.mixing and teacher_cache.is_cache(cfg.teacher):
         return teacher_cache.read_about(cfg.teacher)["identity"]["pass_size"]
     return plan.micro_batch_size(meta, cfg)
+
+
+def listed(command: Command) -> L.LightningDataModule:
+    """The data set of a run alone, prepared as its model wants it. Raises ValueError or FileNotFoundError."""
+    command = _with_data(_with_saved(command))
+    preflight.check_names(command.config)
+    return datamodule(command.config.filled(**_left_out(command.config, _saved(command.config))))
+
+
+def _left_out(cfg: Config, saved: dict[str, Any]) -> dict[str, Any]:
+    """How the pictures are prepared where no flag says it: as for the saved network, or else for the model."""
+    found = models.preprocessing(cfg.model) | {key: saved["spec"][key] for key in PREPARATION if saved}
+    return found | {"image_size": "x".join(map(str, found["image_size"]))}
+
+
+def cache_pictures(data: L.LightningDataModule, prog: str = "run.py") -> None:
+    """Make the picture cache ready. Each process asks, one of a machine builds, and a signal ends it at once: what is done is kept.
+
+    Exits with 1 and a line, in which `prog` speaks, for a picture that cannot be read and a disk that has no room.
+    """
+    if data.cache is None:
+        return
+    before, notice.together = notice.together, False
+    try:
+        data.cache.build()
+    except (PictureError, ValueError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    finally:
+        notice.together = before
 
 
 def seen_by_teacher(cfg: Config, data: L.LightningDataModule) -> dict[str, Any]:
@@ -208,11 +240,11 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     data = datamodules.create(
         cfg.data, encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,
         std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale,
-        hflip=cfg.hflip, val_fraction=cfg.val_fraction,
-        rand_augment=cfg.rand_augment, random_erasing=cfg.random_erasing, repeated_augment=cfg.repeated_augment, mixup=cfg.mixup,
-        cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing, augment_args=cfg.augment_args, train_size=cfg.train_size, epochs=cfg.epochs,
-        split_seed=cfg.split_seed, seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size,
-        workers=cfg.workers, eval_only=cfg.eval_only, **names, **cfg.data_args)
+        hflip=cfg.hflip, val_fraction=cfg.val_fraction, rand_augment=cfg.rand_augment, random_erasing=cfg.random_erasing,
+        repeated_augment=cfg.repeated_augment, mixup=cfg.mixup, cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing,
+        augment_args=cfg.augment_args, own_augment=cfg.augment, train_size=cfg.train_size, epochs=cfg.epochs, split_seed=cfg.split_seed,
+        seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size, workers=cfg.workers,
+        cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, **names, **cfg.data_args)
     if saved and data.target_range:
         data.target_range = saved["spec"].get("target_range") or data.target_range
     return data

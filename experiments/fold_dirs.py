@@ -1,4 +1,5 @@
-"""Names and directories of the folds of a run: runs/<name>/ over runs/<name>/fold0.., or beside it where a fold is run alone."""
+"""Names and directories of the folds of a run: runs/<name>/ over runs/<name>/fold0.."""
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,15 @@ def enter(cfg: Config) -> None:
         raise UsageError(f"the run directory {folder} cannot be written: {error.strerror or error}; --runs_dir names another place") from None
 
 
-def alone(cfg: Config, fold: int) -> Path | None:
-    """The directory in which this fold of the run was run alone, with the same training values; None where there is none. Its name has
-    `-f<fold>` after the seed, or at the end of a given name."""
-    start = rundir.name_start(cfg)
+def take_in(parent: Path, cfg: Config, fold: int) -> None:
+    """Link a finished run of this fold alone, with the same training values, into the directory over the folds, where it has none of its own. Its
+    name has `-f<fold>` after the seed, or at the end of a given name."""
+    start, own = rundir.name_start(cfg), parent / f"fold{fold}"
     name = f"{start}-f{fold}{cfg.name[len(start):]}" if cfg.name.startswith(start) else f"{cfg.name}-f{fold}"
-    folder = Path(cfg.runs_dir) / name
-    return folder if rundir.stored(folder) and not rundir.differences(folder, replace(cfg, fold=fold)) else None
+    alone = Path(cfg.runs_dir) / name
+    if not own.exists() and rundir.result(alone).get("finished") and not rundir.differences(alone, replace(cfg, fold=fold)):
+        own.unlink(missing_ok=True)
+        own.symlink_to(os.path.relpath(alone, parent))
 
 
 def name_and_group(folder: Path, cfg: Config) -> tuple[str, str | None]:

@@ -1,5 +1,6 @@
 """What the folds of a run say together: every row predicted by the network that has not seen it, one score over all rows, test predictions
 averaged. Everything is joined by id."""
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.usage import UsageError
-from lightning_modules import metrics, predictions
+from lightning_modules import columns, metrics
 
 OOF, PREDICTIONS, FOLDS = "oof.csv", "predictions.csv", "folds.csv"
 RESAMPLES, BOOT_SEED = 1000, 0
@@ -23,19 +24,19 @@ def merge(folder: Path, places: dict[int, Path], spec: dict[str, Any], metric: s
 
     Returns what result.json says of it: fold_scores (None of a fold that is not there), overall (one metric over all rows, not a mean of
     means) with its 95 % interval ci_low, ci_high, by `n_boot` resamples of the rows; oof_rows, test_rows, predictions_of.
-    Raises UsageError for files that do not belong together.
+    Raises ValueError for files that do not belong together.
     """
     table = whole(folder / FOLDS, places, skipped=skipped)
-    target, prediction = arrays(table, spec)
+    target, prediction = columns.arrays(table, spec)
     chosen = metrics.find(metric, spec["task"])
     fold = table["fold"].astype(int).to_numpy()
     scores = [metrics.score(chosen, target[fold == k], prediction[fold == k], spec) if k in places else None
               for k in range(_count(folder / FOLDS))]
     low, high, resamples = interval(lambda rows: metrics.score(chosen, target[rows], prediction[rows], spec), len(table), prediction.shape[1])
-    predictions.write(table, folder / OOF)
+    columns.write(table, folder / OOF)
     test = averaged(places, spec["id_column"])
     if test is not None:
-        predictions.write(test, folder / PREDICTIONS)
+        columns.write(test, folder / PREDICTIONS)
     return {"metric": f"oof/{chosen.name}", "overall": metrics.score(chosen, target, prediction, spec), "ci_low": low, "ci_high": high,
             "n_boot": resamples, "boot_seed": BOOT_SEED, "fold_scores": scores, "oof_rows": len(table),
             "test_rows": 0 if test is None else len(test), "predictions_of": len(places)}
@@ -63,19 +64,6 @@ def whole(folds: Path, places: dict[int, Path], *, skipped: bool = False) -> pd.
     return together.loc[[each for each in order[column] if each in together.index]].reset_index(drop=True)
 
 
-def arrays(table: pd.DataFrame, spec: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(targets, predictions) of an oof.csv read as text, as `metrics.score` takes them. Raises UsageError for a class the spec does not have."""
-    names = spec["class_names"] or spec["target_names"]
-    one = len(names) == 1
-    prediction = table[["prediction"] if one else [f"prediction_{name}" for name in names]].to_numpy(np.float64)
-    if spec["task"] != "classification":
-        return table[["target"] if one else [f"target_{name}" for name in names]].to_numpy(np.float64), prediction
-    target = table["target"].map({name: k for k, name in enumerate(names)})
-    if target.isna().any():
-        raise UsageError(f"{OOF}: the target {table['target'][target.isna()].iloc[0]!r} is no class of the run")
-    return target.to_numpy(np.int64), prediction
-
-
 def averaged(places: dict[int, Path], id_column: str) -> pd.DataFrame | None:
     """The mean of the folds' predictions of the test rows (of probabilities, or of values in own units), in the order of the first; None where
     no fold has any. Raises UsageError for files with other columns or ids."""
@@ -91,15 +79,15 @@ def averaged(places: dict[int, Path], id_column: str) -> pd.DataFrame | None:
                 or not each.index.isin(tables[0].index).all():
             raise UsageError(f"{file} has other ids or columns than {files[0]}, or an id twice: test.csv has changed in between; --overwrite starts "
                              "all folds again")
-    columns = [name for name in tables[0].columns if name == "prediction" or name.startswith("prediction_")]
-    mean = np.mean([each.loc[tables[0].index, columns].to_numpy(np.float64) for each in tables], axis=0)
-    return pd.concat([tables[0].drop(columns=columns), pd.DataFrame(mean, tables[0].index, columns)], axis=1).reset_index()
+    names = [name for name in tables[0].columns if name == "prediction" or name.startswith("prediction_")]
+    mean = np.mean([each.loc[tables[0].index, names].to_numpy(np.float64) for each in tables], axis=0).astype(np.float32)
+    return pd.concat([tables[0].drop(columns=names), pd.DataFrame(mean, tables[0].index, names)], axis=1).reset_index()
 
 
-def interval(score: Any, rows: int, columns: int) -> tuple[float, float, int]:
+def interval(score: Callable[[np.ndarray], float], rows: int, outputs: int) -> tuple[float, float, int]:
     """(2.5 %, 97.5 % percentile, resamples) of `score` over rows drawn with replacement (Efron's percentile bootstrap); 200 resamples of a large
     table. It tells of the rows scored, not of how another training would end."""
-    resamples = int(np.clip(20_000_000 // (rows * columns), 200, RESAMPLES))
+    resamples = int(np.clip(20_000_000 // (rows * outputs), 200, RESAMPLES))
     rng = np.random.default_rng(BOOT_SEED)
     found = np.array([score(rng.integers(rows, size=rows)) for _ in range(resamples)])
     found = found[np.isfinite(found)]  # a resample may lack a class that the metric needs

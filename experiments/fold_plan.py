@@ -38,8 +38,9 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     if not np.array_equal(folds.read(run.folder / fold_merge.FOLDS, ids, cfg.folds), fold):
         raise UsageError(f"{run.folder / fold_merge.FOLDS} holds other folds than there are now: --name another run, or --overwrite it")
     known = {key: getattr(run.cfg, key) for key in ("model", "data", "epochs", "lr", "global_batch_size", "seed", "split_seed", "hours", "folds")}
-    beside = [str(fold_dirs.alone(run.cfg, number) or "") for number in range(cfg.folds)]
-    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "beside": beside, "rows": len(ids),
+    for number in range(cfg.folds):
+        fold_dirs.take_in(run.folder, run.cfg, number)
+    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "rows": len(ids),
             "folds_file": str(file or run.folder / fold_merge.FOLDS),
             "spec": run.data.spec, "metric": run.cfg.metric or run.data.metric_name or metrics.DEFAULTS[run.data.task],
             "skipped": cfg.bad_images == "skip", "fingerprint": run.data.fingerprint, "gpus": _gpus() if apart and plan.on_gpu(cfg) else [],
@@ -52,7 +53,8 @@ def _forecast(run: Run) -> dict[str, float]:
     micro = cfg.global_batch_size // world // run.data.accumulation(world)
     speed = plan.images_per_second(run.model, cfg, micro if plan.on_gpu(cfg) else min(micro, 8))
     together = world if plan.on_gpu(cfg) else cfg.num_nodes
-    return {"speed": speed, "forecast_seconds": cfg.epochs * run.data.steps_per_epoch * cfg.global_batch_size / (speed * together)}
+    steps = cfg.epochs * run.data.steps_per_epoch
+    return {"speed": speed, "steps": steps, "forecast_seconds": steps * cfg.global_batch_size / (speed * together)}
 
 
 def _gpus() -> list[str]:

@@ -40,10 +40,10 @@ def main(command: Command) -> int:
     notice.together = True  # from here on a signal is handed to the folds, and waited for
     folds = Folds(plan, command.argv, None if cfg.hours is None else began + cfg.hours * 3600)
     code = folds.run()
-    if not notice.asked and folds.finished():
-        merged = _merge(folds, whole=code == 0)
-        code = code or merged
-    return exit_code(ORDER[notice.asked - 1]) if notice.asked else code
+    if notice.asked:
+        return exit_code(ORDER[notice.asked - 1])
+    merged = _merge(folds, whole=code == 0) if folds.finished() else 0
+    return code or merged
 
 
 def _refuse(cfg: Config) -> None:
@@ -72,14 +72,10 @@ class Folds:
     def __post_init__(self) -> None:
         self.folder, self.k = Path(self.plan["folder"]), self.plan["cfg"]["folds"]
         self.slots = self.plan["cfg"]["devices"] if self.plan["cfg"]["strategy"] == APART else 1
-        before = json.loads((self.folder / "result.json").read_text()) if (self.folder / "result.json").is_file() else {}
-        self.seconds: list[float] = (before.get("fold_seconds") or [0.0] * self.k)[:self.k]
+        self.seconds: list[float] = _result(self.folder).get("fold_seconds") or [0.0] * self.k
 
     def place(self, fold: int) -> Path:
-        """The run directory of a fold: under this one, or beside it where it was run alone."""
-        beside = self.plan["beside"][fold]
-        alone = beside and not (self.folder / f"fold{fold}").exists() and _result(Path(beside)).get("finished")
-        return Path(beside) if alone else self.folder / f"fold{fold}"
+        return self.folder / f"fold{fold}"
 
     def finished(self) -> list[int]:
         return [fold for fold in range(self.k) if _result(self.place(fold)).get("finished")]
@@ -102,14 +98,15 @@ class Folds:
                 if (ended := process.poll()) is not None:
                     del self.running[fold]
                     self.seconds[fold] += time.monotonic() - since
-                    code = code or self._ended(fold, ended, left)
+                    how = self._ended(fold, ended, left)
+                    code = code or how
         return code
 
     def expected(self, fold: int) -> float | None:
-        """Seconds a fold has still to go, from the slowest measured so far: whole folds, or epochs of one begun; None where nothing is."""
-        whole = [self.seconds[each] for each in self.finished() if self.seconds[each]]
+        """Seconds a fold has still to go, from the slowest measured so far: whole folds, or steps of one begun; None where nothing is."""
+        whole = [self.seconds[each] or _result(self.place(each)).get("train_seconds") or 0.0 for each in self.finished()]
         whole += [self.seconds[each] / share for each in range(self.k) if (share := self._share(each)) and self.seconds[each]]
-        return max(whole) * (1 - self._share(fold)) if whole else None
+        return max(whole) * (1 - self._share(fold)) if any(whole) else None
 
     def fits(self, fold: int) -> bool:
         expected = self.expected(fold)
@@ -120,13 +117,13 @@ class Folds:
         return max(0.0, self.deadline - margin - time.monotonic())
 
     def _share(self, fold: int) -> float:
-        """Of the epochs of an unfinished fold, those that it has behind it."""
+        """Of the steps of an unfinished fold, those that its history tells of."""
         history = self.place(fold) / "metrics.csv"
         if not history.is_file() or fold in self.finished():
             return 0.0
         with open(history, newline="", encoding="utf-8") as file:
-            epochs = [int(row["epoch"]) for row in csv.DictReader(file) if (row.get("epoch") or "").isdecimal()]
-        return min(0.99, (max(epochs) + 1) / self.plan["cfg"]["epochs"]) if epochs else 0.0
+            steps = [int(row["step"]) for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+        return min(0.99, max(steps, default=0) / self.plan["steps"])
 
     def _say(self, left: list[int]) -> None:
         each = self.plan["forecast_seconds"]
@@ -152,11 +149,11 @@ class Folds:
         self.running[fold] = start(line, env, log), device, time.monotonic()
 
     def _ended(self, fold: int, ended: int, left: list[int]) -> int:
-        """Note how a fold ended; returns its exit code, or 1 for a finished one without a result."""
+        """Note how a fold ended. Returns 0 where it is finished, else its exit code, or 1 for none of its own."""
         result, took = _result(self.place(fold)), _clock(self.seconds[fold])
-        ended = 128 - ended if ended < 0 else ended
+        how, ended = f"exit code {ended}" if ended >= 0 else f"killed by {signal.Signals(-ended).name}", max(ended, 0)
         self._keep()
-        if ended == 0 and result.get("finished"):
+        if result.get("finished"):
             score = f"{result['metric']} {result['best']:.5g}" if result.get("best") is not None else "not scored"
             after = [each for each in (self.expected(fold) for fold in [*left, *self.running]) if each is not None]
             rest = f"; {len(left) + len(self.running)} left, about {_clock(sum(after) / self.slots)}" if after else ""
@@ -165,7 +162,7 @@ class Folds:
         if self.asked:
             ended = PREEMPTED  # also where it had no time yet to listen
         if not notice.asked:
-            over = "the time of --hours is over" if self.asked else f"exit code {ended}"
+            over = "the time of --hours is over" if self.asked else how
             print(f"fold {fold} has stopped after {took} ({over}); the same command goes on", flush=True)
         return ended or 1
 
@@ -214,7 +211,7 @@ def _planned(command: Command) -> dict[str, Any] | int:
         answer = receive.recv()
     except EOFError:
         process.join()
-        return process.exitcode or 1
+        return max(process.exitcode, 0) or 1  # it has said why
     process.join()
     if isinstance(answer, str):
         raise UsageError(answer)

@@ -47,7 +47,20 @@ def duplicates(argv: list[str]) -> int:
         return 2
 
 
-VERBS = {"teacher": teacher, "duplicates": duplicates}
+def cache(argv: list[str]) -> int:
+    """Decode and resize the pictures of a run once, so that its training reads no picture file (`--cache_dir DIR`)."""
+    parser = argparse.ArgumentParser(prog="prepare.py cache", description=cache.__doc__, allow_abbrev=False,
+                                     usage="prepare.py cache --cache_dir DIR <the flags of run.py>",
+                                     epilog="The other flags are those of the runs that will use it (run.py --help): data, model or image_size, "
+                                            "cache_side. The same command again goes on where it was stopped.")
+    parser.add_argument("--cache_dir", required=True, help="folder of all caches")
+    args, flags = parser.parse_known_args(argv)
+    command = read([*flags, "--cache_dir", args.cache_dir], "prepare.py")
+    from experiments import cache_pictures
+    return cache_pictures.main(command)
+
+
+VERBS = {"teacher": teacher, "cache": cache, "duplicates": duplicates}
 
 
 @listening()

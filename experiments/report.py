@@ -48,7 +48,7 @@ def listing(cfg: Config) -> int:
         print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
     elif cfg.list == "data":
         for name in datamodules.names():
-            print(f"{name:<12}{import_module(datamodules.module(name)).__doc__.splitlines()[0]}")
+            print(f"{name:<17}{import_module(datamodules.module(name)).__doc__.splitlines()[0]}")
     elif cfg.list == "losses":
         for name, text in losses.TEXTS.items():
             print(f"--loss {name:<14}{', '.join(losses.tasks_of(name))}: {text}")

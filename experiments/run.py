@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
             return report.dry_run(run)
         if run.finished:
             return report.finished(run)
+        build.cache_pictures(run.data)
         task, trainer = training.task(run), training.trainer(run)
     except (ValueError, FileNotFoundError) as error:
         print(f"run.py: {error}", file=sys.stderr)

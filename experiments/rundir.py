@@ -186,8 +186,8 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
 
 def _other_data(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences between the identities of two data sets, in words."""
-    apart = [f"{key} {before.get(key)} -> {now[key]}" for key in ("seed", "global_batch_size", "repeated_augment")
-             if before.get(key, now[key]) != now[key]]
+    apart = [f"{key} {before.get(key)} -> {now.get(key)}" for key in ("seed", "global_batch_size", "repeated_augment", "augment")
+             if before.get(key, now.get(key)) != now.get(key)]
     sizes = before.get("sizes", now["sizes"])
     apart += [f"{split}: {sizes.get(split)} samples -> {number}" for split, number in now["sizes"].items() if sizes.get(split) != number]
     if before.get("fingerprint") != now["fingerprint"]:

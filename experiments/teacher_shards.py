@@ -81,7 +81,7 @@ def still(data: PictureData) -> bool:
     """Whether training shows a picture in one way only, so that one answer of the teacher holds for all epochs."""
     augment, chances = data.augment, (data.hflip, data.augment.vflip, data.augment.color_jitter, data.random_erasing)
     whole = data.crop_scale == (1, 1) and augment.crop_ratio[0] == augment.crop_ratio[1] and len({*data.train_sizes}) == 1
-    ours = type(data).train_transform is PictureData.train_transform  # a data set's own transform may do anything
+    ours = type(data).train_transform is PictureData.train_transform and not data.own_augment  # a data set's own transform may do anything
     return ours and whole and not any((*chances, data.rand_augment, augment.auto_augment, data.mixing))
 
 

@@ -69,7 +69,7 @@ def trainer(run: Run) -> L.Trainer:
     if run.data.sizes["val"]:
         callbacks.append(BestCheckpoint(checkpoints, watched, mode))
         if cfg.patience:
-            callbacks.append(EarlyStopping(watched, mode=mode, patience=cfg.patience))
+            callbacks.append(EarlyStopping(watched, mode=mode, patience=cfg.patience, check_finite=False))
     world, passes = plan.world_size(cfg), 1
     if not cfg.eval_only:
         passes = run.data.accumulation(world)

@@ -117,7 +117,7 @@ class PerTarget:
     """
 
     def __init__(self, each: Callable[[Tensor, Tensor], Tensor], spec: dict[str, Any], smoothing: float, target_weights: list[float] | None):
-        self.each, self.smoothing = each, smoothing if spec["task"] == "multilabel" else 0.0
+        self.each, self.smoothing = each, smoothing
         self.target_range = spec["target_range"] if spec["task"] == "regression" else None
         self.weights = None if target_weights is None else torch.tensor(target_weights, dtype=torch.float32)
 

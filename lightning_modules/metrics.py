@@ -159,8 +159,7 @@ def auroc(target: np.ndarray, prediction: np.ndarray) -> float:
     """area under the ROC curve: of the second of two classes, else the mean of each class against the rest, or of each label"""
     from sklearn.metrics import roc_auc_score
     if target.ndim == 1:
-        first = 1 if prediction.shape[1] == 2 else 0
-        target, prediction = (target[:, None] == np.arange(prediction.shape[1]))[:, first:], prediction[:, first:]
+        target = target[:, None] == np.arange(prediction.shape[1])  # of two classes both areas are equal
     both = [k for k in range(target.shape[1]) if 0 < target[:, k].sum() < len(target)]  # a label of one kind only has no curve
     return float(np.mean([roc_auc_score(target[:, k], prediction[:, k]) for k in both])) if both else float("nan")
 

@@ -5,22 +5,18 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import pandas as pd
 from lightning.pytorch.callbacks import Callback
 
+from lightning_modules.columns import table, write
 from lightning_modules.targets import predict
-
-MOST_COLUMNS = 100  # classes that get a column each; of more only the likeliest is written, but for a table
 
 
 class Predictions(Callback):
     """Writes `predictions.csv` after a test, a prediction, or a validation of its own (not those inside training); of a table's validation
     `oof.csv`.
 
-    Columns: a table's id under its own name, or `id`, the picture's name in its split; `fold` in oof.csv; where there are targets `target` (class
-    name or own units), or of several `target_<name>`; `prediction` (own units), or `prediction_<class, label or target>` (probabilities, own
-    units). For more than 100 classes of what is no table `prediction` (the likeliest class) and its `probability`. Each rank leaves a shard
-    beside the file; rank 0 merges them by row. Raises RuntimeError when a row is missing or there twice.
+    Columns: see `columns.table`; the id of what is no table is the picture's name in its split, and `fold` is in oof.csv. Each rank leaves a
+    shard beside the file; rank 0 merges them by row. Raises RuntimeError when a row is missing or there twice.
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any], fold: int | None = None):
@@ -66,33 +62,6 @@ class Predictions(Callback):
 
     def _shard(self, rank: int) -> Path:
         return self.folder / f".predictions-{rank}.partial"
-
-
-def table(ids: Any, spec: dict[str, Any], prediction: np.ndarray, target: np.ndarray | None = None, fold: Any = None) -> pd.DataFrame:
-    """The columns of `Predictions`. ids (N,); prediction (N, K or T) of targets.predict; target (N,) class numbers or (N, K or T); fold a number
-    or (N,)."""
-    names = spec["class_names"] or spec["target_names"]
-    columns = {spec.get("id_column") or "id": ids}
-    columns |= {} if fold is None else {"fold": np.broadcast_to(fold, len(ids))}
-    if target is not None and spec["task"] == "classification":
-        columns["target"] = [names[k] for k in target]
-    elif target is not None:
-        target = np.rint(target).astype(int) if spec["task"] == "multilabel" else target
-        columns |= {"target": target[:, 0]} if len(names) == 1 else {f"target_{name}": target[:, k] for k, name in enumerate(names)}
-    if spec["task"] == "classification" and len(names) > MOST_COLUMNS and not spec.get("id_column"):
-        columns |= {"prediction": [names[k] for k in prediction.argmax(1)], "probability": prediction.max(1)}
-    elif len(names) == 1:
-        columns["prediction"] = prediction[:, 0]
-    else:
-        columns |= {f"prediction_{name}": prediction[:, k] for k, name in enumerate(names)}
-    return pd.DataFrame(columns)
-
-
-def write(content: pd.DataFrame, path: Path) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    content.to_csv(partial, index=False)
-    os.replace(partial, path)
 
 
 def merge(shards: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:

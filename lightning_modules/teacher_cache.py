@@ -17,7 +17,8 @@ from torch import Tensor
 
 ABOUT, FORMAT = "cache.json", 1
 HALF = torch.finfo(torch.float16).max
-TRANSFORM = ("crop_scale", "hflip", "rand_augment", "random_erasing", "augment_args", "train_size", "mixup", "cutmix")
+TRANSFORM = ("crop_scale", "hflip", "rand_augment", "random_erasing", "augment_args", "train_size", "mixup", "cutmix", "cache_side",
+             "augment")
 COMMON = ("task", "num_outputs", "class_names", "target_names", "target_range", "encoding", "data",
           "data_args", "fingerprint", "sizes", "image_size", "mean", "std", "interpolation")
 KNOBS = {  # what must be equal, by the view of the pictures that the teacher saw
@@ -37,6 +38,7 @@ def identity(config: dict[str, Any], data: dict[str, Any], spec: dict[str, Any],
     """
     names = {*TRANSFORM, "repeated_augment", "data", "data_args", "seed", "global_batch_size", "val_fraction", "split_seed", "epochs"}
     whole = {key: config[key] for key in names} | {key: data[key] for key in ("fingerprint", "sizes")}
+    whole["augment"] = data.get("augment")  # what the file says, wherever it is
     whole |= {key: spec.get(key) for key in (*COMMON, "crop_pct", "crop_mode") if key not in whole}
     return json.loads(json.dumps(whole | {"world_size": world_size, "pass_size": pass_size, "device": device}))
 

@@ -249,7 +249,8 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict
     if not {"state_dict", "config", "spec"} <= content.keys():
         raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec; plain weights go to --init")
     config, spec = content["config"], content["spec"]
-    model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), **config["model_args"])
+    arguments = {key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")}  # nothing else is read
+    model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), **arguments)
     model.load_state_dict(network_state(content, use_ema, file))
     return model.eval(), spec
 

@@ -14,11 +14,12 @@ from conftest import result_of
 from fold_processes import quick
 from PIL import Image
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
+import datamodules
 from datamodules import folds
 from experiments import fold_dirs, fold_merge, fold_runs, rundir
 from experiments.config import parse
-from experiments.usage import UsageError
 
 LINE = "--data_dir comp --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2 --recipe none " \
        "--global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --accelerator cpu --epochs 2"
@@ -45,8 +46,8 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     ended = launch(f"{LINE} --folds 3 --name all", before=quick)
     assert ended.code == 0, ended.out
     folder, train = comp / "runs" / "all", pd.read_csv(comp / "comp" / "train.csv")
-    assert {"fold0", "fold2", "config.yaml"} < (there := {file.name for file in folder.iterdir()})
-    assert not {"fold1", "checkpoints"} & there  # what was run alone counts
+    assert (folder / "fold1").is_symlink() and (folder / "fold1").resolve() == comp / "runs" / "all-f1"  # what was run alone counts
+    assert not (folder / "checkpoints").exists()
     fold = folds.assign(train["Score"].to_numpy(np.float32)[:, None], "regression", 3, 0)
     written = pd.read_csv(folder / "folds.csv")
     (kept,) = (comp / "runs" / "folds").iterdir()
@@ -58,27 +59,30 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     assert result["overall"] == result["best"] == pytest.approx(np.sqrt(squared.mean()), rel=1e-6) and result["metric"] == "oof/rmse"
     assert result["fold_scores"] == pytest.approx(np.sqrt(squared.groupby(fold).mean()).tolist(), rel=1e-6)
     assert result["ci_low"] < result["overall"] < result["ci_high"] and result["n_boot"] == 1000
-    places = [folder / "fold0", comp / "runs" / "all-f1", folder / "fold2"]
+    places = [folder / f"fold{k}" for k in range(3)]
     parts = [pd.read_csv(place / "predictions.csv") for place in places]
     mean = pd.read_csv(folder / "predictions.csv")
     assert mean["Id"].tolist() == [f"e{n:02}" for n in range(6)] and [*mean] == ["Id", "prediction"]
     assert np.allclose(mean["prediction"], np.mean([part["prediction"] for part in parts], 0), rtol=1e-6)
     assert result["folds"] == result["folds_finished"] == 3 and result["finished"] is True
     assert result["train_seconds"] == pytest.approx(sum(result_of(place)["train_seconds"] for place in places), abs=0.02)
-    for word in ("1 finished, 2 to do, one after the other", "of training steps each", "fold 0 has ended after", "oof/rmse", "the mean of 3 folds"):
+    for word in ("1 finished, 2 to do, one after the other", "by those before", "fold 0 has ended after", "oof/rmse", "the mean of 3 folds"):
         assert word in ended.out, ended.out
 
     again = launch(f"{LINE} --folds 3 --name all", before=quick)
     assert again.code == 0 and "already finished" in again.out
     other = launch(f"{LINE} --folds 3 --name all --lr 1e-4", before=quick)
     assert other.code == 2 and "lr 0.002 -> 0.0001" in other.out
+
+
+def test_a_plan_writes_nothing(comp, launch):
     planned = launch(f"{LINE} --folds 3 --name plan --dry_run", before=quick)
-    assert planned.code == 0 and "all of this 3 times" in planned.out and not (comp / "runs" / "plan").exists()
+    assert planned.code == 0 and "all of this 3 times" in planned.out and not (comp / "runs").exists(), planned.out
 
 
-def interrupt(how, moment, children):
+def interrupt(how, moment, children, seconds=60):
     """When the fold has got so far, signal the process over it."""
-    child, deadline = children[0], time.monotonic() + 60
+    child, deadline = children[0], time.monotonic() + seconds
     while not moment() and time.monotonic() < deadline and child.is_alive():
         time.sleep(0.02)
     os.kill(child.pid, how)
@@ -103,6 +107,17 @@ def test_killed_and_preempted_folds_go_on_to_the_undisturbed_bytes(comp, launch)
     for name in ("oof.csv", "predictions.csv", "folds.csv"):
         assert (folder / name).read_bytes() == (comp / "runs" / "whole" / name).read_bytes()
     assert result_of(folder)["overall"] == result_of(comp / "runs" / "whole")["overall"]
+
+
+@pytest.mark.slow
+def test_in_processes_of_their_own_a_signal_to_the_first_stops_all(comp, launch):
+    """As from a shell: nothing is forked, and the plan and each fold import everything anew."""
+    folder = comp / "runs" / "real"
+    stopped = launch(f"{LINE} --folds 2 --epochs 500 --name real", timeout=250,
+                     watch=lambda children: interrupt(signal.SIGTERM, (folder / "fold0" / "checkpoints" / "last.ckpt").exists, children, 200))
+    assert stopped.code == 75 and "SIGTERM: saved step" in stopped.out and "images/s measured now" in stopped.out, stopped.out
+    ended = launch(f"{LINE} --folds 2 --name other", timeout=250)
+    assert ended.code == 0 and result_of(comp / "runs" / "other")["finished"] is True, ended.out
 
 
 def test_ctrl_c_leaves_with_its_code(comp, launch):
@@ -139,6 +154,25 @@ def break_fold_1():
 def test_what_folds_cannot_be_ends_with_a_line(comp, launch, line, env, words):
     ended = launch(f"{LINE} {line}".replace("--data_dir comp", "" if "digits" in line else "--data_dir comp"), env=env, before=quick)
     assert ended.code == 2 and words in ended.out and "Traceback" not in ended.out and not (comp / "runs").exists(), ended.out
+
+
+def test_folds_of_ones_own(comp):
+    common = dict(data_dir=str(comp / "comp"), image_size=16, global_batch_size=4, workers=0, folds=3, fold=1)
+    own, ids = comp / "own.csv", pd.read_csv(comp / "comp" / "train.csv")["Id"].tolist()
+    folds.write(own, ids, np.arange(45) // 15, "Id")
+    data = datamodules.create("csv", **common, folds_at=str(own))
+    assert data.splits["val"].ids.tolist() == ids[15:30]
+    by_rule = datamodules.create("csv", **common, folds_at=str(comp / "kept"))
+    assert (by_rule.fold_numbers != data.fold_numbers).any() and not (comp / "kept").exists()
+    by_rule.keep_folds()
+    (file,) = (comp / "kept").iterdir()
+    text = file.read_text()
+    file.write_text("Id,fold\n" + "".join(f"{name},{n % 3}\n" for n, name in enumerate(ids)))
+    assert (datamodules.create("csv", **common, folds_at=str(comp / "kept")).fold_numbers == np.arange(45) % 3).all()  # what is written holds
+    file.write_text(text.replace(f"{ids[3]},", "other,"))
+    for at, words in ((comp / "kept", "line 5"), (comp / "none.csv", "there is no such file")):
+        with pytest.raises(ValueError, match=words):
+            datamodules.create("csv", **common, folds_at=str(at))
 
 
 def test_another_table_under_the_same_name_is_refused(comp, launch):
@@ -195,8 +229,8 @@ def acted(tmp_path, monkeypatch):
 
         monkeypatch.setattr(fold_runs, "start", Acted)
         values = {"model": "m", "data": "csv", "folds": k, "epochs": 4, "devices": 1, "strategy": "auto", "hours": hours} | cfg
-        plan = {"cfg": values, "folder": str(tmp_path / "all"), "beside": [""] * k, "gpus": [*gpus], "rows": 9, "forecast_seconds": 100.0,
-                "speed": 10.0, "folds_file": "f.csv"}
+        plan = {"cfg": values, "folder": str(tmp_path / "all"), "gpus": [*gpus], "rows": 9, "forecast_seconds": 100.0,
+                "speed": 10.0, "steps": 16, "folds_file": "f.csv"}
         return fold_runs.Folds(plan, ("--model", "m", "--folds", str(k)), None if hours is None else clock.now + hours * 3600), started
     return make
 
@@ -229,6 +263,19 @@ def test_folds_share_the_devices(acted):
     assert [argv[argv.index("--fold") + 1] for argv, _ in started] == list("01234")
     assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] == ["4", "7", "4", "4", "4"]
     assert all(argv[-4:] == ["--devices", "1", "--strategy", "auto"] for argv, _ in started)
+
+
+def test_a_signal_reaches_every_fold_that_runs(acted, monkeypatch, capsys):
+    run, started = acted([1000] * 4, devices=2, strategy="folds")
+    clock, sleep = fold_runs.time, fold_runs.time.sleep
+
+    def asked_later(seconds):
+        sleep(seconds)
+        fold_runs.notice.asked = 1 + fold_runs.ORDER.index(signal.SIGTERM) if clock.now > 1500 else 0
+    monkeypatch.setattr(clock, "sleep", asked_later)
+    assert run.run() == 75 and len(started) == 2 and run.running == {}
+    kept = result_of(Path(run.plan["folder"]))
+    assert kept["fold_seconds"] == pytest.approx([500, 500, 0, 0], abs=2) and kept["finished"] is False
 
 
 def test_the_forecast_follows_the_slowest_so_far(acted, capsys):
@@ -306,9 +353,12 @@ def test_everything_is_joined_by_id(merged):
     assert oof["Id"].tolist() == [f"0{n}" for n in range(10)] and oof["fold"].tolist() == [0, 1] * 5
     right = np.where(oof["target"] == "cat", oof["prediction_cat"], oof["prediction_dog"])
     assert said["overall"] == pytest.approx(-np.log(right).mean()) and said["fold_scores"][1] == pytest.approx(-np.log(right[1::2]).mean())
+    of_all = fold_merge.merge(folder, places, CLASSES, "auroc")
+    assert of_all["overall"] == pytest.approx(roc_auc_score(oof["target"] == "dog", oof["prediction_dog"]))
+    assert abs(of_all["overall"] - np.mean(of_all["fold_scores"])) > 0.01  # not a mean of means
     first, second = (pd.read_csv(place / "predictions.csv", dtype={"Id": str}).set_index("Id") for place in places.values())
     mean = pd.read_csv(folder / "predictions.csv", dtype={"Id": str}).set_index("Id")
-    pd.testing.assert_frame_equal(mean, (first + second.loc[first.index]) / 2)
+    pd.testing.assert_frame_equal(mean, (first + second.loc[first.index]) / 2, rtol=1e-6)
     assert said["test_rows"] == 4 and said["oof_rows"] == 10 and said["metric"] == "oof/log_loss"
 
 
@@ -324,7 +374,7 @@ def test_one_fold_of_two_is_scored_alone(merged):
     ("oof.csv", lambda text: "\n".join(text.splitlines()[:-1]) + "\n", "1 ids missing"),
     ("oof.csv", lambda text: text.replace("02,0,", "02,1,"), "is not of fold 0"),
     ("oof.csv", lambda text: text.replace("target", "label"), "has the columns"),
-    ("oof.csv", lambda text: text.replace("dog,", "eel,", 1), "'eel' is no class"),
+    ("oof.csv", lambda text: text.replace("dog,", "eel,", 1), "'eel', which is no class"),
     ("oof.csv", None, "is not there"),
     ("predictions.csv", lambda text: text.replace("03,", "09,"), "other ids or columns"),
     ("predictions.csv", lambda text: text.replace("03,", "01,"), "other ids or columns"),
@@ -335,7 +385,7 @@ def test_files_that_do_not_belong_together_are_refused(merged, file, change, wor
     folder, places = merged
     path = places[0] / file
     path.write_text(change(path.read_text())) if change else path.unlink()
-    with pytest.raises(UsageError) as error:
+    with pytest.raises(ValueError) as error:
         fold_merge.merge(folder, places, CLASSES, "acc1")
     assert words in str(error.value), error.value
 
@@ -347,22 +397,12 @@ def test_rows_with_bad_pictures_may_be_missing(merged):
     assert fold_merge.merge(folder, places, CLASSES, "acc1", skipped=True)["oof_rows"] == 9
 
 
-@pytest.mark.parametrize("spec, columns", [
-    ({"task": "multilabel", "class_names": ["a", "b"], "target_names": None}, ["target_a", "target_b", "prediction_a", "prediction_b"]),
-    ({"task": "regression", "class_names": None, "target_names": ["x", "y"]}, ["target_x", "target_y", "prediction_x", "prediction_y"]),
-    ({"task": "regression", "class_names": None, "target_names": ["x"]}, ["target", "prediction"]),
-])
-def test_targets_and_predictions_of_every_task(spec, columns):
-    numbers = np.random.default_rng(0).random((6, len(columns))).round(4)
-    target, prediction = fold_merge.arrays(pd.DataFrame(numbers, columns=columns).astype(str), spec)
-    assert np.allclose(np.hstack([target, prediction]), numbers)
-
-
 def test_the_interval_is_that_of_scipys_bootstrap():
     error = np.random.default_rng(0).exponential(1, 400)
     low, high, resamples = fold_merge.interval(lambda rows: np.sqrt((error[rows] ** 2).mean()), 400, 1)
     theirs = stats.bootstrap((error,), lambda x, axis: np.sqrt((x ** 2).mean(axis)), n_resamples=4000, method="percentile", vectorized=True,
                              confidence_level=0.95).confidence_interval
     assert resamples == 1000 and low == pytest.approx(theirs.low, rel=0.03) and high == pytest.approx(theirs.high, rel=0.03)
+    assert high - low == pytest.approx(theirs.high - theirs.low, rel=0.1)
     assert (low, high, resamples) == fold_merge.interval(lambda rows: np.sqrt((error[rows] ** 2).mean()), 400, 1)
     assert fold_merge.interval(lambda rows: float("nan"), 50_000, 10)[2] == 200

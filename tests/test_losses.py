@@ -187,7 +187,7 @@ def test_the_best_logits_give_the_target_back_in_its_units(name, given):
 
 
 def test_targets_out_of_the_range_count_as_its_end_where_the_loss_is_bounded():
-    logits, ends, beyond = torch.zeros(2, 1), torch.tensor([[10.0], [110.0]]), torch.tensor([[-50.0], [200.0]])
+    logits, ends, beyond = torch.full((2, 1), 0.7), torch.tensor([[10.0], [110.0]]), torch.tensor([[-50.0], [200.0]])
     for name, given in (("bce", {}), ("ordinal", {"bins": 2}), ("distribution", {"bins": 3})):
         outputs = {"distribution": 3}.get(name, 1)
         loss = losses.create(name, ONE, **given)

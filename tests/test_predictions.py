@@ -4,6 +4,8 @@ import pandas as pd
 import pytest
 from conftest import result_of, write_pictures
 
+from lightning_modules.columns import arrays, table, write
+from lightning_modules.metrics import score
 from lightning_modules.predictions import merge
 
 LINE = "--image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --recipe none --global_batch_size 6 --epochs 1 " \
@@ -32,9 +34,9 @@ def test_the_same_table_from_any_number_of_ranks(runs, launch):
     likeliest = tables[0].iloc[:, 2:].to_numpy().argmax(1)
     right = np.array(["dark", "grey", "light"])[likeliest] == tables[0]["target"]
     assert right.mean() == pytest.approx(result_of(runs / "one")["test/acc1"])
-    for table in tables[1:]:
-        assert (table[["id", "target"]] == tables[0][["id", "target"]]).all(axis=None)
-        assert np.allclose(table.iloc[:, 2:], tables[0].iloc[:, 2:], atol=1e-6)
+    for other in tables[1:]:
+        assert (other[["id", "target"]] == tables[0][["id", "target"]]).all(axis=None)
+        assert np.allclose(other.iloc[:, 2:], tables[0].iloc[:, 2:], atol=1e-6)
     assert not list(runs.rglob("*.partial"))
 
 
@@ -53,3 +55,47 @@ def test_incomplete_shards_are_refused(tmp_path, rows, words):
         np.savez(shards[-1], index=np.array(index), target=np.zeros(len(index), int), prediction=np.ones((len(index), 2)))
     with pytest.raises(RuntimeError, match=words):
         merge(shards, 4)
+
+
+CLASSES = {"task": "classification", "class_names": ["10", "9", "001"], "target_names": None, "id_column": "Id"}
+LABELS = {"task": "multilabel", "class_names": ["scab", "rust"], "target_names": None, "id_column": "image"}
+NUMBER = {"task": "regression", "class_names": None, "target_names": ["Pawpularity"], "id_column": "Id"}
+NUMBERS = NUMBER | {"target_names": ["x", "y"]}
+
+
+@pytest.mark.parametrize("spec, expected", [
+    (CLASSES, "Id,fold,target,prediction_10,prediction_9,prediction_001"), (NUMBER, "Id,fold,target,prediction"),
+    (LABELS, "image,fold,target_scab,target_rust,prediction_scab,prediction_rust"), (NUMBERS, "Id,fold,target_x,target_y,prediction_x,prediction_y")])
+def test_a_table_reads_back_to_the_last_bit(tmp_path, spec, expected):
+    rng, width = np.random.default_rng(0), len(spec["class_names"] or spec["target_names"])
+    prediction = rng.random((50, width)).astype(np.float32) * (1 if spec["task"] != "regression" else 97.3)
+    target = rng.integers(0, 2, (50, width)).astype(np.float32)
+    if spec["task"] == "classification":
+        prediction, target = prediction / prediction.sum(1, keepdims=True), rng.integers(0, 3, 50)
+    elif spec["task"] == "regression":
+        target = rng.normal(40, 20, (50, width)).astype(np.float32)
+    write(table([f"{n:03}" for n in range(50)], spec, prediction, target, 2), tmp_path / "oof.csv")
+    content = pd.read_csv(tmp_path / "oof.csv", dtype=str)
+    assert ",".join(content.columns) == expected and set(content["fold"]) == {"2"} and content.iloc[7, 0] == "007"
+    assert [file.name for file in tmp_path.iterdir()] == ["oof.csv"]
+    again, found = arrays(content, spec)
+    assert np.array_equal(found, prediction) and np.array_equal(again, target) and found.dtype == np.float32
+    name = {"classification": "log_loss", "multilabel": "map", "regression": "rmse"}[spec["task"]]
+    assert score(name, again, found, spec) == score(name, target, prediction, spec)
+    assert arrays(table(["a"] * 50, spec, prediction), spec)[0] is None and "fold" not in table(["a"] * 50, spec, prediction)
+    with pytest.raises(ValueError, match="there is no column 'prediction"):
+        arrays(content.drop(columns=content.columns[-1]), spec)
+
+
+def test_folds_of_their_own_and_strange_classes():
+    content = table(["a", "b"], CLASSES, np.eye(3)[:2], np.array([0, 2]), np.array([1, 0]))
+    assert content["fold"].tolist() == [1, 0] and content["target"].tolist() == ["10", "001"]
+    with pytest.raises(ValueError, match="column 'target' has '7', which is no class"):
+        arrays(content.assign(target=["10", "7"]), CLASSES)
+
+
+def test_many_classes_are_all_written_where_a_submission_may_want_them():
+    spec = {"task": "classification", "class_names": [f"c{k}" for k in range(101)], "target_names": None}
+    likely = np.eye(101, dtype=np.float32)[[5, 100]]
+    assert table(["a", "b"], spec, likely)["prediction"].tolist() == ["c5", "c100"]
+    assert table(["a", "b"], spec | {"id_column": "Id"}, likely).shape == (2, 102)

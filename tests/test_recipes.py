@@ -75,9 +75,9 @@ TABLE = {  # every knob of training that is not at its default, with rates as th
                                    "augment_args": {"mix_mode": "roll"}},
     "cifar10_vit": CIFAR | {"model": "vit_nano4", "model_args": NANO | {"gelu": "tanh", "pool": "cls", "pos": "learned"}},
 }
-OWN = {"demo", "finetune", "finetune_large", "cifar10_teacher", "cifar10_token",  # nothing published to compare with
-       *(f"{data}_{network}" for data in ("pawpularity", "classify_leaves") for network in (
-           "vit_small_patch32_224", "convnext_small", "swin_base", "efficientnet_b3"))}
+OWN = {"demo", "finetune", "finetune_large", "cifar10_teacher", "cifar10_token", *(  # nothing published to compare with
+    f"{data}_{network}" for data in ("pawpularity", "classify_leaves") for network in ("vit_small_patch32_224", "convnext_small", "swin_base",
+                                                                                       "efficientnet_b3"))}
 PARAMETERS = {"deit_ti16": 5_717_416, "deit_s16": 22_050_664, "deit_b16": 86_567_656, "deit_b16_384": 86_859_496,
               "deit_ti16_distilled": 5_910_800, "deit_s16_distilled": 22_436_432, "deit_b16_distilled": 87_338_192, "deit3_s16": 22_059_496,
               "deit3_b16_224": 86_585_320, "swin_t": 28_288_354, "swin_s": 49_606_258, "swin_b": 87_768_224, "convnext_t": 28_589_128,

@@ -115,6 +115,17 @@ def test_pictures_of_classes_in_folders_and_a_flat_test_folder(tmp_path):
     assert scheme["image"] == "train_images/{label}/{image_id},test_images/{image_id}" and scheme["targets"] == ["label"]
 
 
+def test_names_of_two_words_are_no_joined_labels(tmp_path):
+    kinds = [f"{size} {colour}" for size in ("big", "small", "tiny") for colour in ("red", "blue", "green")]
+    scheme, _ = guess(write_comp(tmp_path, {"Id": ids(27), "kind": kinds * 3}))
+    assert scheme["task"] == "classification" and scheme["separator"] is None
+
+
+def test_one_folder_for_train_and_test(tmp_path):
+    write_comp(tmp_path, {"Id": ids(N), "label": cycle("a", "b")}, {"Id": T}, pictures="train/{Id}.jpg")
+    assert guess(tmp_path)[0]["image"] == "train/{Id}.jpg"
+
+
 def test_what_is_given_wins(tmp_path):
     train, test, sample, pictures, *_ = REAL["siim-isic-melanoma-classification"]
     write_comp(tmp_path, train, test, sample, pictures)

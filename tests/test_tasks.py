@@ -7,9 +7,11 @@ import yaml
 from conftest import result_of, weights_of
 from numbers_data import LINE, SIZES, register
 from sklearn.metrics import average_precision_score
+from table_files import write_comp
 from test_run import rows_of
 
 import models
+from lightning_modules.columns import arrays
 from lightning_modules.metrics import score
 from lightning_modules.targets import predict
 
@@ -42,7 +44,7 @@ def test_a_regression_is_learned_and_scored_in_its_own_units(train, words):
     target, prediction = columns(run / "oof.csv", "target"), columns(run / "oof.csv", "prediction")
     assert target.shape == prediction.shape == (13, 2 if "targets 2" in words else 1) and target.max() > 80
     for name in ("rmse", "mae", "r2", "spearman"):
-        assert result[f"{stage}/{name}"] == pytest.approx(score(name, target, prediction, spec), rel=1e-5)
+        assert result[f"{stage}/{name}"] == pytest.approx(score(name, *arrays(oof, spec), spec), rel=1e-9)  # metrics.csv has ten digits
     assert result["metric"] == f"{stage}/rmse" and result["best"] == min(float(row[f"{stage}/rmse"]) for row in rows_of(run))
     assert list(oof.columns[:2]) == ["Id", "fold"] and oof["Id"].tolist() == [f"v{n:02}" for n in range(13)] and set(oof["fold"]) == {0}
     assert not [name for name in last if name.startswith("train/") and name != "train/loss"]
@@ -205,3 +207,30 @@ def test_a_cached_teacher_of_numbers(train, launch, tmp_path):
     assert "target_range [[0.0, 100.0], [0.0, 100.0]] -> [[0.0, 50.0], [0.0, 50.0]]" in said
     _, said = train(f"{same.replace('ordinal', 'distribution').replace('bins 5', 'bins 4')} --teacher cache", "other", code=2)
     assert "encoding ordinal -> bins" in said and not (tmp_path / "runs" / "other").exists()
+
+
+TABLE = "--data_dir comp --image_size 16 --model vit_nano4 --model_args.embed_dim 16 --model_args.depth 1 --recipe none --accelerator cpu " \
+        "--global_batch_size 8 --workers 0 --logger csv --epochs 1"
+
+
+def test_a_table_is_answered_by_its_own_ids_on_any_number_of_ranks(launch, tmp_path):
+    rng, rows, asked = np.random.RandomState(0), [f"{n:03}" for n in range(33)], [f"9{n:02}" for n in range(5)]
+    score_column = np.round(rng.uniform(1, 100, 33), 1)
+    write_comp(tmp_path / "comp", {"Id": rows, "Blur": rng.randint(0, 2, 33), "Pawpularity": score_column},
+               {"Id": asked, "Blur": 1}, {"Id": asked, "Pawpularity": 50.5})
+    for name, ranks in (("one", 1), ("two", 2)):
+        ended = launch(f"{TABLE} --folds 3 --fold 2 --model_args.drop_path 0 --devices {ranks} --name {name}", ranks=ranks)
+        assert ended.code == 0, ended.out
+    one, two = (pd.read_csv(tmp_path / "runs" / name / "oof.csv", dtype=str) for name in ("one", "two"))
+    assert list(one.columns) == ["Id", "fold", "target", "prediction"] and set(one["fold"]) == {"2"} and len(one) == 11
+    truth = dict(zip(rows, score_column))
+    assert all(float(target) == truth[key] for key, target in zip(one["Id"], one["target"]))
+    assert one[["Id", "target"]].equals(two[["Id", "target"]])
+    assert np.allclose(one["prediction"].astype(float), two["prediction"].astype(float), rtol=1e-4)
+    for name in ("one", "two"):
+        assert pd.read_csv(tmp_path / "runs" / name / "predictions.csv", dtype=str)["Id"].tolist() == asked
+    spec = models.load(tmp_path / "runs" / "one")[1]
+    assert result_of(tmp_path / "runs" / "one")["val/rmse"] == pytest.approx(score("rmse", *arrays(one, spec), spec), rel=1e-9)
+    scored = launch("--eval_only --init runs/one --accelerator cpu --workers 0 --logger csv --name scored")
+    assert scored.code == 0, scored.out
+    assert (tmp_path / "runs" / "scored" / "oof.csv").read_text() == (tmp_path / "runs" / "one" / "oof.csv").read_text()

@@ -1,0 +1,23 @@
+"""`prepare.py cache`: the picture cache of runs, made ahead of them."""
+import os
+import sys
+
+from experiments import build
+from experiments.config import Command
+from experiments.usage import UsageError
+
+
+def main(command: Command) -> int:
+    """Build it, or say that it is there. Returns the exit code."""
+    try:
+        data = build.listed(command)
+        if data.cache is None:
+            raise UsageError(f"--data {command.config.data}: these data are in memory, or their pictures are no files; there is nothing to cache")
+        print(data.cache.note())
+    except (ValueError, FileNotFoundError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
+    build.cache_pictures(data, "prepare.py")
+    megabytes = os.path.getsize(os.path.join(data.cache.folder, "pixels.bin")) / 2**20
+    print(f"{data.cache.folder}: {megabytes:.1f} MB; --cache_dir {command.config.cache_dir} trains with it")
+    return 0
