@@ -2,6 +2,7 @@
 about to see, again now and then and at the end, always from what lies in the run's directory; the pictures are kept from the page before."""
 import json
 import os
+from contextlib import suppress
 from dataclasses import fields
 from datetime import datetime
 from functools import cache
@@ -68,7 +69,11 @@ def make(folder: Path, spec: dict[str, Any], state: str, *, data: L.LightningDat
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n' \
            f'<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; style-src \'unsafe-inline\'">\n' \
            f"<title>{name}</title><style>{STYLE}</style></head>\n<body>\n{''.join(body)}</body></html>\n"
-    rundir.write_text(folder / PAGE, page.encode("ascii", "xmlcharrefreplace").decode())
+    try:
+        rundir.write_text(folder / PAGE, page.encode("ascii", "xmlcharrefreplace").decode())
+    finally:
+        with suppress(OSError):  # half a page, where the disk is full
+            (folder / f".{PAGE}.partial").unlink(missing_ok=True)
 
 
 def _kept(page: Path) -> str:
@@ -118,7 +123,7 @@ def _header(folder: Path, state: str, config: dict[str, Any], result: dict[str, 
               ("seed", number(result.get("seed", config.get("seed")))), ("processes", number(result.get("world_size"))),
               ("peak memory, MB", number(result.get("peak_memory_mb"))), ("commit", text(result.get("commit") or _commit() or "-")),
               ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))]
-    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>\n" for name, value in facts)
+    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>\n" for name, value in facts if value != "-")
     return f'<header><h1>{text(folder.name, 200)} <span class="state {text(state)}" id="state">{text(state)}</span></h1>\n' \
            f'<dl id="facts">\n{listed}</dl></header>\n'
 
@@ -195,11 +200,11 @@ def _others(rows: Rows) -> str:
 def _seen(seen: Glimpse, spec: dict[str, Any], data: L.LightningDataModule | None) -> str:
     names = data.splits["train"].names if data is not None else None
     words = [os.fsdecode(names[row]) if names is not None else f"row {row}" for row in seen.index]
-    rows = zip(map(Image.fromarray, seen.image), (_label(target, spec) for target in seen.target), words)
+    rows = list(zip(map(Image.fromarray, seen.image), (_label(target, spec) for target in seen.target), words))
     height, width = seen.image.shape[1:3]
     when = "before the first step" if seen.step == 0 else f"after {seen.step:,} steps, when the run went on"
     return section("seen", "What the network sees", f"<p>The first {len(seen.image)} training pictures {when}: {width} x {height} pixels, cropped, "
-                   f"augmented and mixed, with the targets it learns from.</p>\n{charts.pictures(rows)}")
+                   f"augmented and mixed, and the targets it learns from (of mixed ones the largest shares).</p>\n{charts.pictures(rows)}")
 
 
 def _label(target: np.ndarray, spec: dict[str, Any]) -> str:
@@ -225,7 +230,7 @@ def _folds(result: dict[str, Any]) -> str:
     rows += [["all rows", f'<b id="overall">{number(overall, percent)}</b>'],
              ["its 95 % interval", f"{number(low, percent)} to {number(high, percent)}"]]
     drawn = charts.dots("each fold and all rows", scores, overall, low, high, percent)
-    return section("folds", "Folds", charts.table(["", text(metric)], rows, "folds") + drawn)
+    return section("folds", "Folds", f'<div class="charts">{charts.table(["", text(metric)], rows, "folds")}{drawn}</div>\n')
 
 
 def _config(config: dict[str, Any]) -> str:

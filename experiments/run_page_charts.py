@@ -82,12 +82,12 @@ class Frame:
         """A point, `words` on hover."""
         return f'<circle class="dot {kind}" cx="{self.left(x):.1f}" cy="{self.top(y):.1f}" r="{radius}"><title>{text(words, 200)}</title></circle>'
 
-    def grid(self, x_label: str, y_label: str = "") -> str:
-        """Lines at round values of y, values of x below, and what they are."""
+    def grid(self, x_label: str, y_label: str = "", numbers: range | None = None) -> str:
+        """Lines at round values of y, values of x below (round ones, or `numbers`), and what they are."""
         parts = [f'<path class="grid" d="M{LEFT} {self.top(y):.1f}H{WIDTH - RIGHT}"/>'
                  f'<text x="{LEFT - 5}" y="{self.top(y) + 4:.1f}" text-anchor="end">{words}</text>' for y, words in ticks(*self.y, self.percent)]
         parts += [f'<text x="{self.left(x):.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{words}</text>'
-                  for x, words in ticks(*self.x, self.percent_x)]
+                  for x, words in (ticks(*self.x, self.percent_x) if numbers is None else ((x, str(x)) for x in numbers))]
         parts.append(f'<text class="soft" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{text(x_label)}</text>')
         if y_label:
             parts.append(f'<text class="soft" x="{LEFT + 4}" y="{TOP + 8}">{text(y_label)}</text>')
@@ -149,10 +149,10 @@ def thinned(points: Points) -> Points:
     return [tuple(np.mean(points[k:k + group], axis=0)) for k in range(0, len(points), group)] if group > 1 else points
 
 
-def bars(title: str, rows: list[tuple[float, float, float, str]], x_label: str, *, floor: float | None = None) -> str:
-    """A range (low, high) with its middle, side by side, from 1 on: (low, middle, high, words on hover)."""
-    frame = Frame((0.5, len(rows) + 0.5), span([value for row in rows for value in row[:3]] + [0.0 if floor is None else floor]))
-    parts = [frame.grid(x_label), f'<path class="axis" d="M{LEFT} {frame.top(0):.1f}H{WIDTH - RIGHT}"/>' if floor is None else ""]
+def ranges(title: str, rows: list[tuple[float, float, float, str]], x_label: str) -> str:
+    """Ranges around 0 with their middle, side by side, from 1 on: (low, middle, high, words on hover)."""
+    frame = Frame((0.5, len(rows) + 0.5), span([value for row in rows for value in row[:3]] + [0.0]))
+    parts = [frame.grid(x_label, numbers=range(1, len(rows) + 1)), f'<path class="axis" d="M{LEFT} {frame.top(0):.1f}H{WIDTH - RIGHT}"/>']
     for place, (low, middle, high, words) in enumerate(rows, 1):
         parts.append(f'<path class="range" d="M{frame.at(place, low)}L{frame.at(place, high)}"/>' + frame.dot(place, middle, "raw", words, 4))
     return figure(title, "".join(parts), key("raw", "mean") + key("range", "10 % to 90 %"))
@@ -189,7 +189,7 @@ def dots(title: str, scores: list[float | None], overall: float, low: float, hig
     if not there:
         return ""
     frame = Frame((-0.5, len(scores) - 0.5), span([*(score for _, score in there), *ends]), percent)
-    parts = [frame.grid("fold")]
+    parts = [frame.grid("fold", numbers=range(0, len(scores), -(-len(scores) // 12)))]
     if len(ends) == 3:
         tall = frame.top(low) - frame.top(high)
         parts.append(f'<rect class="band" x="{LEFT}" y="{frame.top(high):.1f}" width="{WIDTH - LEFT - RIGHT}" height="{tall:.1f}"/>'
@@ -228,8 +228,10 @@ def _uri(image: Image.Image, kind: str, **options: Any) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def pictures(rows: Iterable[tuple[Image.Image | None, str, str]]) -> str:
-    """Small pictures, each (picture or None, caption as HTML, words on hover)."""
+def pictures(rows: list[tuple[Image.Image | None, str, str]]) -> str:
+    """Small pictures, each (picture or None, caption as HTML, words on hover); a table where there is no picture at all."""
+    if not any(image for image, *_ in rows):
+        return table(["", ""], [[text(words), caption] for _, caption, words in rows], "unseen")
     parts = []
     for image, caption, words in rows:
         shown, words = '<p class="none">no picture</p>', text(words, 200)

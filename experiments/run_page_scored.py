@@ -116,7 +116,7 @@ def sections(scored: Scored, opened: Opener) -> str:
 def _gallery(scored: Scored, rows: np.ndarray, captions: list[str], order: str, opened: Opener) -> str:
     ids = [str(each) for each in scored.ids[rows]]
     body = f"<p>{order} Of {len(scored.ids):,} rows of {text(scored.file)}.</p>\n"
-    return section("worst", f"The worst {len(rows)} errors", body + charts.pictures(zip(opened(ids), captions, ids)))
+    return section("worst", f"The worst {len(rows)} errors", body + charts.pictures(list(zip(opened(ids), captions, ids))))
 
 
 def _worst_classes(scored: Scored, opened: Opener) -> str:
@@ -175,7 +175,7 @@ def _labels(scored: Scored, opened: Opener) -> str:
     loss = -np.where(there, np.log(said), np.log1p(-said)).mean(1)
     rows, captions = np.argsort(-loss, kind="stable")[:WORST], []
     for row in rows:
-        missed, wrongly = (np.flatnonzero(which)[:3] for which in (there[row] & (said[row] <= 0.5), ~there[row] & (said[row] > 0.5)))
+        missed, wrongly = (np.flatnonzero(which)[:2] for which in (there[row] & (said[row] <= 0.5), ~there[row] & (said[row] > 0.5)))
         captions.append("<br>".join(f"{word} {text(scored.names[k])} {number(float(scored.prediction[row, k]), True)}"
                                     for word, which in (("missed", missed), ("wrongly", wrongly)) for k in which) or "right at 50 %, and unsure")
     gallery = _gallery(scored, rows, captions, "Those with the largest mean cross entropy first.", opened)
@@ -207,5 +207,6 @@ def _regression(scored: Scored, opened: Opener) -> str:
         square, absolute = float(np.sqrt((residual[:, t] ** 2).mean())), float(np.abs(residual[:, t]).mean())
         parts.append(f"<h3>{text(name)}</h3><p>Root mean squared error <b>{number(square)}</b>, mean absolute error <b>{number(absolute)}</b>.</p>"
                      f'<div class="charts">{charts.scatter("Predicted against true", scored.target[:, t], scored.prediction[:, t])}'
-                     f'{charts.bars("Residual (predicted - true) by tenths of the true value", drawn, "tenth")}</div>{table}')
-    return _gallery(scored, rows, captions, order, opened) + section("regression", "Predicted against true", "".join(parts))
+                     f'{charts.ranges("Residual by tenths of the true value", drawn, "tenth")}</div>{table}')
+    note = "<p>Residual: predicted - true. Where the pictures tell little the predictions stay near the mean, and it falls from tenth to tenth.</p>"
+    return _gallery(scored, rows, captions, order, opened) + section("regression", "Predicted against true", note + "".join(parts))
