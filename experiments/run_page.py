@@ -121,7 +121,7 @@ def _header(folder: Path, state: str, config: dict[str, Any], result: dict[str, 
               ("time of training", f'<data value="{seconds}">{clock(seconds)}</data>' if seconds else "-"),
               ("steps", number(result.get("steps", last.get("step")))), ("epochs", number(result.get("epochs", config.get("epochs")))),
               ("seed", number(result.get("seed", config.get("seed")))), ("processes", number(result.get("world_size"))),
-              ("peak memory, MB", number(result.get("peak_memory_mb"))), ("commit", text(result.get("commit") or _commit() or "-")),
+              ("peak memory, MB", number(result.get("peak_memory_mb"))), ("commit", text((result.get("commit") if result else _commit()) or "-")),
               ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"))]
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>\n" for name, value in facts if value != "-")
     return f'<header><h1>{text(folder.name, 200)} <span class="state {text(state)}" id="state">{text(state)}</span></h1>\n' \

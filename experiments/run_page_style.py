@@ -30,7 +30,7 @@ svg { display: block; width: 100%; height: auto } svg text { font: 11px system-u
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .86rem; margin: 4px 0 12px; font-variant-numeric: tabular-nums }
 th, td { padding: 3px 9px 3px 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
 thead th { color: var(--soft); font-weight: 500 }
-th:first-child, .pairs :nth-child(2), .config td, .unseen td { text-align: left } th { overflow-wrap: normal } tbody th { font-weight: 500 }
+th:first-child, .pairs :nth-child(2), .config :is(th, td), .unseen td { text-align: left } th { overflow-wrap: normal } tbody th { font-weight: 500 }
 .matrix th, .matrix td { padding: 0 1px; border: 0; text-align: center }
 .matrix th:first-child { text-align: left; padding-right: 8px; white-space: nowrap }
 .cell { display: block; min-width: 34px; padding: 4px 2px; border-radius: 3px; background: rgb(31 95 191 / var(--s)); font-size: .78rem }

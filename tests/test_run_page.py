@@ -340,7 +340,8 @@ def test_regression(tmp_path, name):
     worst = error.abs().sort_values(ascending=False, kind="stable").index[:32]
     shown = [cells[0].values() for _, cells in page.table("unseen")]
     assert np.allclose(shown, table.loc[worst, ["target", "prediction"]])
-    assert len(page.table("deciles")) == 10 and page.ids["regression"].all("path", "cloud")[0].attributes["d"].count("M") == 200
+    means = error.groupby(pd.qcut(target, 10, labels=False)).mean()
+    assert [cells[2].values()[0] for _, cells in page.table("deciles")] == pytest.approx(list(means)) and page.ids["regression"].all("path", "cloud")[0].attributes["d"].count("M") == 200
 
 
 def test_several_targets_of_a_regression(tmp_path):
