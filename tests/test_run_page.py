@@ -389,7 +389,7 @@ def test_pictures_are_kept_unless_the_run_begins_anew(tmp_path):
     assert value == 1 and "after 9 steps" in words and captions == ["a", "b 75.00 %a 25.00 %"]
     assert after(2, 12)[0] == after(None, 12)[0] == 1
     assert after(3, 0)[0] == 3
-    (folder / "report.html").write_text("half a pa")
+    (folder / "report.html").write_text("half a page, cut off by a full disk somewhere in its head")
     assert after(4, 12)[0] == 4
 
 
