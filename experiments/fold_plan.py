@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from datamodules import folds
-from experiments import build, fold_dirs, fold_merge, plan, report, rundir
+from experiments import build, fold_dirs, fold_merge, plan, report, run_page, rundir
 from experiments.build import Run
 from experiments.config import Command, read
 from experiments.fold_runs import APART
 from experiments.usage import UsageError
 from lightning_modules import metrics
+from lightning_modules.seen import spared
 
 
 def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
@@ -76,6 +77,8 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
         "peak_memory_mb": max(_values(results, "peak_memory_mb"), default=None), "fold_seconds": [round(each, 1) for each in seconds],
         "seed": cfg["seed"], "split_seed": cfg["split_seed"], "commit": rundir.commit(), "data_fingerprint": known["fingerprint"],
         "finished": whole and len(places) == cfg["folds"]})
+    with spared("report.html"):
+        run_page.make(folder, known["spec"], "finished" if whole else "unfinished")
     def shown(value: float) -> str:
         return metrics.shown(merged["metric"], value).split(" ", 1)[1]
     scores = [shown(each) for each in merged["fold_scores"] if each is not None]

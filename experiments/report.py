@@ -14,7 +14,7 @@ import torch
 import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import plan, rundir
+from experiments import plan, run_page, rundir
 from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
@@ -139,6 +139,7 @@ def _state(run: Run) -> str:
 def finished(run: Run) -> int:
     """Say that there is nothing left to do, and the result."""
     print(f"already finished: {run.folder} (--overwrite starts it again)\n{(run.folder / rundir.RESULT).read_text().strip()}")
+    run_page.refresh(run)
     return 0
 
 
@@ -168,6 +169,8 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         raise SystemExit(code) from None
     finally:
         disarm_launcher(trainer)
+        if code and trainer.is_global_zero:
+            run_page.write(run, run_page.STATES.get(code, "failed"))
         for logger in trainer.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.close(code)
@@ -219,6 +222,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}")
     if saving.failures:
         print(f"{saving.failures} saves of checkpoints failed on the way (the warnings say which and why); the last step is saved")
+    run_page.write(run, "finished")
 
 
 def _stop(trainer: L.Trainer, line: str) -> None:

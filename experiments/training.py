@@ -6,7 +6,7 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 
-from experiments import fold_dirs, plan, rundir
+from experiments import fold_dirs, plan, run_page, rundir
 from experiments.build import Run
 from lightning_modules import distill_losses, ema, losses, metrics
 from lightning_modules.averaging import Averaging
@@ -18,6 +18,7 @@ from lightning_modules.optim import optimizer
 from lightning_modules.predictions import Predictions
 from lightning_modules.preemption import Preemption
 from lightning_modules.schedules import SCHEDULES
+from lightning_modules.seen import Seen
 from lightning_modules.task import Task
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost
@@ -65,6 +66,7 @@ def trainer(run: Run) -> L.Trainer:
         callbacks += [ema.Ema(cfg.ema_decay)] if cfg.ema_decay is not None else []
         callbacks += [Averaging(checkpoints, cfg.average_checkpoints, watched, mode, ema.uses_ema(cfg.ema_decay, cfg.use_ema))] \
             if cfg.average_checkpoints else []
+    callbacks += [Seen(partial(run_page.write, run, "training"), run.data.spec)] if not cfg.eval_only else []
     callbacks += [Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
     if run.data.sizes["val"]:
         callbacks.append(BestCheckpoint(checkpoints, watched, mode))
