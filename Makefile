@@ -4,16 +4,17 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 N ?= 50
+JOBS ?= 2
 .PHONY: demo test test-slow lint bench chaos clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/run.py --logger csv
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(JOBS)
 
 bench: .venv/installed-test
 	for family in vit simple_vit deit swin convnext; do for precision in float32 bf16; do \

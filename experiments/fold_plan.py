@@ -78,7 +78,7 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
         "seed": cfg["seed"], "split_seed": cfg["split_seed"], "commit": rundir.commit(), "data_fingerprint": known["fingerprint"],
         "finished": whole and len(places) == cfg["folds"]})
     with spared("report.html"):
-        run_page.make(folder, known["spec"], "finished" if whole else "unfinished")
+        run_page.make(folder, known["spec"], "finished" if whole else "preempted")
     def shown(value: float) -> str:
         return metrics.shown(merged["metric"], value).split(" ", 1)[1]
     scores = [shown(each) for each in merged["fold_scores"] if each is not None]

@@ -219,7 +219,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
             logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})
     shown = ", ".join(metrics.shown(key, value) for key, value in values.items() if "/acc" in key or key.endswith(f"/{task.metric.name}"))
     took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""
-    print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}")
+    print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}, a page on it in report.html beside it")
     if saving.failures:
         print(f"{saving.failures} saves of checkpoints failed on the way (the warnings say which and why); the last step is saved")
     run_page.write(run, "finished")
