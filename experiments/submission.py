@@ -32,12 +32,14 @@ class Options:
 
 @dataclass
 class Outcome:
-    """`table`: the submission, cells as they are written, None where `problems` forbid it; `warnings` and `facts` do not."""
+    """`table`: the submission, cells as they are written, None where `problems` forbid it; `warnings` and `facts` do not. `missing`: share of
+    the sample's ids without a prediction."""
 
     table: pd.DataFrame | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
+    missing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def _join(ids: pd.Series, predictions: pd.DataFrame, outcome: Outcome) -> pd.Dat
         if len(twice):
             outcome.problems.append(f"{whose}: ids more than once: {listed(twice.unique())}")
     missing, strange = ids[~ids.isin(theirs)], theirs[~theirs.isin(ids)]
+    outcome.missing = len(missing) / len(ids)
     if len(missing):
         outcome.problems.append(f"{len(missing)} of {len(ids)} ids of the sample have no prediction: {listed(missing)}" + _hint(missing, theirs))
     if len(strange):

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         predictions, sample, spec, name = _inputs(args)
         options = Options(args.kind, args.threshold, args.separator, args.limits and tuple(args.limits), args.clip)
-        outcome = submission(read_table(sample), read_table(predictions), spec, options)
+        outcome = submission(read_table(sample, strip=False), read_table(predictions), spec, options)
     except (ValueError, OSError) as error:
         print(f"submit.py: {error}", file=sys.stderr)
         return 2
@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"submit.py: {predictions} makes no submission in the form of {sample}, nothing is written:", file=sys.stderr)
         for problem in outcome.problems:
             print(f"  {problem}", file=sys.stderr)
+        if outcome.missing and args.run:
+            print(f"to predict every row: {predicting(args.run, sample, outcome.missing < 1)}, and submit the directory it names", file=sys.stderr)
         return 1
     for fact in outcome.facts:
         print(fact)
@@ -56,13 +58,26 @@ def handing_in(args: argparse.Namespace, out: Path, name: str) -> str:
     return line if args.kernel else f"{line}\n  (a code competition takes a notebook that writes {out.name}: add -k USER/NOTEBOOK -v VERSION)"
 
 
+def predicting(run: str, sample: str, some: bool) -> str:
+    """The command line of predict.py for the folder of the sample; where only some rows lack a prediction, their pictures are bad."""
+    try:
+        runs = [os.path.relpath(each) for each in json.loads((Path(run) / "config.yaml").read_text())["runs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        runs = [run]
+    words = ["python", "experiments/predict.py", *runs, "--data_dir", os.path.dirname(sample) or "."]
+    return shlex.join(words + ["--bad_images", "fill"] * some)
+
+
 def _inputs(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], str]:
     """(predictions, sample, spec or {}, a name). Raises ValueError, FileNotFoundError."""
     if (args.run is None) == (args.predictions is None):
         raise ValueError("give a run directory, or --predictions FILE")
     predictions = Path(args.predictions) if args.predictions else Path(args.run) / PREDICTIONS
+    if args.run and not os.path.isdir(args.run):
+        raise FileNotFoundError(f"there is no run directory {args.run}" + "; a table of predictions is --predictions" * os.path.exists(args.run))
     if not predictions.is_file():
-        raise FileNotFoundError(f"there is no {predictions}" + "; experiments/predict.py writes one" * (args.run is not None))
+        raise FileNotFoundError(f"there is no {predictions}" + (f"; experiments/predict.py {args.run} --data_dir DIR leaves a directory that has "
+                                                                "one" if args.run else ""))
     spec, folder = about(predictions.parent)
     sample = args.sample or next((str(file) for name in FILES["sample"] if folder and (file := Path(folder) / name).is_file()), None)
     if sample is None:

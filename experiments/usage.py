@@ -1,6 +1,8 @@
 """What is said about a wrong command line, and the spelling of sizes."""
 from difflib import get_close_matches
 
+TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
+
 
 class UsageError(ValueError):
     """The command line or a config file is wrong; the message is for the person who typed it."""

@@ -208,6 +208,21 @@ def test_constant_predictions_are_warned_of(folder, capsys):
     assert "constant" not in said.err
 
 
+def test_what_was_not_predicted_has_its_command(folder, capsys):
+    run_of(folder, ["Id", "prediction"], [[name, 50] for name in IDS[1:]])
+    (folder / "comp").mkdir()
+    write(folder / "comp" / "sample.csv", ["Id", "P"], [[name, 1] for name in IDS])
+    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
+    assert "python experiments/predict.py run --data_dir comp --bad_images fill, and submit" in capsys.readouterr().err
+    about = {"verb": "predict", "runs": [str(folder / "runs" / "a"), str(folder / "runs" / "b c")], "spec": POINTS}
+    (folder / "run" / "config.yaml").write_text(json.dumps(about))
+    write(folder / "comp" / "sample.csv", ["Id", "P"], [[f"new{name}", 1] for name in IDS])
+    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
+    assert "to predict every row: python experiments/predict.py runs/a 'runs/b c' --data_dir comp, and submit" in capsys.readouterr().err
+    assert submit.main(["--predictions", "run/predictions.csv", "--sample", "comp/sample.csv"]) == 1
+    assert "predict.py" not in capsys.readouterr().err
+
+
 def test_ids_and_cells_stay_as_the_sample_has_them(folder, capsys):
     run_of(folder, ["image", "prediction"], [[name, 50.125] for name in IDS[::-1]], **{**POINTS, "id_column": "image"})
     (folder / "sample.csv").write_text("﻿Id,Pawpularity\n" + "".join(f'" {name}",1\n' for name in IDS), encoding="utf-8")
@@ -228,12 +243,14 @@ def test_the_line_that_hands_it_in(folder, capsys):
 
 
 @pytest.mark.parametrize("words, line", [
-    ("nowhere --sample sample.csv", "there is no nowhere/predictions.csv; experiments/predict.py writes one"), ("--sample sample.csv", "give a run"),
+    ("nowhere --sample sample.csv", "there is no run directory nowhere"),
+    ("empty --sample sample.csv", "experiments/predict.py empty --data_dir"), ("--sample sample.csv", "give a run"),
     ("run", "--sample is missing"),
     ("run --predictions p.csv --sample sample.csv", "give a run"), ("run --sample none.csv", "none.csv"), ("run --sample latin.csv", "not UTF-8")])
 def test_mistakes_exit_2_in_a_line(folder, capsys, words, line):
     run_of(folder, ["Id", "prediction"], [[name, 50] for name in IDS])
     write(folder / "sample.csv", ["Id", "P"], [[name, 1] for name in IDS])
+    (folder / "empty").mkdir()
     (folder / "latin.csv").write_bytes("Id,P\né,1\n".encode("latin-1"))
     assert submit.main(words.split()) == 2
     said = capsys.readouterr().err

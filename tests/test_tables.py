@@ -132,7 +132,7 @@ def test_skipped_pictures_are_listed_and_the_rest_is_used(comp):
     data = table(root, image="{split}/{Id}.jpg", bad_images="skip")
     assert data.skipped[["split", "id", "file"]].to_numpy().tolist() == [
         ["train", "a003", "train/a003.jpg"], ["train", "a004", "train/a004.jpg"], ["test", "t001", "test/t001.jpg"]]
-    assert data.skipped["reason"].tolist() == ["the file is empty", "is missing", "it is not a picture Pillow knows"]
+    assert data.skipped["reason"].tolist() == ["is broken: the file is empty", "is missing", "is broken: it is not a picture Pillow knows"]
     assert data.sizes["train"] + data.sizes["val"] == 18 and data.splits["predict"].ids.tolist() == ["t000", "t002", "t003"]
     assert any("skipped 2 pictures of train and 1 picture of test" in line for line in data.notes())
 
