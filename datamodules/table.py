@@ -28,6 +28,8 @@ def read_table(path: str | os.PathLike, *, strip: bool = True) -> pd.DataFrame:
         ValueError: empty, not UTF-8 (says the byte), a NUL, an open quote, rows with more or fewer fields than the header, a column named twice.
     """
     path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file")
     with open(path, "rb") as file:
         text = _decoded(path, file.read())
     header = text.split("\n", 1)[0]
