@@ -89,6 +89,14 @@ def test_another_side_evaluates_nearly_the_same(root):
     assert 0 < (one - other).abs().mean() < 3
 
 
+@pytest.mark.parametrize("words, says", [
+    ({}, []), ({"cache_side": 31}, ["less than the 32 pixels", "resizes a second time"]), ({"cache_side": 60}, ["second time"]),
+    ({"crop_mode": "squash"}, ["second time"]), ({"image_size": (24, 32)}, ["second time"]), ({"train_size": 40}, ["second time"])])
+def test_what_is_not_as_from_files_is_said(root, words, says):
+    lines = make(root, **words).notes()
+    assert "picture cache" in lines[0] and len(lines) == 1 + len(says) and all(part in line for part, line in zip(says, lines[1:])), lines
+
+
 def test_default_side():
     assert default_side((224, 224), 0.875, [(224, 224)]) == 256
     assert default_side((224, 192), 1.0, [(160, 160), (240, 200)]) == 240
