@@ -1,4 +1,5 @@
 """What a run says of itself: lists, the plan, the result on screen and in result.json."""
+import math
 import os
 import re
 import sys
@@ -206,6 +207,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
         "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures,
         "skipped_images": len(getattr(run.data, "skipped", ())), "finished": True}
+    values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}  # JSON has no NaN
     try:
         rundir.write_result(run.folder, values)
     except OSError as error:
@@ -217,7 +219,8 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})
-    shown = ", ".join(metrics.shown(key, value) for key, value in values.items() if "/acc" in key or key.endswith(f"/{task.metric.name}"))
+    shown = ", ".join(metrics.shown(key, value) for key, value in values.items()
+                      if value is not None and key.endswith(("/acc1", "/acc5", f"/{task.metric.name}")))
     took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""
     print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}, a page on it in report.html beside it")
     if saving.failures:
