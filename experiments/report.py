@@ -1,5 +1,4 @@
 """What a run says of itself: lists, the plan, the result on screen and in result.json."""
-import math
 import os
 import re
 import sys
@@ -207,7 +206,6 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
         "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures,
         "skipped_images": len(getattr(run.data, "skipped", ())), "finished": True}
-    values = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}  # JSON has no NaN
     try:
         rundir.write_result(run.folder, values)
     except OSError as error:
