@@ -47,7 +47,13 @@ def notes(data: "PictureData") -> list[str]:
     """Lines for people on the cache of the data, or on why there is none where one was asked for."""
     if data.cache is None:
         return ["cache_dir is not used: these data are in memory, or their pictures are no files"] if data.cache_dir else []
-    return [data.cache.note()]
+    lines, shown = [data.cache.note()], max(max(size) for size in (data.image_size, *data.train_sizes))
+    if data.cache.side < shown:
+        lines.append(f"cache_side {data.cache.side} is less than the {shown} pixels that are shown: pictures are enlarged from it")
+    ready = data.crop_mode == "center" and len({*data.image_size}) == 1 and data.cache.side == math.floor(data.image_size[0] / data.crop_pct)
+    if not ready:
+        lines.append(f"evaluation resizes a second time, from the cached {data.cache.side} pixels: scores are near, but not equal to those of files")
+    return lines
 
 
 def tell_filter(data: "PictureData", before: str | None) -> None:

@@ -26,7 +26,9 @@ def open_picture(path: str) -> Image.Image:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Any mode -> RGB; see `open_picture`."""
+    """Any mode -> RGB; see `open_picture`. Raises ValueError for floating-point pixels: nothing says which value is white."""
+    if picture.mode.startswith("F"):
+        raise ValueError("floating-point pixels have no known white; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):
         pixels = np.asarray(picture).astype(np.int64)
         if picture.mode != "I" or pixels.max() > 255:

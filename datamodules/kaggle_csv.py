@@ -240,7 +240,9 @@ class DataModule(PictureData):
         lines, numbers = list(self.lines), self.fold_numbers
         if len(self.skipped):
             counts = " and ".join(f"{counted(count, 'picture')} of {split}" for split, count in self.skipped["split"].value_counts().items())
-            lines.append(f"table skipped {counts}, listed in skipped.csv: {listed(self.skipped['file'] + ' ' + self.skipped['reason'])}")
+            wanted = "predict" in self.rows and "test" in set(self.skipped["split"])
+            lines.append(f"table skipped {counts}, listed in skipped.csv: {listed(self.skipped['file'] + ' ' + self.skipped['reason'])}"
+                         + "; a submission needs a row for each: predict.py RUN --bad_images fill" * wanted)
         if self.task == "regression" and self._given["target_range"] is None:
             spans = [f"{low:g} to {high:g}" for low, high in self.target_range]
             lines.append(f"table range {listed(spans)} (of the rows trained on; a known one: --data_args.target_range [0,100])")

@@ -17,8 +17,9 @@ DELIMITERS = ",;\t|"
 SHOWN = 5  # rows, ids or files named in a message; of the others it tells how many they are
 
 
-def read_table(path: str | os.PathLike) -> pd.DataFrame:
-    """All cells as text (`001` stays `001`, `NA` stays `NA`, an empty cell is ``), spaces around it stripped; rows from 0 on.
+def read_table(path: str | os.PathLike, *, strip: bool = True) -> pd.DataFrame:
+    """All cells as text (`001` stays `001`, `NA` stays `NA`, an empty cell is ``), spaces around it stripped (without `strip`: of the header alone);
+    rows from 0 on.
 
     UTF-8 with or without a mark at the start; the delimiter is the one of , ; tab | that splits the header into most columns.
 
@@ -27,16 +28,18 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
         ValueError: empty, not UTF-8 (says the byte), a NUL, an open quote, rows with more or fewer fields than the header, a column named twice.
     """
     path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: there is no such file")
     with open(path, "rb") as file:
         text = _decoded(path, file.read())
     header = text.split("\n", 1)[0]
     delimiter = max(DELIMITERS, key=lambda sign: (len(next(csv.reader([header], delimiter=sign), [])), -DELIMITERS.index(sign)))
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        first, *rows = [cells for row in reader if (cells := [cell.strip() for cell in row]) not in ([], [""])] or [[]]
+        first, *rows = [row for row in reader if [cell.strip() for cell in row] not in ([], [""])] or [[]]
     except csv.Error as error:
         raise ValueError(f"{path}: is no table: {error} (a quote that is opened must be closed)") from None
-    columns = [name or f"Unnamed: {place}" for place, name in enumerate(first)]
+    columns = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(first)]
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
         raise ValueError(f"{path}: columns named more than once: {', '.join(twice)}")
     ragged = [place for place, row in enumerate(rows) if len(row) != len(columns)]
@@ -44,7 +47,7 @@ def read_table(path: str | os.PathLike) -> pd.DataFrame:
         fields = sorted({len(rows[place]) for place in ragged})
         raise ValueError(f"{path}: {rows_text(ragged)}: {' or '.join(map(str, fields))} fields where the header has {len(columns)} "
                          f"(a {delimiter!r} inside a text needs quotes around it)")
-    return pd.DataFrame(rows, columns=columns, dtype=object)
+    return pd.DataFrame([[cell.strip() for cell in row] for row in rows] if strip else rows, columns=columns, dtype=object)
 
 
 def _decoded(path: str, content: bytes) -> str:

@@ -187,7 +187,7 @@ def unreadable(root: str, files: list[str | None]) -> Wrong:
     def fault(file: str | None) -> str | None:
         return None if file is None else picture_fault(os.path.join(root, file))
     with ThreadPoolExecutor(READERS) as readers:
-        return {row: (files[row], why) for row, why in enumerate(readers.map(fault, files)) if why}
+        return {row: (files[row], f"is broken: {why}") for row, why in enumerate(readers.map(fault, files)) if why}
 
 
 def picture_fault(path: str) -> str | None:

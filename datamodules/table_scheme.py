@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from datamodules import table_guess
-from datamodules.table import Report, near_miss, read_table
+from datamodules.table import Report, counted, near_miss, read_table
 from datamodules.table_guess import Tables
 from datamodules.table_pictures import Folder, columns_in
 from datamodules.table_template import guess_template
@@ -91,9 +91,10 @@ def advice(tables: Tables, scheme: dict[str, Any], names: list[str] | None) -> l
     lines, column = [], scheme["id_column"]
     if tables.test is not None and tables.sample is not None and column in tables.test and column in tables.sample:
         asked, there = set(tables.sample[column]), set(tables.test[column])
-        for less, more, where in ((asked, there, "test"), (there, asked, "sample")):
-            if more - less:
-                lines.append(f"table {tables.names[where]} has {len(more - less):,} ids alone, as {min(more - less)!r}")
+        for less, more, where, other in ((asked, there, "test", "sample"), (there, asked, "sample", "test")):
+            if alone := more - less:
+                lines.append(f"table {tables.names[where]} has {counted(len(alone), 'id')} that {tables.names[other]} does not have, "
+                             f"as {min(alone)!r}")
     folded: dict[str, list[str]] = {}
     for name in names or ():
         folded.setdefault(table_guess.words(name).replace("_", ""), []).append(name)

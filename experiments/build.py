@@ -20,7 +20,7 @@ from datamodules.decode import PictureError
 from experiments import plan, preflight, rundir
 from experiments.config import Command, Config, read
 from experiments.recipe import recipe_data
-from experiments.usage import UsageError, size
+from experiments.usage import TOLD, UsageError, size
 from lightning_modules import distill_losses, targets, teacher_cache
 from lightning_modules.freeze import freeze
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
@@ -49,10 +49,7 @@ class Run:
 
 def resolve(command: Command) -> Run:
     """Decide once, in the launching process; ranks take its result. Raises ValueError or FileNotFoundError for what a person must mend."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # lightning 2.6 with newer torch
-    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no val split: said by --dry_run
-    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # ours is: its position is in the checkpoint
+    quiet()
     if DECISION in os.environ and "LOCAL_RANK" in os.environ:
         return _build(Config(**_tuples(json.loads(os.environ[DECISION])["cfg"])), json.loads(os.environ[DECISION]))
     environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), LightningEnvironment())
@@ -76,6 +73,14 @@ def resolve(command: Command) -> Run:
     if isinstance(shared[0], str):
         raise UsageError(shared[0])
     return run or _build(Config(**_tuples(shared[0]["cfg"])), shared[0])
+
+
+def quiet() -> None:
+    """Silence what Lightning says of itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # lightning 2.6 with newer torch
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no val split: said by --dry_run
+    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # ours is: its position is in the checkpoint
 
 
 def decide(command: Command) -> tuple[Run, dict[str, Any]]:
@@ -117,7 +122,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     if isinstance(guide, CachedTeacher):
         guide.check(seen_by_teacher(cfg, data))
         identity = {**identity, "teacher_digest": guide.digest}
-    for note in (*command.notes, *notes, *([line] if line else []), *preflight.advice(cfg, data)):
+    for note in () if TOLD in os.environ else (*command.notes, *notes, *([line] if line else []), *preflight.advice(cfg, data)):
         print(note)
     if cfg.dry_run:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, identity)

@@ -26,8 +26,11 @@ def check(cfg: "Config") -> None:
         raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
     if cfg.resume and cfg.overwrite:
         raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
-    if cfg.folds is not None and cfg.folds < 2 or cfg.fold is not None and not 0 <= cfg.fold < (cfg.folds or 0):
-        raise UsageError(f"--folds {cfg.folds} --fold {cfg.fold}: at least 2 folds, numbered from 0 on; --fold needs --folds")
+    if cfg.folds is not None and cfg.folds < 2:
+        raise UsageError(f"--folds {cfg.folds}: at least 2")
+    if cfg.fold is not None and not 0 <= cfg.fold < (cfg.folds or 0):
+        which = f"those of --folds {cfg.folds} are 0 to {cfg.folds - 1}" if cfg.folds else "--folds says of how many"
+        raise UsageError(f"--fold {cfg.fold}: {which}")
     _check_training(cfg)
 
 

@@ -20,6 +20,7 @@ from lightning_modules.seen import spared
 def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     """Resolve the run as its first fold would, and enter its directory; without `write` only tell. Returns plain values for `fold_runs`, or an
     exit code where there is nothing to do. Raises ValueError or FileNotFoundError for what a person must mend."""
+    build.quiet()
     cfg, apart, line = command.config, command.config.strategy == APART, [*command.argv, "--dry_run"]
     if apart:
         line += ["--devices", "1", "--strategy", "auto"]
@@ -88,6 +89,8 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
         print(f"this is of {len(places)} of {cfg['folds']} folds ({', '.join(map(str, places))}): the run is not finished, the same command goes on")
     print(f"{folder / fold_merge.OOF}" + f", {folder / fold_merge.PREDICTIONS} ({merged['test_rows']:,} rows, the mean of {len(places)} folds)"
           * bool(merged["test_rows"]) + f"; result in {folder / rundir.RESULT}", flush=True)
+    if merged["test_rows"] and len(places) == cfg["folds"]:
+        print(f"next: python experiments/submit.py {folder}", flush=True)
 
 
 def _values(results: list[dict[str, Any]], key: str) -> list[float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import Command, Config, read
-from experiments.usage import UsageError
+from experiments.usage import TOLD, UsageError
 from lightning_modules.signals import ORDER, PR_SET_PDEATHSIG, PREEMPTED, exit_code, notice
 
 PROCESSES = multiprocessing.get_context("spawn")  # for the plan, which may need a GPU that must be free again afterwards
@@ -87,8 +87,9 @@ class Folds:
         while self.running or left and not code and not notice.asked:
             while left and not code and not notice.asked and len(self.running) < self.slots:
                 if not self.fits(left[0]):
-                    print(f"--hours: fold {left[0]} would take about {_clock(self.expected(left[0]))} and {_clock(self.time_left())} are left, so it "
-                          "is not started; the same command goes on", flush=True)
+                    needed = self.expected(left[0])
+                    would = f"would take about {_clock(needed)} and {_clock(self.time_left())} are left" if needed else "has no time left"
+                    print(f"--hours: fold {left[0]} {would}, so it is not started; the same command goes on", flush=True)
                     code = PREEMPTED
                     break
                 self._start(left.pop(0))
@@ -140,7 +141,7 @@ class Folds:
     def _start(self, fold: int) -> None:
         device = min({*range(self.slots)} - {slot for _, slot, _ in self.running.values()})
         line = [*self.argv, "--fold", str(fold), "--runs_dir", str(self.folder), "--name", f"fold{fold}", "--no_overwrite"]
-        env, log = {}, None
+        env, log = {TOLD: "1"}, None
         if self.slots > 1:
             line, log = [*line, "--devices", "1", "--strategy", "auto"], self.folder / f"fold{fold}.log"
             if self.plan["gpus"]:
@@ -154,7 +155,7 @@ class Folds:
         how, ended = f"exit code {ended}" if ended >= 0 else f"killed by {signal.Signals(-ended).name}", max(ended, 0)
         self._keep()
         if result.get("finished"):
-            score = f"{result['metric']} {result['best']:.5g}" if result.get("best") is not None else "not scored"
+            score = _score(result["metric"], result["best"]) if result.get("best") is not None else "not scored"
             after = [each for each in (self.expected(fold) for fold in [*left, *self.running]) if each is not None]
             rest = f"; {len(left) + len(self.running)} left, about {_clock(sum(after) / self.slots)}" if after else ""
             print(f"fold {fold} has ended after {took}: {score}{rest}", flush=True)
@@ -250,6 +251,11 @@ def _write(path: Path, result: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def _score(name: str, value: float) -> str:
+    """As `metrics.shown`, which imports torch."""
+    return f"{name} {100 * value:.2f} %" if name.split("/")[-1].startswith("acc") else f"{name} {value:.5g}"
 
 
 def _clock(seconds: float | None) -> str:

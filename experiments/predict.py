@@ -14,6 +14,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from datamodules.decode import PictureError
 from experiments import inference
 from experiments.inference import How, Source
 from experiments.prediction_rows import Rows, rows_of_folder, rows_of_table
+from experiments.usage import Parser
 
 CONFIG, PREDICTIONS = "config.yaml", "predictions.csv"
 START = "spawn"  # of processes: a fork would carry over the GPU's and the threads' state
@@ -115,6 +117,8 @@ def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any]
     if args.folder and inputs:
         raise ValueError(f"--folder {args.folder}: the network takes columns beside the picture ({', '.join(inputs)}): give a table, --csv")
     if args.folder:
+        if args.csv or args.data_dir:
+            raise ValueError("--folder predicts pictures without a table: leave --csv and --data_dir out")
         return rows_of_folder(args.folder)
     scheme = {"id_column": spec.get("id_column")} | (spec.get("table") or {})
     return rows_of_table(args.csv, args.data_dir, config, scheme, image=args.image, id_column=args.id_column,
@@ -230,6 +234,10 @@ def _name(args: argparse.Namespace) -> str:
 
 def _make_room(folder: Path, args: argparse.Namespace) -> None:
     """The folder of the output; a run directory of predict.py's own is written over, another thing's is not. Raises ValueError, OSError."""
+    if args.out and os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out}: is a folder; it names the file to write")
+    if args.name and not re.fullmatch(r"\w[\w.+=-]*", args.name):
+        raise ValueError(f"--name {args.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
     folder.mkdir(parents=True, exist_ok=True)
     if not args.out and any(folder.iterdir()) and about(folder).get("verb") != "predict":
         raise ValueError(f"{folder} is there and not of predict.py: --name another, or --out FILE")
@@ -255,8 +263,7 @@ def _write_about(file: Path, args: argparse.Namespace, job: Job, precision: str)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directory, parent of folds, checkpoint, or exported file")
     parser.add_argument("--csv", help="table of the pictures; left out: test.csv in --data_dir")
     parser.add_argument("--data_dir", help="folder of the pictures; left out: the table's folder, or the one the run was trained on")
@@ -275,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="auto: the GPU where it can be used")
     parser.add_argument("--devices", type=_positive, default=1, help="processes, each on a GPU of its own or on the CPU")
     parser.add_argument("--batch_size", type=_positive, default=32, help="pictures at a time in each process")
-    parser.add_argument("--workers", type=int, help="processes that read pictures; left out: what the machine has")
+    parser.add_argument("--workers", type=partial(_positive, least=0), help="processes that read pictures; left out: what the machine has")
     return parser
 
 
@@ -285,9 +292,9 @@ def _boolean(text: str) -> bool:
     return text == "true"
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+def _positive(text: str, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
     return int(text)
 
 

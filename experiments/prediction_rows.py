@@ -64,6 +64,8 @@ def rows_of_table(csv: str | None, data_dir: str | None, trained_on: dict[str, A
     an id twice, pictures that are missing, unreadable or outside.
     """
     root = data_dir or (os.path.dirname(csv) or "." if csv else trained_on.get("data_dir"))
+    if data_dir and not os.path.isdir(data_dir):
+        raise FileNotFoundError(f"--data_dir {data_dir}: there is no such folder")
     if not root:
         raise ValueError("which pictures? Give --data_dir with a test.csv in it, --csv, or --folder")
     file = Path(csv) if csv else _table_in(root, trained_on, "" if data_dir else ", the folder the run was trained on (--data_dir names another)")

@@ -217,7 +217,8 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})
-    shown = ", ".join(metrics.shown(key, value) for key, value in values.items() if "/acc" in key or key.endswith(f"/{task.metric.name}"))
+    shown = ", ".join(metrics.shown(key, value) for key, value in values.items()
+                      if value is not None and key.endswith(("/acc1", "/acc5", f"/{task.metric.name}")))
     took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""
     print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}, a page on it in report.html beside it")
     if saving.failures:

@@ -1,6 +1,7 @@
 """A run directory: its name, who may enter it, what it starts from, and its result. Only the launching process calls this."""
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, fields
@@ -257,6 +258,8 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """JSON has no NaN and no infinity: null stands for them."""
+    result = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()}
     write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
 
 

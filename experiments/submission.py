@@ -32,12 +32,14 @@ class Options:
 
 @dataclass
 class Outcome:
-    """`table`: the submission, cells as they are written, None where `problems` forbid it; `warnings` and `facts` do not."""
+    """`table`: the submission, cells as they are written, None where `problems` forbid it; `warnings` and `facts` do not. `again`: where
+    ids of the sample have no prediction, how predict.py would give it: for all rows of the folder, for some that are bad, or by the sample."""
 
     table: pd.DataFrame | None = None
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
+    again: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,20 @@ def _join(ids: pd.Series, predictions: pd.DataFrame, outcome: Outcome) -> pd.Dat
             outcome.problems.append(f"{whose}: ids more than once: {listed(twice.unique())}")
     missing, strange = ids[~ids.isin(theirs)], theirs[~theirs.isin(ids)]
     if len(missing):
-        outcome.problems.append(f"{len(missing)} of {len(ids)} ids of the sample have no prediction: {listed(missing)}" + _hint(missing, theirs))
+        hint, outcome.again = _hint(missing, theirs) or ("", "some" if len(missing) < len(ids) else "all")
+        outcome.problems.append(f"{len(missing)} of {len(ids)} ids of the sample have no prediction: {listed(missing)}{hint}")
     if len(strange):
         outcome.problems.append(f"{len(strange)} of {len(theirs)} predicted ids are not in the sample: {listed(strange)}")
     return None if outcome.problems else predictions.set_index(column, drop=False).loc[ids].reset_index(drop=True)
 
 
-def _hint(missing: pd.Series, theirs: pd.Series) -> str:
-    def bare(each: pd.Series) -> set[str]:
-        return {Path(name).stem for name in each}
-    return "; without folder and suffix they would be the same" if bare(missing) <= bare(theirs) else ""
+def _hint(missing: pd.Series, theirs: pd.Series) -> tuple[str, str | None] | None:
+    """(how the ids only look different, `again` of Outcome), or None."""
+    if {Path(name).stem for name in missing} <= {Path(name).stem for name in theirs}:
+        return "; without folder and suffix they would be the same", "sample"
+    if {name.lstrip("0") for name in missing} <= {name.lstrip("0") for name in theirs}:
+        return "; without zeros at their start they would be the same: a program that read them as numbers has lost them", None
+    return None
 
 
 def _read(rows: pd.DataFrame, ids: pd.Series, spec: dict[str, Any], outcome: Outcome) -> Predicted | None:

@@ -13,6 +13,7 @@ from typing import Any
 from datamodules.table import read_table
 from datamodules.table_scheme import FILES
 from experiments.submission import KINDS, Options, submission
+from experiments.usage import Parser
 
 PREDICTIONS = "predictions.csv"
 
@@ -22,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         predictions, sample, spec, name = _inputs(args)
         options = Options(args.kind, args.threshold, args.separator, args.limits and tuple(args.limits), args.clip)
-        outcome = submission(read_table(sample), read_table(predictions), spec, options)
+        outcome = submission(read_table(sample, strip=False), read_table(predictions), spec, options)
     except (ValueError, OSError) as error:
         print(f"submit.py: {error}", file=sys.stderr)
         return 2
@@ -32,14 +33,20 @@ def main(argv: list[str] | None = None) -> int:
         print(f"submit.py: {predictions} makes no submission in the form of {sample}, nothing is written:", file=sys.stderr)
         for problem in outcome.problems:
             print(f"  {problem}", file=sys.stderr)
+        if outcome.again and args.run:
+            print(f"to predict every row: {predicting(args.run, sample, outcome.again)}, and submit the directory it names", file=sys.stderr)
         return 1
     for fact in outcome.facts:
         print(fact)
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    outcome.table.to_csv(partial, index=False, lineterminator="\n")
-    os.replace(partial, out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(f".{out.name}.partial")
+        outcome.table.to_csv(partial, index=False, lineterminator="\n")
+        os.replace(partial, out)
+    except OSError as error:
+        print(f"submit.py: --out {out} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
     print(f"{len(outcome.table)} rows -> {out}")
     print(handing_in(args, out, name))
     return 0
@@ -56,17 +63,38 @@ def handing_in(args: argparse.Namespace, out: Path, name: str) -> str:
     return line if args.kernel else f"{line}\n  (a code competition takes a notebook that writes {out.name}: add -k USER/NOTEBOOK -v VERSION)"
 
 
+def predicting(run: str, sample: str, again: str) -> str:
+    """The command line of predict.py for what the sample asks for (`Outcome.again`)."""
+    try:
+        runs = [os.path.relpath(each) for each in json.loads((Path(run) / "config.yaml").read_text())["runs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        runs = [run]
+    words = ["--csv", sample] if again == "sample" else ["--data_dir", os.path.dirname(sample) or "."]
+    return shlex.join(["python", "experiments/predict.py", *runs, *words, *(["--bad_images", "fill"] if again == "some" else [])])
+
+
 def _inputs(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], str]:
     """(predictions, sample, spec or {}, a name). Raises ValueError, FileNotFoundError."""
     if (args.run is None) == (args.predictions is None):
-        raise ValueError("give a run directory, or --predictions FILE")
+        raise ValueError(f"give a run directory, or --predictions FILE{', not both' * bool(args.run)}")
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold:g}: must lie between 0 and 1")
+    if args.limits and not args.limits[0] < args.limits[1]:
+        raise ValueError(f"--limits {args.limits[0]:g} {args.limits[1]:g}: LOW must be below HIGH")
+    if os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out}: is a folder; it names the file to write")
     predictions = Path(args.predictions) if args.predictions else Path(args.run) / PREDICTIONS
+    if args.run and not os.path.isdir(args.run):
+        raise FileNotFoundError(f"there is no run directory {args.run}" + "; a table of predictions is --predictions" * os.path.exists(args.run))
     if not predictions.is_file():
-        raise FileNotFoundError(f"there is no {predictions}" + "; experiments/predict.py writes one" * (args.run is not None))
+        raise FileNotFoundError(f"there is no {predictions}" + (f"; experiments/predict.py {args.run} --data_dir DIR leaves a directory that has "
+                                                                "one" if args.run else ""))
     spec, folder = about(predictions.parent)
     sample = args.sample or next((str(file) for name in FILES["sample"] if folder and (file := Path(folder) / name).is_file()), None)
     if sample is None:
         raise ValueError(f"--sample is missing: there is no {FILES['sample'][0]} in {folder or 'a folder that is known'}")
+    if any(os.path.realpath(args.out) == os.path.realpath(each) for each in (sample, predictions)):
+        raise ValueError(f"--out {args.out}: would be written over what it is made from; name another file")
     return str(predictions), sample, spec, predictions.absolute().parent.name
 
 
@@ -90,8 +118,7 @@ def about(folder: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = Parser(prog="submit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", nargs="?", metavar="RUN", help="run directory with a predictions.csv")
     parser.add_argument("--predictions", help="a table of predictions instead")
     parser.add_argument("--sample", help="the competition's sample_submission.csv; left out: the one in the folder of the data")

@@ -1,9 +1,27 @@
 """What is said about a wrong command line, and the spelling of sizes."""
+import argparse
+import re
+import sys
 from difflib import get_close_matches
+from typing import NoReturn
+
+TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
 
 
 class UsageError(ValueError):
     """The command line or a config file is wrong; the message is for the person who typed it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A verb's flags; what is wrong with them is one line, and of an unknown one the closest are named."""
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)} (--help lists them all)"
+        message = re.sub(r"invalid choice: (.*) \(choose from (.*)\)", r"invalid choice \1: one of \2", message).replace("'", "")
+        print(f"{self.prog}: {message.removeprefix('argument ').replace('the following arguments are required:', 'missing:')}", file=sys.stderr)
+        raise SystemExit(2)
 
 
 def did_you_mean(word: str, known: list[str]) -> str:

@@ -86,7 +86,8 @@ TEXTS = {
     "l1": "absolute error of the target scaled to 0-1",
     "huber": "squared up to delta (0.1 of the target's range), straight beyond",
     "ordinal": "binary cross entropy of `above this threshold?` over bins (20) - 1 thresholds; the prediction is their mean",
-    "distribution": "cross entropy with a Gaussian of width sigma (1 bin) over bins (20); the prediction is the mean of the distribution",
+    "distribution": "cross entropy with a Gaussian of width sigma (1 bin) over bins (20); the prediction is the mean of the distribution, "
+                    "which cannot come near an end of the range (sigma 1 of 20 bins: 2.7 % of it)",
 }
 
 

@@ -85,7 +85,7 @@ def score(name: str | Metric, target: np.ndarray, prediction: np.ndarray, spec: 
 
 def shown(name: str, value: float) -> str:
     """`val/acc1 83.20 %`, `val/rmse 17.356`: for people."""
-    return f"{name} {100 * value:.2f} %" if name.split("/")[-1].startswith("acc") else f"{name} {value:.5g}"
+    return f"{name} {100 * value:.2f} %" if name.split("/")[-1] in ("acc1", "acc5") else f"{name} {value:.5g}"
 
 
 def _own(name: str) -> Metric:
@@ -125,8 +125,8 @@ def acc1(target: np.ndarray, prediction: np.ndarray) -> float:
 @metric("max", CLASSIFICATION)
 def acc5(target: np.ndarray, prediction: np.ndarray) -> float:
     """share of pictures whose class is among the five likeliest; of more than five classes"""
-    own = prediction[np.arange(len(target)), target][:, None]
-    return float(((prediction > own).sum(1) < 5).mean())
+    own, before = prediction[np.arange(len(target)), target][:, None], np.arange(prediction.shape[1]) < target[:, None]
+    return float((((prediction > own) | (prediction == own) & before).sum(1) < 5).mean())  # of equals the first, as in acc1
 
 
 @metric("min", CLASSIFICATION, MULTILABEL)
@@ -158,8 +158,10 @@ def f1(target: np.ndarray, prediction: np.ndarray) -> float:
 def auroc(target: np.ndarray, prediction: np.ndarray) -> float:
     """area under the ROC curve: of the second of two classes, else the mean of each class against the rest, or of each label"""
     from sklearn.metrics import roc_auc_score
-    if target.ndim == 1:
-        target = target[:, None] == np.arange(prediction.shape[1])  # of two classes both areas are equal
+    if target.ndim == 1 and prediction.shape[1] == 2:
+        target, prediction = target[:, None], prediction[:, 1:]  # the first class's are rounded to 1 where the second's are tiny
+    elif target.ndim == 1:
+        target = target[:, None] == np.arange(prediction.shape[1])
     both = [k for k in range(target.shape[1]) if 0 < target[:, k].sum() < len(target)]  # a label of one kind only has no curve
     return float(np.mean([roc_auc_score(target[:, k], prediction[:, k]) for k in both])) if both else float("nan")
 
@@ -175,17 +177,16 @@ def map_(target: np.ndarray, prediction: np.ndarray) -> float:
 @metric("max", CLASSIFICATION, REGRESSION)
 def qwk(target: np.ndarray, prediction: np.ndarray) -> float:
     """Cohen's kappa with quadratic weights, of classes in their order, or of whole numbers (predictions are rounded)"""
-    if target.ndim == 2:
-        return _columns(lambda each, guess: _kappa(np.rint(each).astype(int), np.rint(guess).astype(int)), target, prediction)
-    return _kappa(target, prediction.argmax(1))
+    if target.ndim == 1:
+        return _kappa(target, prediction.argmax(1))
+    return _columns(_kappa, np.rint(target), np.rint(prediction))
 
 
 def _kappa(target: np.ndarray, prediction: np.ndarray) -> float:
-    from sklearn.metrics import cohen_kappa_score
-    low, high = min(target.min(), prediction.min()), max(target.max(), prediction.max())
-    if low == high:
-        return 1.0  # every picture right, and nothing to tell apart
-    return cohen_kappa_score(target, prediction, labels=range(low, high + 1), weights="quadratic")  # labels: else gaps would count as one
+    """1 - mean squared difference over that of independent pairs with these two distributions. scikit-learn's number without its table of all
+    values between smallest and largest, which a first epoch's wild predictions would blow up."""
+    chance = target.var() + prediction.var() + (target.mean() - prediction.mean()) ** 2
+    return 1 - ((target - prediction) ** 2).mean() / chance if chance else 1.0  # every picture right, and nothing to tell apart
 
 
 @metric("min", REGRESSION)

@@ -60,6 +60,10 @@ def ordinal_targets(scaled: Tensor, bins: int) -> Tensor:
 
 
 def bin_targets(scaled: Tensor, bins: int, sigma: float) -> Tensor:
-    """(B, T) 0-1 -> (B, T, N) a Gaussian label distribution around the target, `sigma` in bins (Gao et al. 2017, arXiv 1611.01731)."""
+    """(B, T) 0-1 -> (B, T, N) a Gaussian label distribution around the target, `sigma` in bins (Gao et al. 2017, arXiv 1611.01731).
+
+    The range cuts it off: within 2 sigma of an end the mean, which is predicted, lies further inside than the target, at the end itself by 0.52
+    of 19 steps with 20 bins and sigma 1 (2.7 % of the range).
+    """
     place = scaled.clamp(0, 1)[..., None] * (bins - 1)
     return F.softmax(-((place - torch.arange(bins, device=scaled.device)) / sigma) ** 2 / 2, dim=-1)

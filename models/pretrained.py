@@ -149,6 +149,7 @@ def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = F
             raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} ({key}); "
                              "--init_head reset starts a fresh one")
         notes.append(f"head of {len(weights[key])} outputs left out, a fresh one of {len(own[key])} starts")
+        start_small_({name: own[name] for name in wrong})
         weights = {key: value for key, value in weights.items() if key not in heads}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if whole and missing:
@@ -156,6 +157,14 @@ def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = F
                          + "; its head is of other classes than the data's" * (set(missing) <= heads))
     notes += [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
     return f"init {source}: {len(weights) - len(unexpected)} of {len(own)} tensors" + "".join(f"; {note}" for note in notes)
+
+
+@torch.no_grad()
+def start_small_(head: dict[str, Tensor]) -> None:
+    """A fresh classifier on trained features: matrices N(0, 0.01), biases 0, so that it starts without an opinion. A family's own start may be
+    far from it: timm's EfficientNets draw U(-1, 1) for one output."""
+    for tensor in head.values():
+        nn.init.trunc_normal_(tensor, std=0.01) if tensor.ndim > 1 else nn.init.zeros_(tensor)
 
 
 def fit(model: nn.Module, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:

@@ -51,6 +51,26 @@ def test_of_classes():
     assert score("log_loss", target, p, TWO) == pytest.approx(sk.log_loss(target, p[:, 1]), rel=1e-7)
 
 
+def test_classes_at_the_ends_of_float32():
+    """Sure predictions: of the first class 1.0 to float32, while those of the second differ; and equal ones."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 2, 2000)
+    logits = np.stack([np.zeros(2000), rng.normal(0, 6, 2000) - 14 + 4 * target], 1)
+    p = predict(torch.tensor(logits), TWO).numpy()
+    assert len(np.unique(p[:, 0])) < len(np.unique(p[:, 1])) and score("auroc", target, p, TWO) == sk.roc_auc_score(target, p[:, 1])
+    target, even = np.arange(70) % 7, np.full((70, 7), 1 / 7)
+    assert score("acc5", target, even, CLASSES) == 5 / 7 and score("acc1", target, even, CLASSES) == 1 / 7
+
+
+@pytest.mark.parametrize("top", [6, 400])
+def test_kappa_is_scikit_learns(top):
+    rng = np.random.default_rng(top)
+    target, p = rng.integers(0, 5, 300), rng.normal(2, top / 4, (300, 1))
+    expected = sk.cohen_kappa_score(target, np.rint(p[:, 0]).astype(int), weights="quadratic", labels=range(-2 * top, 2 * top))
+    assert score("qwk", target, p, NUMBER) == pytest.approx(expected, rel=1e-9)
+    assert abs(score("qwk", target, p * 1e9, NUMBER)) < 1e-6  # no table of all values in between
+
+
 def test_of_labels():
     target, p = whole(LABELS)
     expected = {"map": sk.average_precision_score(target, p, average="macro"), "f1": sk.f1_score(target, p > 0.5, average="macro"),
@@ -184,6 +204,7 @@ def test_names_and_modes():
                               ("loss", "regression", "is for classification and multilabel")):
         with pytest.raises(ValueError, match=words):
             find(name, task)
+    assert shown("val/accepted_error", 0.5) == "val/accepted_error 0.5"
     assert shown("val/acc1", 0.5) == "val/acc1 50.00 %" and shown("val/rmse", 17.35612) == "val/rmse 17.356"
 
 

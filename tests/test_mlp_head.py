@@ -56,6 +56,11 @@ def test_dropout_and_first_values():
     model = make("vit_s16", head_hidden=64, head_dropout=0.5)
     head = model.get_classifier()
     assert head.drop.p == 0.5 and head.fc1.bias.abs().max() == 0 and 0.015 < head.fc1.weight.std() < 0.025
+    x, head = torch.randn(4, head.fc1.in_features), head.train()
+    torch.manual_seed(1)
+    found = head(30 * x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, head.fc2(torch.nn.functional.dropout(torch.nn.functional.gelu(head.fc1(30 * x)), 0.5)))
     with torch.device("meta"):
         meta = models.create("swin_t", 1, head_hidden=128)
     assert meta.head.fc.fc1.weight.is_meta and cost.parameters(meta) - cost.parameters(models.create("swin_t", 1)) == 768 * 128 + 128 + 129 - 769

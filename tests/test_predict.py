@@ -463,13 +463,22 @@ def test_what_overflows_in_fp16_is_predicted_again_and_what_is_nan_fails(comp, c
 
 @pytest.mark.parametrize("words, line", [
     (["nowhere"], "no weights at nowhere"), (["http://host/run"], "from files only"), (["bare.pth"], "is not a vitlab checkpoint"),
-    (["run", "--devices", "2"], "torchrun has started 2 processes")])
+    (["run", "--devices", "2"], "torchrun has started 2 processes"), (["run", "--csv", "no.csv"], "no.csv: there is no such file"),
+    (["run", "--data_dir", "no"], "--data_dir no: there is no such folder"), (["run", "--folder", "comp"], "leave --csv and --data_dir out"),
+    (["run", "--out", "run"], "--out run: is a folder"), (["run", "--name", "../x"], "--name ../x: letters"),
+    (["run", "--tta", "flip"], "predict.py: --tta: invalid choice flip: one of none, hflip, multicrop"),
+    (["run", "--device", "2"], "unknown flag --device; did you mean --devices"),
+    (["run", "--workers", "-1"], "--workers: -1 is not a number from 0 on"), ([], "missing: RUN")])
 def test_mistakes_exit_2_in_a_line(comp, capsys, monkeypatch, words, line):
     write_run(comp / "run")
     torch.save({"weight": torch.zeros(1)}, "bare.pth")
     if "--devices" in words:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    predicted(*words, "--data_dir", "comp", code=2)
+    try:
+        code = predict.main([*(["--data_dir", "comp"] if "--data_dir" not in words else []), *words])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     said = capsys.readouterr().err
     assert line in said and len(said.splitlines()) == 1
 

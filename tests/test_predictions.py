@@ -98,4 +98,5 @@ def test_many_classes_are_all_written_where_a_submission_may_want_them():
     spec = {"task": "classification", "class_names": [f"c{k}" for k in range(101)], "target_names": None}
     likely = np.eye(101, dtype=np.float32)[[5, 100]]
     assert table(["a", "b"], spec, likely)["prediction"].tolist() == ["c5", "c100"]
+    assert table(["a", "b"], spec, likely)["probability"].tolist() == [1, 1]
     assert table(["a", "b"], spec | {"id_column": "Id"}, likely).shape == (2, 102)

@@ -97,11 +97,14 @@ def test_head_of_another_size(tmp_path, name):
     target = make(name, 3, seed=1)
     with pytest.raises(ValueError, match=r"its head is \(5, 32\) and the model's \(3, 32\).*--init_head reset"):
         initialise(target, path, name=name)
-    fresh = {key: target.state_dict()[key].clone() for key in head_keys(target)}
-    assert len(fresh) == (4 if "distilled" in name else 2)
+    heads = head_keys(target)
+    assert len(heads) == (4 if "distilled" in name else 2)
     assert "head of 5 outputs left out, a fresh one of 3 starts" in initialise(target, path, name=name, reset_head=True)
     for key, value in target.state_dict().items():
-        assert torch.equal(value, fresh[key] if key in fresh else source.state_dict()[key]), key
+        if key in heads:  # small: trained features, and no opinion on them yet
+            assert 0 < value.std() < 0.02 if value.ndim > 1 else (value == 0).all(), key
+        else:
+            assert torch.equal(value, source.state_dict()[key]), key
 
 
 def test_other_misfits_are_errors_and_partial_files_are_reported(tmp_path):

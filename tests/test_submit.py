@@ -208,6 +208,32 @@ def test_constant_predictions_are_warned_of(folder, capsys):
     assert "constant" not in said.err
 
 
+def test_what_was_not_predicted_has_its_command(folder, capsys):
+    run_of(folder, ["Id", "prediction"], [[name, 50] for name in IDS[1:]])
+    (folder / "comp").mkdir()
+    write(folder / "comp" / "sample.csv", ["Id", "P"], [[name, 1] for name in IDS])
+    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
+    assert "python experiments/predict.py run --data_dir comp --bad_images fill, and submit" in capsys.readouterr().err
+    about = {"verb": "predict", "runs": [str(folder / "runs" / "a"), str(folder / "runs" / "b c")], "spec": POINTS}
+    (folder / "run" / "config.yaml").write_text(json.dumps(about))
+    write(folder / "comp" / "sample.csv", ["Id", "P"], [[f"new{name}", 1] for name in IDS])
+    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
+    assert "to predict every row: python experiments/predict.py runs/a 'runs/b c' --data_dir comp, and submit" in capsys.readouterr().err
+    write(folder / "comp" / "sample.csv", ["Id", "P"], [[f"a/{name}.jpg", 1] for name in IDS[1:]])
+    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
+    assert "predict.py runs/a 'runs/b c' --csv comp/sample.csv, and" in capsys.readouterr().err
+    write(folder / "comp" / "sample.csv", ["Id", "P"], [[name.lstrip("0"), 1] for name in IDS])
+    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
+    said = capsys.readouterr().err
+    assert "without zeros at their start" not in said  # the id 003 was not predicted at all
+    write(folder / "comp" / "sample.csv", ["Id", "P"], [[name.lstrip("0"), 1] for name in IDS[1:]])
+    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
+    said = capsys.readouterr().err
+    assert "without zeros at their start" in said and "predict.py" not in said
+    assert submit.main(["--predictions", "run/predictions.csv", "--sample", "comp/sample.csv"]) == 1
+    assert "predict.py" not in capsys.readouterr().err
+
+
 def test_ids_and_cells_stay_as_the_sample_has_them(folder, capsys):
     run_of(folder, ["image", "prediction"], [[name, 50.125] for name in IDS[::-1]], **{**POINTS, "id_column": "image"})
     (folder / "sample.csv").write_text("﻿Id,Pawpularity\n" + "".join(f'" {name}",1\n' for name in IDS), encoding="utf-8")
@@ -228,16 +254,27 @@ def test_the_line_that_hands_it_in(folder, capsys):
 
 
 @pytest.mark.parametrize("words, line", [
-    ("nowhere --sample sample.csv", "there is no nowhere/predictions.csv; experiments/predict.py writes one"), ("--sample sample.csv", "give a run"),
+    ("nowhere --sample sample.csv", "there is no run directory nowhere"),
+    ("empty --sample sample.csv", "experiments/predict.py empty --data_dir"), ("--sample sample.csv", "give a run"),
     ("run", "--sample is missing"),
-    ("run --predictions p.csv --sample sample.csv", "give a run"), ("run --sample none.csv", "none.csv"), ("run --sample latin.csv", "not UTF-8")])
+    ("run --predictions p.csv --sample sample.csv", "give a run"), ("run --sample none.csv", "none.csv"), ("run --sample latin.csv", "not UTF-8"),
+    ("run --sample sample.csv --predictions run/predictions.csv", "not both"), ("run --sample none.csv", "none.csv: there is no such file"),
+    ("run --sample sample.csv --threshold 7", "between 0 and 1"), ("run --sample sample.csv --limits 60 50", "LOW must be below HIGH"),
+    ("run --sample sample.csv --out empty", "--out empty: is a folder"), ("run --sample sample.csv --out ./sample.csv", "written over"),
+    ("run --sample sample.csv --as prob", "submit.py: --as: invalid choice prob: one of"), ("run --sampel sample.csv", "did you mean --sample"),
+    ("run --sample sample.csv --out latin.csv/x.csv", "cannot be written: ")])
 def test_mistakes_exit_2_in_a_line(folder, capsys, words, line):
     run_of(folder, ["Id", "prediction"], [[name, 50] for name in IDS])
     write(folder / "sample.csv", ["Id", "P"], [[name, 1] for name in IDS])
+    (folder / "empty").mkdir()
     (folder / "latin.csv").write_bytes("Id,P\né,1\n".encode("latin-1"))
-    assert submit.main(words.split()) == 2
-    said = capsys.readouterr().err
-    assert line in said and len(said.splitlines()) == 1
+    try:
+        code = submit.main(words.split())
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and not (folder / "submission.csv").exists()
+    said = [each for each in capsys.readouterr().err.splitlines() if "warning" not in each]
+    assert len(said) == 1 and line in said[0]
 
 
 def test_from_pictures_to_a_submission(folder, capsys):

@@ -132,9 +132,9 @@ def test_skipped_pictures_are_listed_and_the_rest_is_used(comp):
     data = table(root, image="{split}/{Id}.jpg", bad_images="skip")
     assert data.skipped[["split", "id", "file"]].to_numpy().tolist() == [
         ["train", "a003", "train/a003.jpg"], ["train", "a004", "train/a004.jpg"], ["test", "t001", "test/t001.jpg"]]
-    assert data.skipped["reason"].tolist() == ["the file is empty", "is missing", "it is not a picture Pillow knows"]
+    assert data.skipped["reason"].tolist() == ["is broken: the file is empty", "is missing", "is broken: it is not a picture Pillow knows"]
     assert data.sizes["train"] + data.sizes["val"] == 18 and data.splits["predict"].ids.tolist() == ["t000", "t002", "t003"]
-    assert any("skipped 2 pictures of train and 1 picture of test" in line for line in data.notes())
+    assert any("skipped 2 pictures of train and 1 picture of test" in line and "predict.py RUN --bad_images fill" in line for line in data.notes())
 
 
 def test_a_labelled_test_table_is_scored(comp):
@@ -206,7 +206,7 @@ def test_a_run_says_what_it_was_told_and_keeps_it(comp, launch, tmp_path):
                       {"Id": ids(4, "t"), "owner": "x"})
     (root / "train" / "a003.jpg").write_bytes(b"")
     told = launch(f"--data_dir comp {TINY} --name one")
-    assert told.code == 2 and "run.py: --data_dir comp: a problem" in told.out and "row 5: train/a003.jpg the file is empty" in told.out
+    assert told.code == 2 and "run.py: --data_dir comp: a problem" in told.out and "row 5: train/a003.jpg is broken: the file is empty" in told.out
     assert "Traceback" not in told.out and not (tmp_path / "runs").exists()
     ended = launch(f"--data_dir comp {TINY} --name one --bad_images skip")
     assert ended.code == 0, ended.out
@@ -217,7 +217,7 @@ def test_a_run_says_what_it_was_told_and_keeps_it(comp, launch, tmp_path):
         "data": "csv", "target": "breed", "task": "classification", "image": "{split}/{Id}.jpg", "group": None, "metric": "acc1",
         "loss": "cross_entropy"}
     assert result_of(tmp_path / "runs/one")["skipped_images"] == 1
-    assert (tmp_path / "runs/one/skipped.csv").read_text() == "split,id,file,reason\ntrain,a003,train/a003.jpg,the file is empty\n"
+    assert (tmp_path / "runs/one/skipped.csv").read_text() == "split,id,file,reason\ntrain,a003,train/a003.jpg,is broken: the file is empty\n"
     spec = torch.load(tmp_path / "runs/one/checkpoints/last.ckpt", weights_only=True)["spec"]
     assert spec["class_names"] == ["boxer", "pug"] and spec["table"]["image"] == "{split}/{Id}.jpg"
     again = launch("--config runs/one/config.yaml --name one")

@@ -1,4 +1,6 @@
 """Multilabel and regression from the command line: what is learned, logged, chosen, predicted; killed, on two ranks, from a teacher."""
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -109,6 +111,14 @@ def test_a_metric_of_ones_own_chooses_and_stops(train, tmp_path):
     assert result["metric"] == "val/worst" and result["best"] == min(values) and result["best_epoch"] == int(np.argmin(values))
     assert sorted(map(int, result["averaged_epochs"].split())) == sorted(np.argsort(values)[:2].tolist())
     assert result["val/worst"] == pytest.approx((oof["target"] - oof["prediction"]).abs().max(), rel=1e-6)  # of the averaged weights
+
+
+def test_a_metric_without_a_value_ends_with_the_last_epoch(train, tmp_path):
+    (tmp_path / "my.py").write_text("import math\ndef nothing(target, prediction):\n    return math.nan\n")
+    run, _ = train("--epochs 2 --metric my.py:nothing --patience 3")
+    result = json.loads((run / "result.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert result["val/nothing"] is result["best"] is None and result["best_epoch"] == 1 and result["val/rmse"] > 0
+    assert not (run / "checkpoints" / "best.ckpt").exists() and len(pd.read_csv(run / "oof.csv")) > 0
 
 
 def test_another_metric_of_classes(train):

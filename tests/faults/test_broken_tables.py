@@ -101,7 +101,7 @@ BROKEN = {  # name: (what breaks, flags, what is said)
     "truncated jpeg": (lambda root: cut(root / "train/a001.jpg", 0.95), {}, r"cannot be read, row 3: train/a001.jpg OSError: .*truncated"),
     "truncated png": (lambda root: cut(root / "train/a003.png", 0.7), {}, r"cannot be read, row 5: train/a003.png .*"),
     "a page for a picture": (lambda root: (root / "train/a001.jpg").write_text("<html>404</html>"), {},
-                             r"cannot be read, row 3: train/a001.jpg it is not a picture Pillow knows"),
+                             r"cannot be read, row 3: train/a001.jpg is broken: it is not a picture Pillow knows"),
     "a folder for a picture": (folder_for_a_picture, {}, r"missing, row 3: train/a001 is a folder"),
     "broken link": (broken_link, {}, r"missing, row 3: train/a001 is a broken link"),
     "climbs out": (lambda root: edit(root, Id={3: "../../elsewhere/secret"}), IMAGE,

@@ -4,10 +4,11 @@ python tests/real/make_competition.py labels|multilabel DIR_OF_CLASS_FOLDERS OUT
     CIFAR-10's class folders: string labels, or the labels animal, vehicle and flies joined by spaces; a fifth of the pictures is test,
     and its labels are in OUT_solution.csv.
 python tests/real/make_competition.py compress DIR_OF_PHOTOS OUT
-    any JPEGs: the target is how well the photo compresses, bytes of its file per pixel, to be told from a 64x64 picture of it.
+    any photos: the target is how well one compresses, bytes per pixel of it as a JPEG of 256x256 at quality 75, to be told from 64x64 pixels.
 """
 import argparse
 import csv
+import io
 import shutil
 from pathlib import Path
 
@@ -22,12 +23,17 @@ def words(name: str) -> str:
     return " ".join([("vehicle" if name in VEHICLES else "animal"), *["flies"] * (name in FLYING)])
 
 
+def jpeg_bytes(file: Path) -> int:
+    written = io.BytesIO()
+    Image.open(file).convert("RGB").resize((256, 256), Image.Resampling.BICUBIC).save(written, "JPEG", quality=75)
+    return len(written.getvalue())
+
+
 def rows_of(kind: str, source: Path, per_class: int) -> list[tuple[Path, str]]:
     """(file, target) of each picture."""
     if kind == "compress":
         files = sorted(file for file in source.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg"))
-        sizes = [Image.open(file).size for file in files]
-        return [(file, f"{file.stat().st_size / (width * height):.5f}") for file, (width, height) in zip(files, sizes)]
+        return [(file, f"{jpeg_bytes(file) / 256**2:.5f}") for file in files]
     found = []
     for folder in sorted(path for path in source.iterdir() if path.is_dir()):
         found += [(file, folder.name if kind == "labels" else words(folder.name)) for file in sorted(folder.iterdir())[:per_class]]
