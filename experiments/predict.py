@@ -114,12 +114,10 @@ def _world(devices: int, launched: int, gpus: int) -> int:
 
 
 def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any], inputs: list[str]) -> Rows:
-    if args.folder and inputs:
-        raise ValueError(f"--folder {args.folder}: the network takes columns beside the picture ({', '.join(inputs)}): give a table, --csv")
     if args.folder:
         if args.csv or args.data_dir:
             raise ValueError("--folder predicts pictures without a table: leave --csv and --data_dir out")
-        return rows_of_folder(args.folder)
+        return rows_of_folder(args.folder, inputs)
     scheme = {"id_column": spec.get("id_column")} | (spec.get("table") or {})
     return rows_of_table(args.csv, args.data_dir, config, scheme, image=args.image, id_column=args.id_column,
                          fill=args.bad_images == "fill", inputs=inputs)

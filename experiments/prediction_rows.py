@@ -27,11 +27,13 @@ class Rows:
     columns: np.ndarray | None = None
 
 
-def rows_of_folder(folder: str) -> Rows:
+def rows_of_folder(folder: str, inputs: Sequence[str] = ()) -> Rows:
     """All pictures of a folder and of the folders within, hidden ones left out; `id` is the relative path, which also sorts them.
 
-    Raises FileNotFoundError, or ValueError when there is none or a link leaves the folder (named).
+    Raises FileNotFoundError, or ValueError when there is none or a link leaves the folder (named), or the networks take columns, `inputs`.
     """
+    if inputs:
+        raise ValueError(f"--folder {folder}: the network takes columns beside the picture ({', '.join(inputs)}): give a table, --csv")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"--folder {folder}: there is no such folder")
     found, inside = [], os.path.realpath(folder)
