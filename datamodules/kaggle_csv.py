@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
-from datamodules import folds, table_scheme, table_split, table_targets
+from datamodules import folds, table_columns, table_scheme, table_split, table_targets
 from datamodules.base import PictureData
 from datamodules.folder import Files
 from datamodules.pictures import Split
@@ -18,6 +18,7 @@ from datamodules.table_guess import Tables
 from datamodules.table_pictures import Folder
 from datamodules.table_rows import Rows, find_rows
 
+INPUTS, AUX = "--data_args.input_columns", "--data_args.aux_targets"
 GIVEN = ("target", "task", "image", "group", "metric", "id_column", "fold_column", "label_separator")
 
 
@@ -34,10 +35,14 @@ class DataModule(PictureData):
         id_column, fold_column, label_separator: columns and the sign between labels.
         target_range: [low, high] of the targets in their own units, or a pair for each; left out: those of the rows trained on.
         train_csv, test_csv, sample_csv: other names of the files.
+        input_columns: names of columns of numbers, or of 0 and 1, that the network takes beside the picture (batch: `columns` (B, C) float32,
+            standardised by the rows trained on). aux_targets: of such columns of train.csv to be learned beside the target (`aux` (B, A), 0 to
+            1 by their range in the rows trained on), their loss times `aux_weight`.
 
     Attributes:
         table_scheme: what the table means, plain values, also `spec["table"]`. metric_name: the metric that goes with it.
         skipped: DataFrame of split (train or test), id, file and reason. rows: {split: (N,) rows of its table, from 0 on}.
+        columns: names, mean and std of the columns that are inputs, also `spec["columns"]`; {} without.
         fold_numbers: (N,) folds of all rows of train.csv, skipped ones too; None without folds. groups, all_targets, train_ids: of the same rows.
     """
 
@@ -59,6 +64,9 @@ class DataModule(PictureData):
     train_csv: str | None = None
     test_csv: str | None = None
     sample_csv: str | None = None
+    input_columns: str | list[str] | tuple[str, ...] | None = None
+    aux_targets: str | list[str] | tuple[str, ...] | None = None
+    aux_weight: float = 0.1
 
     def __post_init__(self) -> None:
         self._given = {name: getattr(self, name) for name in (*GIVEN, "target_range")}  # the base class sets some of them anew
@@ -67,6 +75,7 @@ class DataModule(PictureData):
         self.fold_numbers: np.ndarray | None = None
         self.folds_file: str | None = None
         self._limits: list[list[float]] | None = None
+        self._check_further()
         if self.bad_images not in ("error", "skip"):
             raise ValueError(f"bad_images {self.bad_images!r}: error or skip")
         if self.fold is not None and not 0 <= self.fold < (self.folds or 0):
@@ -74,6 +83,16 @@ class DataModule(PictureData):
         if self.fold_column and not self.folds:
             raise ValueError(f"--data_args.fold_column {self.fold_column}: --folds says how many folds there are")
         super().__post_init__()
+
+    def _check_further(self) -> None:
+        """What can be said of the further columns before a table is read. Raises ValueError."""
+        self.columns: dict[str, Any] = {}
+        self.inputs = table_columns.names_of(self.input_columns, INPUTS)
+        self.aux = table_columns.names_of(self.aux_targets, AUX)
+        if not self.aux_weight > 0:
+            raise ValueError(f"--data_args.aux_weight {self.aux_weight}: must be above 0")
+        if (self.inputs or self.aux) and self.mixing and not self.eval_only:
+            raise ValueError(f"{INPUTS if self.inputs else AUX} does not go with mixed pictures: --mixup 0 --cutmix 0")
 
     def read(self) -> tuple[list[str] | None, dict[str, Split]]:
         if self.data_dir is None or not os.path.isdir(self.data_dir):
@@ -84,15 +103,19 @@ class DataModule(PictureData):
         folder, report = Folder(self.data_dir), Report(f"--data_dir {self.data_dir}")
         scheme, self.lines = table_scheme.decide(tables, folder, self._given | {"usual_metric": self.usual_metric})
         self.table_scheme, self.task, self.metric_name, self.id_column = scheme, scheme["task"], scheme["metric"], scheme["id_column"]
+        table_columns.check_use(self.inputs, scheme, INPUTS)
+        table_columns.check_use(self.aux, scheme, AUX)
         names = self.class_names or table_targets.class_names(tables.train, scheme)
         self.target_names = scheme["targets"] if names is None else None
-        find = partial(find_rows, folder, scheme=scheme, names=names, report=report, skip=self.bad_images == "skip",
+        inputs = {"columns": self.inputs} if self.inputs else {}
+        find = partial(find_rows, folder, more=inputs, scheme=scheme, names=names, report=report, skip=self.bad_images == "skip",
                        known="the checkpoint" if self.class_names else tables.names["train"])
         if tables.names["train"] == tables.names.get("test"):  # of an evaluation without train.csv
             parts, splits = {"test": find(tables.train, "test", tables.names["test"])}, {}
             report.finish()
         else:
-            parts = {"train": find(tables.train, "train", tables.names["train"])} | self._asked(tables, find)
+            aux = {"aux": self.aux} if self.aux and not self.eval_only else {}
+            parts = {"train": find(tables.train, "train", tables.names["train"], more=inputs | aux)} | self._asked(tables, find)
             splits = self._divide(parts["train"], tables, names, report)
         self.lines += table_scheme.advice(tables, scheme, names)
         self.skipped = pd.concat([part.skipped() for part in parts.values()], ignore_index=True)
@@ -101,7 +124,24 @@ class DataModule(PictureData):
         if self.task == "regression":
             self.target_range = self._limits or _extent(next(iter(splits.values())).targets)
         self.table_scheme = {**scheme, "class_names": names, "target_range": self.target_range}
-        return names, splits
+        self._raw = splits
+        return names, self._further(table_columns.statistics(self.inputs, next(iter(splits.values())).more["columns"]) if self.inputs else {})
+
+    def _further(self, columns: dict[str, Any]) -> dict[str, Split]:
+        """The splits, their columns standardised by `columns`; what is learned beside the target is of train alone."""
+        self.columns, splits = columns, {}
+        for name, split in self._raw.items():
+            more = {"columns": table_columns.standardised(split.more["columns"], columns)} if columns else {}
+            more |= {"aux": table_columns.ranged(split.more["aux"])} if name == "train" and "aux" in split.more else {}
+            splits[name] = replace(split, more=more)
+        return splits
+
+    def standardise(self, columns: dict[str, Any]) -> None:
+        """Take the mean and std of a checkpoint in place of these data's. Raises ValueError where the columns are others."""
+        wanted = ",".join(columns.get("names", ()))
+        if wanted != ",".join(self.inputs):
+            raise ValueError(f"{INPUTS} {','.join(self.inputs) or 'is not given'}: the checkpoint takes {wanted or 'no columns'}")
+        self.splits = self._further(columns)
 
     def _asked(self, tables: Tables, find: Callable[..., Rows]) -> dict[str, Rows]:
         """The rows that answers are wanted for, as `test` where they have labels, else as `predict`."""
@@ -186,8 +226,8 @@ class DataModule(PictureData):
 
     @property
     def spec(self) -> dict[str, Any]:
-        """With `table`: what the table means (`table_scheme`)."""
-        return super().spec | {"table": self.table_scheme}
+        """With `table`: what the table means (`table_scheme`), and `columns`, where some are inputs."""
+        return super().spec | {"table": self.table_scheme} | ({"columns": self.columns} if self.columns else {})
 
     def resolved(self) -> dict[str, str | None]:
         """The flags that were left out, as they were guessed: target, task, image, group and metric."""

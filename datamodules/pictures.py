@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -19,18 +19,24 @@ from datamodules.transforms import Transform
 @dataclass(frozen=True)
 class Split:
     """`names` (N,) bytes, relative; `targets` (N,) int64 class indices, or of other tasks (N, K) float32; `open` turns a name into an RGB
-    picture; `ids` (N,) str are a table's own."""
+    picture; `ids` (N,) str are a table's own; `more` are values (N, ...) that a sample has under their names beside its picture."""
 
     names: np.ndarray
     targets: np.ndarray
     open: Callable[[bytes], Image.Image]
     ids: np.ndarray | None = None
+    more: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, rows: np.ndarray) -> "Split":
-        return Split(self.names[rows], self.targets[rows], self.open, None if self.ids is None else self.ids[rows])
+        more = {name: values[rows] for name, values in self.more.items()}
+        return Split(self.names[rows], self.targets[rows], self.open, None if self.ids is None else self.ids[rows], more)
+
+    def beside(self, index: int) -> dict[str, torch.Tensor]:
+        """`more` of one sample."""
+        return {name: torch.as_tensor(values[index]) for name, values in self.more.items()}
 
 
 class TrainPictures(Dataset):
@@ -78,7 +84,7 @@ class TrainPictures(Dataset):
             image = show() if out is None else show(out=out)
             if self.boxes is not None:
                 erase = {"erase": self.boxes(image)}
-        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, **number, **erase}
+        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, **number, **erase, **self.split.beside(index)}
 
 
 class EvalPictures(Dataset):
@@ -93,7 +99,8 @@ class EvalPictures(Dataset):
     def __getitem__(self, key: tuple[int, bool]) -> dict:
         index, valid = key
         image = shown(self.split, index, self.transform)()
-        return {"image": image, "target": torch.as_tensor(self.split.targets[index]), "index": index, "valid": valid}
+        label = {"target": torch.as_tensor(self.split.targets[index]), "index": index, "valid": valid}
+        return {"image": image, **label, **self.split.beside(index)}
 
 
 def shown(split: Split, index: int, transform: Transform) -> Callable[[], torch.Tensor]:
@@ -183,4 +190,6 @@ def fingerprint(splits: dict[str, Split]) -> str:
     for name, split in sorted(splits.items()):
         if name != "predict":
             digest.update(f"{name} {len(split)}\n".encode() + b"\n".join(split.names.tolist()) + split.targets.tobytes())
+            for key, values in sorted(split.more.items()):
+                digest.update(key.encode() + values.tobytes())
     return digest.hexdigest()

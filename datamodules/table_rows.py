@@ -2,13 +2,14 @@
 standard library, but for `Rows.split`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from datamodules.table import Report, counted, listed, near_miss, rows_text
+from datamodules.table_columns import read_columns
 from datamodules.table_pictures import Folder, Wrong, columns_in, locate, unreadable
 from datamodules.table_targets import read_targets
 
@@ -20,13 +21,15 @@ MOST_SKIPPED = 0.5  # more rows without a picture than that: the template is wro
 
 @dataclass(frozen=True)
 class Rows:
-    """`ids` (N,) str; `files` N paths relative to the data folder or None; `targets` (N, ...); `bad` rows: path and reason."""
+    """`ids` (N,) str; `files` N paths relative to the data folder or None; `targets` (N, ...); `bad` rows: path and reason;
+    `more` (N, C) float32 of further columns."""
 
     name: str
     ids: np.ndarray
     files: list[str | None]
     targets: np.ndarray
     bad: Wrong
+    more: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def good(self) -> np.ndarray:
@@ -40,7 +43,7 @@ class Rows:
         from datamodules.pictures import Split
 
         names = np.array([(file or "").encode("utf-8", "surrogateescape") for file in self.files], dtype="S")
-        return Split(names, self.targets, opener, self.ids).take(np.flatnonzero(self.good))
+        return Split(names, self.targets, opener, self.ids, self.more).take(np.flatnonzero(self.good))
 
     def skipped(self) -> pd.DataFrame:
         """split, id, file and reason of the rows left out."""
@@ -49,11 +52,12 @@ class Rows:
 
 
 def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme: dict[str, Any], names: list[str] | None, report: Report, *,
-              known: str, labelled: bool = True, skip: bool) -> Rows:
+              known: str, labelled: bool = True, skip: bool, more: dict[str, list[str]] | None = None) -> Rows:
     """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad. `known` is
-    where the names of the outputs come from."""
+    where the names of the outputs come from, `more` names further columns, of numbers."""
     targets = scheme["targets"] if labelled else []
     needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)], split)]
+    needed += [name for names in (more or {}).values() for name in names]
     missing = [name for name in dict.fromkeys(needed) if name not in frame]
     for name in missing:
         report.add(file, f"has no column {name!r}{near_miss(name, frame.columns)}")
@@ -65,10 +69,11 @@ def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme
     if len(twice):
         report.rows(file, scheme["id_column"], twice.index.to_numpy(), f"{counted(twice.nunique(), 'id')} more than once", ids.to_numpy())
     values = read_targets(frame, scheme, names, file, report, known) if labelled else _no_targets(len(frame), scheme, names)
+    further = {key: read_columns(frame, columns, file, report) for key, columns in (more or {}).items()}
     files, bad = _pictures(folder, frame, split, file, scheme, report, skip)
     if labelled:
         _check_conflicts(files, values, file, report)
-    return Rows(split, ids.to_numpy(str), files, values, bad)
+    return Rows(split, ids.to_numpy(str), files, values, bad, further)
 
 
 def _template_columns(scheme: dict[str, Any]) -> list[str]:

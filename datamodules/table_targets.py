@@ -47,7 +47,7 @@ def read_targets(frame: pd.DataFrame, scheme: dict[str, Any], names: list[str] |
     """
     targets = scheme["targets"]
     if scheme["task"] == "regression":
-        return np.stack([_numbers(frame, name, file, report) for name in targets], axis=1)
+        return np.stack([numbers(frame, name, file, report) for name in targets], axis=1)
     if len(targets) > 1 or scheme["task"] == "multilabel" and scheme["separator"] is None:
         ones = np.stack([_zero_or_one(frame, name, file, report) for name in targets], axis=1)
         if scheme["task"] == "multilabel":
@@ -79,7 +79,7 @@ def _joined(text: pd.Series, column: str, separator: str, index: dict[str, int],
     return ones
 
 
-def _numbers(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
+def numbers(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
     """(N,) float32 of a column of quantities."""
     text = frame[name]
     numbers = pd.to_numeric(text, errors="coerce").to_numpy(float)

@@ -252,13 +252,18 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, **names, **cfg.data_args)
     if saved and data.target_range:
         data.target_range = saved["spec"].get("target_range") or data.target_range
+    if saved and "columns" in saved["spec"] | data.spec:
+        if not hasattr(data, "standardise"):
+            names = ", ".join(saved["spec"]["columns"]["names"])
+            raise UsageError(f"--init {cfg.init} takes columns of a table ({names}); --data {cfg.data} has none")
+        data.standardise(saved["spec"].get("columns") or {})
     return data
 
 
 def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     """The network with its first weights, and the line that says where they come from ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
-    network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
+    network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), columns=pretrained.columns_of(data.spec), **cfg.model_args)
     line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only,
                                  use_ema=cfg.use_ema if cfg.eval_only or cfg.ema_decay is None else None) if cfg.init else ""
     if cfg.train_size is not None and hasattr(network, "set_any_size"):

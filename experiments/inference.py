@@ -21,6 +21,7 @@ from torchvision.transforms.functional import five_crop
 import models
 from datamodules.decode import PictureError, open_picture
 from datamodules.on_device import OnDevice
+from datamodules.table_columns import standardised
 from datamodules.transforms import eval_transform
 from datamodules.workers import heed_only_the_parent, worker_count
 from lightning_modules import targets
@@ -84,6 +85,11 @@ def sources(runs: list[str]) -> tuple[list[Source], dict[str, Any], list[str]]:
         folds = about["config"].get("folds") or 0
         notes += [f"{run}: {len(files)} of {folds} folds are there"] * (len(files) > 1 and len(files) < folds)
     return found, config, notes
+
+
+def inputs_of(found: list[Source]) -> list[str]:
+    """The columns of a table that the networks take beside the picture, each once."""
+    return [*dict.fromkeys(name for source in found for name in (source.spec.get("columns") or {}).get("names", ()))]
 
 
 def _unfinished(file: Path) -> list[str]:
@@ -166,10 +172,11 @@ class Views:
 
 
 class Pictures(Dataset):
-    """Place -> row, views (a tensor for each kind of preparation), error ('' of a picture that could be read; else the views are black)."""
+    """Place -> row, views (a tensor for each kind of preparation), columns (I,) of the row in own units, error ('' of a picture that could be
+    read; else the views are black)."""
 
-    def __init__(self, root: str, names: np.ndarray, rows: np.ndarray, views: list[Views]) -> None:
-        self.root, self.names, self.rows, self.views = root, names, rows, views
+    def __init__(self, root: str, names: np.ndarray, rows: np.ndarray, views: list[Views], columns: np.ndarray) -> None:
+        self.root, self.names, self.rows, self.views, self.columns = root, names, rows, views, columns
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -182,7 +189,7 @@ class Pictures(Dataset):
             picture = open_picture(os.path.join(self.root, os.fsdecode(self.names[row])))
         except PictureError as problem:
             picture, error = Image.new("RGB", (64, 64)), str(problem)
-        return {"row": row, "views": [views(picture) for views in self.views], "error": error}
+        return {"row": row, "views": [views(picture) for views in self.views], "columns": self.columns[row], "error": error}
 
 
 class Ensemble:
@@ -191,6 +198,7 @@ class Ensemble:
     def __init__(self, found: list[Source], how: How, device: torch.device) -> None:
         self.how, self.device, self.kinds, self.members = how, device, [], []
         self.dtype, self.precision = autocast_type(how.precision, device)
+        self.inputs = inputs_of(found)
         self.again = 0  # batches that 16 bits could not hold
         for source in found:
             network, spec = models.load(source.file, how.use_ema)
@@ -205,44 +213,56 @@ class Ensemble:
         return [Views(kind, self.how.tta) for kind in self.kinds]
 
     @torch.inference_mode()
-    def __call__(self, views: list[Tensor]) -> Tensor:
-        """For each kind (B, V, 3, H, W) uint8 -> (B, O) float64 on CPU: probabilities, or values in the targets' own units; the mean over views,
-        then over networks by their weight. Raises RuntimeError, naming the network, for what is not finite."""
+    def __call__(self, views: list[Tensor], columns: np.ndarray) -> Tensor:
+        """For each kind (B, V, 3, H, W) uint8, and (B, I) columns `inputs` in own units -> (B, O) float64 on CPU: probabilities, or values in
+        the targets' own units; the mean over views, then over networks by their weight. Raises RuntimeError, naming the network, for what is not
+        finite."""
         views, total = [each.to(self.device, non_blocking=True) for each in views], 0
         if self.how.tta == "hflip":
             views = [torch.cat([each, each.flip(4)], 1) for each in views]
         for source, network, prepare, kind in self.members:
             images = [prepare.after({"image": image})["image"] for image in views[kind].unbind(1)]
-            values = self._mean(network, images, source.spec, self.dtype)
+            more = self._columns(columns, source.spec)
+            values = self._mean(network, images, more, source.spec, self.dtype)
             if self.dtype is not None and not values.isfinite().all():
                 self.again += 1
-                values = self._mean(network, images, source.spec, None)
+                values = self._mean(network, images, more, source.spec, None)
             if not values.isfinite().all():
                 raise RuntimeError(f"{source.file} answers NaN or infinity: its training has failed")
             total = total + source.weight * values[:, source.order]
         return total
 
-    def _mean(self, network: nn.Module, images: list[Tensor], spec: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
+    def _columns(self, columns: np.ndarray, spec: dict[str, Any]) -> tuple[Tensor, ...]:
+        """(B, C) of those that a network takes, standardised as in its training; nothing where it takes none."""
+        if not spec.get("columns"):
+            return ()
+        own = columns[:, [self.inputs.index(name) for name in spec["columns"]["names"]]]
+        return (torch.from_numpy(standardised(own, spec["columns"])).to(self.device),)
+
+    def _mean(self, network: nn.Module, images: list[Tensor], more: tuple[Tensor, ...], spec: dict[str, Any], dtype: torch.dtype | None) -> Tensor:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            logits = [network(image) for image in images]
+            logits = [network(image, *more) for image in images]
         return torch.stack([targets.predict(each, spec).cpu().double() for each in logits]).mean(0)
 
 
-def predict(ensemble: Ensemble, root: str, names: np.ndarray, rows: np.ndarray, local_ranks: int = 1) -> tuple[np.ndarray, dict[int, str]]:
+def predict(ensemble: Ensemble, root: str, names: np.ndarray, rows: np.ndarray, local_ranks: int = 1,
+            columns: np.ndarray | None = None) -> tuple[np.ndarray, dict[int, str]]:
     """((len(rows), O) float64 in the order of `rows`, {row: problem} of pictures that could not be read, whose values are NaN).
 
+    columns: (N, I) of all rows, `ensemble.inputs` in own units.
     Raises PictureError for the first such picture with `bad_images` error.
     """
+    columns = np.zeros((len(names), 0), np.float32) if columns is None else columns
     how, problems, parts, start, told = ensemble.how, {}, [], time.monotonic(), time.monotonic()
     workers = min(worker_count(how.workers, False, local_ranks), -(-len(rows) // how.batch_size))
-    loader = DataLoader(Pictures(root, names, rows, ensemble.views()), batch_size=how.batch_size, num_workers=workers,
+    loader = DataLoader(Pictures(root, names, rows, ensemble.views(), columns), batch_size=how.batch_size, num_workers=workers,
                         timeout=WORKER_TIMEOUT_SECONDS if workers else 0, worker_init_fn=heed_only_the_parent,
                         pin_memory=ensemble.device.type == "cuda", generator=torch.Generator().manual_seed(0))
     for batch in loader:
         bad = {row: error for row, error in zip(batch["row"].tolist(), batch["error"]) if error}
         if bad and how.bad_images == "error":
             raise PictureError(f"{next(iter(bad.values()))} (row {next(iter(bad))}; --bad_images fill predicts the mean of the others for it)")
-        values = ensemble(batch["views"]).numpy()
+        values = ensemble(batch["views"], batch["columns"].numpy()).numpy()
         values[[error != "" for error in batch["error"]]] = np.nan
         problems |= bad
         parts.append(values)

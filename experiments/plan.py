@@ -101,10 +101,12 @@ def images_per_second(model: nn.Module, cfg: Config, pictures: int) -> float:
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.precision)
     model, images = model.to(device).train(), torch.randn(pictures, 3, *size(cfg.image_size), device=device)
+    columns = getattr(model, "column_mlp", None)
+    given = (images,) if columns is None else (images, images.new_zeros(pictures, columns[0].in_features))
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            output = model(images)
+            output = model(*given)
         sum(part.float().sum() for part in (output if isinstance(output, tuple) else (output,))).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -75,7 +75,7 @@ def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
     spec, how = found[0].spec, How(**{key: getattr(args, key) for key in asdict(How())})
     for source in found:
         inference.Views(source.spec, how.tta)  # refuses what cannot be done
-    rows = _rows(args, spec, config)
+    rows = _rows(args, spec, config, inference.inputs_of(found))
     out = Path(args.out) if args.out else Path(args.runs_dir) / (args.name or _name(args)) / PREDICTIONS
     if rank == 0:
         for note in [*notes, *more]:
@@ -113,14 +113,14 @@ def _world(devices: int, launched: int, gpus: int) -> int:
     return devices
 
 
-def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any]) -> Rows:
+def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any], inputs: list[str]) -> Rows:
     if args.folder:
         if args.csv or args.data_dir:
             raise ValueError("--folder predicts pictures without a table: leave --csv and --data_dir out")
-        return rows_of_folder(args.folder)
+        return rows_of_folder(args.folder, inputs)
     scheme = {"id_column": spec.get("id_column")} | (spec.get("table") or {})
     return rows_of_table(args.csv, args.data_dir, config, scheme, image=args.image, id_column=args.id_column,
-                         fill=args.bad_images == "fill")
+                         fill=args.bad_images == "fill", inputs=inputs)
 
 
 # processes
@@ -134,7 +134,7 @@ def _work(job: Job, rank: int, local_rank: int = 0, local_ranks: int = 1) -> Non
     device = torch.device("cuda", local_rank) if job.gpus else torch.device("cpu")
     ensemble = inference.Ensemble(job.sources, job.how, device)
     rows = np.arange(rank, len(job.rows.names), job.world)
-    values, problems = inference.predict(ensemble, job.rows.root, job.rows.names, rows, local_ranks)
+    values, problems = inference.predict(ensemble, job.rows.root, job.rows.names, rows, local_ranks, job.rows.columns)
     if ensemble.again:
         _tell(f"{ensemble.again} batches had no finite answer in {ensemble.precision} and were predicted in fp32")
     bad, words = np.array([*problems], np.int64), np.array([*problems.values()], np.str_)

@@ -1,5 +1,6 @@
 """Which pictures predict.py is asked about: the rows of a table, or the files of a folder. pandas and numpy alone."""
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,30 @@ import pandas as pd
 
 from datamodules.listing import SUFFIXES
 from datamodules.table import Report, listed, near_miss, read_table, rows_text
+from datamodules.table_columns import read_columns
 from datamodules.table_pictures import Folder, columns_in, locate, unreadable
 from datamodules.table_scheme import FILES
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`ids` (N,) under the name of their column; `names` (N,) bytes of the pictures relative to `root`, empty where `bad` says why."""
+    """`ids` (N,) under the name of their column; `names` (N,) bytes of the pictures relative to `root`, empty where `bad` says why;
+    `columns` (N, I) float32 in own units, that the networks take beside the picture."""
 
     root: str
     ids: pd.Series
     names: np.ndarray
     bad: dict[int, str]
+    columns: np.ndarray | None = None
 
 
-def rows_of_folder(folder: str) -> Rows:
+def rows_of_folder(folder: str, inputs: Sequence[str] = ()) -> Rows:
     """All pictures of a folder and of the folders within, hidden ones left out; `id` is the relative path, which also sorts them.
 
-    Raises FileNotFoundError, or ValueError when there is none or a link leaves the folder (named).
+    Raises FileNotFoundError, or ValueError when there is none or a link leaves the folder (named), or the networks take columns, `inputs`.
     """
+    if inputs:
+        raise ValueError(f"--folder {folder}: the network takes columns beside the picture ({', '.join(inputs)}): give a table, --csv")
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"--folder {folder}: there is no such folder")
     found, inside = [], os.path.realpath(folder)
@@ -47,15 +53,17 @@ def rows_of_folder(folder: str) -> Rows:
 
 
 def rows_of_table(csv: str | None, data_dir: str | None, trained_on: dict[str, Any], scheme: dict[str, Any], *, image: str | None,
-                  id_column: str | None, fill: bool) -> Rows:
+                  id_column: str | None, fill: bool, inputs: Sequence[str] = ()) -> Rows:
     """The rows of `csv`, or of test.csv, else sample_submission.csv, in the data folder: `data_dir`, else the csv's folder, else that of the run.
 
     Args:
         trained_on: config of the run, of which data_dir and data_args are used.
         scheme: `spec["table"]` of the run; image, id_column: in place of the scheme's.
+        inputs: columns that the networks take.
         fill: pictures that are missing or cannot be read go to `Rows.bad`.
 
-    Raises FileNotFoundError, or ValueError, one report: no such column, no rows, an id twice, pictures that are missing, unreadable or outside.
+    Raises FileNotFoundError, or ValueError, one report: no such column, no numbers in one of `inputs`, no rows,
+    an id twice, pictures that are missing, unreadable or outside.
     """
     root = data_dir or (os.path.dirname(csv) or "." if csv else trained_on.get("data_dir"))
     if data_dir and not os.path.isdir(data_dir):
@@ -72,6 +80,7 @@ def rows_of_table(csv: str | None, data_dir: str | None, trained_on: dict[str, A
     ids, split = frame[column].str.strip(), "train" if file.stem.startswith("train") else "test"
     report.rows(file.name, column, (ids == "").to_numpy(), "no id")
     report.rows(file.name, column, (ids.duplicated(keep=False) & (ids != "")).to_numpy(), "ids more than once", ids.tolist())
+    columns = read_columns(frame, list(inputs), file.name, report) if inputs else None
     template = image or scheme.get("image") or _template(folder, frame, column, split)
     columns_in(template, list(frame.columns))
     files, missing, outside = locate(folder, template, frame, split)
@@ -83,7 +92,7 @@ def rows_of_table(csv: str | None, data_dir: str | None, trained_on: dict[str, A
                        + " (--bad_images fill predicts the mean of the others for them)" * (not fill and found is not outside))
     report.finish()
     names = np.array([b"" if row in bad else os.fsencode(name) for row, name in enumerate(files)])
-    return Rows(root, ids, names, bad)
+    return Rows(root, ids, names, bad, columns)
 
 
 def _table_in(root: str, trained_on: dict[str, Any], whose: str) -> Path:

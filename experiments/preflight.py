@@ -23,7 +23,7 @@ def check_names(cfg: Config) -> None:
     models.check_name(cfg.model)
     if not cfg.model.startswith("timm/"):
         check_values(models.REGISTRY[cfg.model].build.__init__, cfg.model_args, f"--model_args of {cfg.model}", models.keywords(cfg.model))
-    elif reserved := cfg.model_args.keys() & {"num_classes", "in_chans", "img_size", "pretrained", "checkpoint_path"}:
+    elif reserved := cfg.model_args.keys() & {"num_classes", "in_chans", "img_size", "pretrained", "checkpoint_path", "columns"}:
         raise UsageError(f"--model_args.{min(reserved)} is not for here: --image_size, --init and the data decide it")
     if cfg.data not in datamodules.names():
         raise UsageError(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
@@ -43,6 +43,8 @@ def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
         problems.append(f"{data.data_dir} has no train folder: --eval_only --init PATH scores it")
     elif not cfg.eval_only and data.task == "classification" and data.spec["num_outputs"] < 2:
         problems.append(f"{data.data_dir} has the single class {data.spec['class_names'][0]}: nothing can be learned from it")
+    if cfg.teacher and (flags := [flag for flag in ("input_columns", "aux_targets") if getattr(data, flag, None)]):
+        problems.append(f"--data_args.{flags[0]} does not go with --teacher, which learns and is asked by pictures only")
     try:
         metrics.find(cfg.metric or getattr(data, "metric_name", None), data.task)
     except ValueError as error:

@@ -96,7 +96,7 @@ def dry_run(run: Run) -> int:
     seconds = steps * cfg.global_batch_size / (speed * parallel)
     gigabytes = 2**30
     print(plan.table([
-        ("model", f"{cfg.model}, {cost.parameters(meta):,} parameters, {_gmacs(run):.2f} GMACs at {cfg.image_size}"),
+        ("model", f"{cfg.model}, {cost.parameters(run.model):,} parameters, {_gmacs(run):.2f} GMACs at {cfg.image_size}"),
         ("data", f"{cfg.data}, train {data.sizes['train']:,}, val {data.sizes['val']:,}, test {data.sizes['test']:,}, "
                  f"{_targets(data.spec)}"),
         ("batch", f"{cfg.global_batch_size} = {cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"),

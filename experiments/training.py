@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from experiments import fold_dirs, plan, run_page, rundir
 from experiments.build import Run
 from lightning_modules import distill_losses, ema, losses, metrics
+from lightning_modules.aux_targets import Aux
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.distiller import Distill
@@ -35,6 +36,8 @@ def task(run: Run) -> Task:
     make_optimizer = partial(optimizer, name=cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay,
                              head_lr_scale=cfg.head_lr_scale, **cfg.optimizer_args)
     build = Task
+    if not cfg.eval_only and getattr(run.data, "aux", None):
+        build = partial(Task, aux=Aux(run.model, len(run.data.aux), run.data.aux_weight))
     if run.teacher is not None:
         hyper = {key: value for key, value in cfg.distill_args.items() if key != "alpha"}
         widths = (run.model.head_hidden_size, run.teacher.width) if distill_losses.LOSSES[cfg.distill].on_features else None

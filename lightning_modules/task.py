@@ -1,6 +1,7 @@
 """How a network learns a task: model, loss, optimizer and metrics wired into Lightning. The maths stands in optim and evaluation."""
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_modules.aux_targets import Aux
 from lightning_modules.evaluation import Metrics
 from lightning_modules.freeze import hold_frozen
 from lightning_modules.metrics import Metric, find
@@ -25,11 +27,16 @@ def share_right(logits: Tensor, target: Tensor) -> Tensor:
     return (logits.detach().argmax(1) == heaviest).float().mean()
 
 
+def inputs(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """What a network is given of a batch: the picture, and the columns of a table where it takes some."""
+    return (batch["image"], batch["columns"]) if "columns" in batch else (batch["image"],)
+
+
 class Task(L.LightningModule):
     """Classification, multilabel or regression, as the data's specification says; the loss and the metrics are what differs.
 
     Args:
-        model: (B, 3, H, W) -> logits (B, num_outputs).
+        model: (B, 3, H, W) -> logits (B, num_outputs), or (B, 3, H, W) and `columns` (B, C) where the batch has some.
         spec: the data's specification (design: task, num_outputs, class_names, ...); kept in the checkpoint.
         config: the resolved config as plain data; kept in the checkpoint.
         loss: logits (B, num_outputs), targets as in the batch (classes mixed: (B, K) float) -> scalar; of other tasks than classification one of
@@ -38,17 +45,18 @@ class Task(L.LightningModule):
         make_optimizer: model -> optimizer; its groups may carry `lr_scale`.
         seed: of dropout and drop path.
         metric: what chooses the best epoch; None is the task's default.
+        aux: learns the batch's `aux` (B, A) from the pooled features beside the target.
     """
 
     ema: nn.Module | None = None  # the network with averaged weights while training keeps one (lightning_modules/ema.py)
 
     def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, loss: Callable[[Tensor, Tensor], Tensor],
                  schedule: Callable[[int], float], make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], seed: int,
-                 metric: Metric | None = None):
+                 metric: Metric | None = None, aux: Aux | None = None):
         super().__init__()
         if hasattr(model, "set_distilled_training"):  # no teacher here: one output, the mean of both heads
             model.set_distilled_training(False)
-        self.model, self.spec, self.config = model, spec, config
+        self.model, self.spec, self.config, self.aux = model, spec, config, aux
         self.loss, self.schedule, self.make_optimizer, self.seed = loss, schedule, make_optimizer, seed
         self.lr_used, self.metric = 0.0, metric or find(None, spec["task"])
         self.monitor = f"val/{self.metric.name}"
@@ -60,13 +68,19 @@ class Task(L.LightningModule):
         hold_frozen(self.model)
         return self
 
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model(image)
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.model(*given)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` (mean over the batch), and of a classification `acc1` of the batch: no other metric is a mean over batches."""
-        logits, target = self(batch["image"]).float(), batch["target"]
-        return {"loss": self.loss(logits, target), **self.running(logits, target)}
+        """`loss` (mean over the batch), and of a classification `acc1` of the batch: no other metric is a mean over batches. With `aux` its
+        loss is a part of `loss`, and told unweighted as `aux_loss`."""
+        with self.aux.watching(self.model) if self.aux else nullcontext() as pooled:
+            logits, target = self(*inputs(batch)).float(), batch["target"]
+        loss, told = self.loss(logits, target), {}
+        if self.aux:
+            part = self.aux(pooled[0], batch["aux"])
+            loss, told = loss + self.aux.weight * part, {"aux_loss": part.detach()}
+        return {"loss": loss, **told, **self.running(logits, target)}
 
     def running(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         """What a batch tells of the training beside its losses."""
@@ -94,17 +108,21 @@ class Task(L.LightningModule):
         return self._evaluate(self.model, batch, "test", self.test_metrics)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.model(batch["image"])
+        return self.model(*inputs(batch))
 
     def _evaluate(self, network: nn.Module, batch: dict[str, Tensor], stage: str, metrics: Metrics) -> Tensor:
         """Count the batch and return its logits (B, num_outputs)."""
-        logits = network(batch["image"])
+        logits = network(*inputs(batch))
         metrics.update(logits, batch["target"], batch["valid"], batch["index"])
         self.log_dict(metrics.named(stage), on_step=False, on_epoch=True, logger=False, batch_size=len(batch["target"]))
         return logits
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.make_optimizer(self.model)
+        """The network's, and `aux` in a group of its own."""
+        optimizer = self.make_optimizer(self.model)
+        if self.aux:
+            optimizer.add_param_group({"params": [*self.aux.parameters()], "lr_scale": 1.0})
+        return optimizer
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.lr_used = self.schedule(self.global_step)

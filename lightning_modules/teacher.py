@@ -101,6 +101,8 @@ class Teacher:
             raise FileNotFoundError(f"--teacher {source}: there is no such run or file")
         with torch.random.fork_rng(devices=[]):  # the student starts the same with and without a teacher
             network, spec = models.load(source) if found else _named(source, init, student["num_outputs"], image_size)
+        if spec.get("columns"):
+            raise ValueError(f"--teacher {source} takes columns of a table ({', '.join(spec['columns']['names'])}): a teacher sees pictures only")
         for key in MUST_AGREE:
             if spec.get(key) is not None and student.get(key) is not None and spec[key] != student[key]:
                 raise ValueError(f"--teacher {source} was trained for other targets than the student's: {_difference(key, spec[key], student[key])}")

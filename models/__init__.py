@@ -81,7 +81,8 @@ def keywords(name: str) -> list[str]:
     return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")] + ["dist_head", *HEAD]
 
 
-def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, in_chans: int = 3, **model_args: Any) -> nn.Module:
+def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, in_chans: int = 3, columns: int = 0,
+           **model_args: Any) -> nn.Module:
     """Build a network with fresh weights.
 
     Args:
@@ -89,12 +90,17 @@ def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, i
         num_outputs: width of the head; 0 leaves it out, the network then returns pooled features (B, D).
         image_size: side or (height, width) in pixels; None is the variant's own.
         in_chans: colour channels of the picture.
+        columns: of a table, that the network takes beside the picture (models/column_head.py).
         model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours. `dist_head` true gives
             any network a second head to learn from a teacher with (models/dist_head.py), `head_hidden` 128 a head of two layers, with
             `head_dropout` between them (models/mlp_head.py).
     Raises ValueError for an unknown name (with the closest ones), an unknown keyword, or an image size the network cannot take.
     """
     check_name(name)
+    if columns:
+        if model_args.get("dist_head"):
+            raise ValueError("a network with dist_head takes no columns beside the picture: give one of them")
+        return with_columns(create(name, num_outputs, image_size, in_chans, **model_args), columns)
     head = {key: model_args.pop(key) for key in HEAD if key in model_args}
     if head.keys() == {HEAD[1]} or head and model_args.get("dist_head"):
         raise ValueError("head_dropout is of a head with head_hidden" if HEAD[0] not in head else "head_hidden and dist_head: give one of them")
@@ -168,6 +174,7 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+from models.column_head import with_columns  # noqa: E402
 from models.dist_head import with_dist_head  # noqa: E402
 from models.mlp_head import with_mlp_head  # noqa: E402
 from models.pretrained import load  # noqa: E402  (after the registry, which it uses)

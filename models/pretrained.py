@@ -90,6 +90,7 @@ def read_weights(path: str | Path, use_ema: bool | None = None) -> dict[str, Ten
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     if not state:
         raise ValueError(f"{path} holds no tensors by name")
+    state = {key: value for key, value in state.items() if not key.startswith("aux.")} if any(key.startswith("model.") for key in state) else state
     for prefix in PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key[len(prefix):]: value for key, value in state.items()}
@@ -118,7 +119,8 @@ def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
 def head_keys(model: nn.Module) -> set[str]:
     """Names of the classifier's tensors in the model's state dict."""
     heads = model.get_classifier()
-    parameters = {id(p) for head in (heads if isinstance(heads, tuple | list) else [heads]) for p in head.parameters()}
+    heads = [*(heads if isinstance(heads, tuple | list) else [heads]), *filter(None, [getattr(model, "column_mlp", None)])]
+    parameters = {id(p) for head in heads for p in head.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
 
 
@@ -259,9 +261,14 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict
         raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec; plain weights go to --init")
     config, spec = content["config"], content["spec"]
     arguments = {key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")}  # nothing else is read
-    model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), **arguments)
+    model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), columns=columns_of(spec), **arguments)
     model.load_state_dict(network_state(content, use_ema, file))
     return model.eval(), spec
+
+
+def columns_of(spec: dict[str, Any]) -> int:
+    """How many columns of a table a network of these data takes beside the picture."""
+    return len((spec.get("columns") or {}).get("names", ()))
 
 
 def network_state(content: dict[str, Any], use_ema: bool | None, file: Path) -> dict[str, Tensor]:
