@@ -17,7 +17,7 @@ SHARES = ("hflip", "label_smoothing", "val_fraction", "crop_pct", "random_erasin
 def check(cfg: "Config") -> None:
     """Raises UsageError for the first knob that is out of its range, or at odds with another."""
     _check_ranges(cfg)
-    for key in ("model_args", "data_args", "augment_args", "optimizer_args", "loss_args", "distill_args"):
+    for key in ("model_args", "data_args", "augment_args", "optimizer_args", "loss_args", "distill_args", "logger_args"):
         if not isinstance(getattr(cfg, key), dict):
             raise UsageError(f"--{key} takes keywords, as --{key}.name value")
     if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):

@@ -122,7 +122,11 @@ class Config:
     overwrite: bool = knob(False, "delete the run directory of that name and start again", role="place")
     save_every_steps: int | None = knob(None, "also save last.ckpt every so many optimizer steps, beside every epoch", role="place")
     log_every_steps: int = knob(50, "optimizer steps between two rows of training metrics", role="place")
-    logger: Literal["wandb", "csv", "none"] = knob("wandb", "tracker beside metrics.csv, which is always written", role="place")
+    logger: Literal["wandb", "tensorboard", "csv", "none"] = knob("wandb", "tracker beside metrics.csv, which is always written", role="place")
+    tags: str | None = knob(None, "of the run in W&B, several by commas", role="place")
+    notes: str | None = knob(None, "on the run in W&B", role="place")
+    logger_args: dict[str, Any] = knob(dict, "rarer: checkpoint (true uploads the best weights at the end), attention (true: maps of 8 pictures); "
+                                       "as --logger_args.checkpoint true", role="place")
     # instead of training
     eval_only: bool = knob(False, "score the test split if there is one, else val")
     dry_run: bool = knob(False, "print the plan, the memory and a time forecast; train nothing, write nothing", role="place")

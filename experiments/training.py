@@ -6,14 +6,13 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 
-from experiments import fold_dirs, plan, run_page, rundir
+from experiments import plan, run_page, rundir, trackers
 from experiments.build import Run
 from lightning_modules import distill_losses, ema, losses, metrics
 from lightning_modules.aux_targets import Aux
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.distiller import Distill
-from lightning_modules.history import History
 from lightning_modules.meter import Meter, Progress
 from lightning_modules.optim import optimizer
 from lightning_modules.predictions import Predictions
@@ -21,8 +20,6 @@ from lightning_modules.preemption import Preemption
 from lightning_modules.schedules import SCHEDULES
 from lightning_modules.seen import Seen
 from lightning_modules.task import Task
-from lightning_modules.tracking import SafeWandbLogger
-from models import cost
 
 
 def task(run: Run) -> Task:
@@ -83,15 +80,6 @@ def trainer(run: Run) -> L.Trainer:
         plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
     return L.Trainer(
         **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad,
-        gradient_clip_algorithm=cfg.clip_mode, logger=loggers(run), callbacks=callbacks, plugins=plugins,
+        gradient_clip_algorithm=cfg.clip_mode, logger=trackers.loggers(run), callbacks=callbacks, plugins=plugins,
         default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False,
         enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
-
-
-def loggers(run: Run) -> list[Any]:
-    cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
-    if cfg.logger == "wandb":
-        config = {**rundir.plain(cfg), "params": cost.parameters(run.model), "commit": rundir.commit()}
-        name, group = fold_dirs.name_and_group(run.folder, cfg)
-        found.append(SafeWandbLogger(run.folder, config=config, name=name, group=group))
-    return found
