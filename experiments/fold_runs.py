@@ -21,6 +21,7 @@ from lightning_modules.signals import ORDER, PR_SET_PDEATHSIG, PREEMPTED, exit_c
 
 PROCESSES = multiprocessing.get_context("spawn")  # for the plan, which may need a GPU that must be free again afterwards
 APART = "folds"  # --strategy: a fold on each device
+OF_AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # the trial of a W&B sweep is the run over the folds, not each of them
 POLL_SECONDS = 0.2
 MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 
@@ -188,9 +189,10 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> subprocess.
     """One fold as a run.py of its own, which dies with this process; in a session of its own, so that Ctrl-C comes from here alone."""
     script = Path(__file__).with_name("run.py")
     paths = os.pathsep.join(filter(None, (str(script.parents[1]), os.environ.get("PYTHONPATH"))))
+    inherited = {key: value for key, value in os.environ.items() if key not in OF_AGENT}
     out = None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115 (the child's)
     try:
-        return subprocess.Popen([sys.executable, str(script), *argv], env={**os.environ, "PYTHONPATH": paths, **env}, stdout=out,
+        return subprocess.Popen([sys.executable, str(script), *argv], env={**inherited, "PYTHONPATH": paths, **env}, stdout=out,
                                 stderr=None if out is None else subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent)
     finally:
         if out is not None:

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_modules.history import History
 from lightning_modules.metrics import shown
 
 
@@ -33,7 +32,7 @@ class Meter(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step_before, self.mark = trainer.global_step, time.monotonic()  # resumed inside an epoch, that has no on_train_epoch_start
         for logger in trainer.loggers:
-            if isinstance(logger, History):
+            if hasattr(logger, "cut"):
                 logger.cut(trainer.global_step)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
