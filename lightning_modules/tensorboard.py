@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 
 class TensorBoard(TensorBoardLogger):
@@ -14,12 +15,14 @@ class TensorBoard(TensorBoardLogger):
 
     def __init__(self, run_dir: Path, config: dict[str, Any]):
         super().__init__(run_dir, name="", version="tensorboard", default_hp_metric=False)
-        self.config, self.lost = config, False
+        self.config = config
 
     @rank_zero_only
     def cut(self, step: int) -> None:
         """At the start from optimizer step `step`: readers forget the events after it; 0 starts an empty history."""
-        self._kwargs["purge_step"] = step + 1 if step else 0
+        start = Event(step=step + 1 if step else 0, session_log=SessionLog(status=SessionLog.START))  # as torch's purge_step, for which it is late
+        with self._sparing():
+            self.experiment.file_writer.add_event(start)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

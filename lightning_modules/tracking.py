@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
+from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
@@ -18,14 +19,16 @@ from lightning_modules.wandb_local import STEP, has_credentials, read
 
 INIT_SECONDS, FINISH_SECONDS, PREEMPTED_SECONDS, UPLOAD_SECONDS = 60, 300, 20, 900  # most that a server may take
 FLUSH_SECONDS = 0.2  # to the .wandb file; wandb's 15 are lost by a kill -9
-FALLBACK = {"online": "offline", "shared": "offline", "offline": "disabled"}
+ONLINE = ("online", "shared")
 
 
 def wandb_mode() -> str:
     """online, offline or disabled: WANDB_MODE if set, else online; online without a key is offline, since wandb would ask for one."""
     if os.getenv("WANDB_DISABLED", "").lower() in ("1", "true"):
         return "disabled"
-    mode = os.getenv("WANDB_MODE") or "online"
+    if not os.getenv("WANDB_MODE"):
+        os.environ.pop("WANDB_MODE", None)  # set to nothing it is an error to wandb
+    mode = os.getenv("WANDB_MODE", "online")
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
     if mode == "online" and not has_credentials():
         rank_zero_warn("no W&B key found: logging offline (wandb login once, or upload later with wandb sync)")
@@ -64,6 +67,7 @@ class SafeWandbLogger(WandbLogger):
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
         super().__init__(mode=wandb_mode(), save_dir=run_dir, name=name or run_dir.name, group=group, job_type=job_type, tags=tags, notes=notes,
                          id=persistent_id(run_dir), config=config, settings=settings, project=os.getenv("WANDB_PROJECT", "vitlab"))
+        self._warned: set[str] = set()
         self._wandb_init.pop("anonymous", None)  # a deprecated setting that Lightning passes
         if id_of_agent():
             self._wandb_init |= {"project": None, "id": None}  # wandb takes the agent's, and warns of others
@@ -75,13 +79,11 @@ class SafeWandbLogger(WandbLogger):
             return WandbLogger.experiment.fget(self)
         except Exception as error:  # no network, a wrong key, a server that fails; a disk that takes nothing
             mode = self._wandb_init["mode"]
-            if mode not in FALLBACK:
-                raise
-            after = {"offline": "logging offline, upload with wandb sync", "disabled": "this run is not tracked"}[FALLBACK[mode]]
+            after = "logging offline, upload with wandb sync" if mode in ONLINE else "this run is not tracked"
             rank_zero_warn(f"W&B is out of reach ({_said(error)}): {after}")
             with suppress(Exception):
                 wandb.teardown()  # else "run ID is in use"
-            self._wandb_init["mode"], self._experiment = FALLBACK[mode], None
+            self._wandb_init["mode"], self._experiment = ("offline", None) if mode in ONLINE else ("disabled", _DummyExperiment())
             return self.experiment
 
     @rank_zero_only
@@ -111,12 +113,15 @@ class SafeWandbLogger(WandbLogger):
     def summarise(self, values: dict[str, Any]) -> None:
         """Write a run's result into its summary."""
         with self._sparing():
-            self.experiment.summary.update({key: value for key, value in values.items() if value is not None})
+            if not isinstance(self.experiment, _DummyExperiment):
+                self.experiment.summary.update({key: value for key, value in values.items() if value is not None})
 
     @rank_zero_only
     def upload(self, weights: Path, values: dict[str, Any]) -> None:
         """Log a file of weights as the run's one artifact, `best`, with these values; the file stays where it is, no copy is made."""
         with self._sparing():
+            if isinstance(self.experiment, _DummyExperiment):
+                return
             artifact = wandb.Artifact(f"model-{self.experiment.id}", "model", metadata=values)
             artifact.add_file(str(weights), policy="immutable", skip_cache=True)
             logged = self.experiment.log_artifact(artifact, aliases=["best"])
@@ -129,7 +134,9 @@ class SafeWandbLogger(WandbLogger):
         try:
             yield
         except Exception as error:
-            rank_zero_warn(f"W&B takes nothing more ({_said(error)}); the run goes on, metrics.csv and result.json have it all")
+            if (said := _said(error)) not in self._warned:
+                rank_zero_warn(f"W&B takes nothing more ({said}); the run goes on, metrics.csv and result.json have it all")
+            self._warned.add(said)
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:

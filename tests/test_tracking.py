@@ -1,10 +1,98 @@
-"""W&B: never asks, never blocks, falls back to offline; one run over a kill and a resume."""
+"""W&B, the real client against a server here: one run a directory over kills, resumes and ranks; its states; nothing of it costs a run."""
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
 import pytest
+import torch
+from conftest import free_port, result_of
+from safetensors.torch import load_file
 from wandb_stub import WandbStub
 
-from lightning_modules import tracking
+from experiments import compare_runs
+from lightning_modules import tracking, wandb_local
+from lightning_modules.history import read_history
 
-LINE = "--recipe demo --epochs 2 --global_batch_size 256 --name tracked --val_fraction 0.2"
+LINE = "--recipe demo --model_args.depth 2 --model_args.embed_dim 32 --epochs 2 --global_batch_size 256 --val_fraction 0.2 --log_every_steps 2 " \
+       "--name tracked"
+ROOT = Path(__file__).parents[1]
+
+
+def hurry() -> None:
+    """For `launch(..., before=hurry)`: little patience with a server."""
+    tracking.INIT_SECONDS, tracking.FINISH_SECONDS = 2, 2
+
+
+def at_step(step: int, act) -> None:
+    """For `launch(..., before=partial(at_step, 5, crash))`: act once, in the first training pass after so many optimizer steps."""
+    from lightning_modules.task import Task
+    hurry()
+    original, waiting = Task.training_step, [act]
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step >= step and waiting:
+            waiting.pop()()
+        return original(self, batch, batch_idx)
+    Task.training_step = training_step
+
+
+def crash() -> None:
+    raise RuntimeError("what a bug does")
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill_service() -> None:
+    """Kill wandb-core, the process that holds all of W&B."""
+    (service,) = [place.name for place in Path("/proc").glob("[0-9]*") if _parent_and_name(place) == (os.getpid(), "wandb-core")]
+    os.kill(int(service), signal.SIGKILL)
+
+
+def _parent_and_name(place: Path) -> tuple[int, str]:
+    try:
+        text = (place / "stat").read_text()
+    except OSError:
+        return 0, ""
+    return int(text.rsplit(")", 1)[1].split()[1]), text[text.index("(") + 1:text.rindex(")")]
+
+
+def by_step(rows: list[dict]) -> dict[int, dict[str, float]]:
+    """Rows of W&B as metrics.csv has them: of a step that was done twice, the last."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        values = {key: value for key, value in row.items() if not key.startswith("_") and key != wandb_local.STEP}
+        found[int(row[wandb_local.STEP])] = {**values, "step": row[wandb_local.STEP]}
+    return found
+
+
+def assert_as_in_metrics_csv(rows: list[dict], folder: Path) -> None:
+    found, written = by_step(rows), {int(row["step"]): row for row in read_history(folder / "metrics.csv")}
+    assert sorted(found) == sorted(written) and len(written) >= 4
+    for step, row in written.items():
+        assert found[step] == pytest.approx(row, rel=1e-9)  # metrics.csv has ten digits
+
+
+def sync(folder: Path, server: WandbStub) -> None:
+    """`wandb sync` of all that lies in a run directory."""
+    parts = sorted(map(str, (folder / "wandb").glob("*run-*")))
+    ended = subprocess.run([Path(sys.executable).with_name("wandb"), "sync", "--yes", "--include-online", *parts], env={**os.environ, **server.env},
+                           capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def assert_no_key(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        assert not file.is_file() or b"0" * 40 not in file.read_bytes(), f"the key is in {file}"
 
 
 @pytest.fixture
@@ -21,7 +109,7 @@ def test_mode_is_online_only_with_a_key(clean, tmp_path):
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password 0123\n")
     assert tracking.wandb_mode() == "online"
     clean.setenv("WANDB_BASE_URL", "http://elsewhere:1")
-    assert not tracking.has_credentials()
+    assert not wandb_local.has_credentials()
     clean.setenv("WANDB_API_KEY", "0" * 40)
     assert tracking.wandb_mode() == "online"
     clean.setenv("WANDB_MODE", "dryrun")
@@ -30,23 +118,169 @@ def test_mode_is_online_only_with_a_key(clean, tmp_path):
     assert tracking.wandb_mode() == "disabled"
 
 
-def test_a_killed_and_resumed_run_is_one_finished_run_on_the_server(launch):
+def test_the_id_is_the_directorys_and_an_agents_wins(clean, tmp_path):
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"):
+        clean.delenv(name, raising=False)
+    first = tracking.persistent_id(tmp_path)
+    clean.setenv("WANDB_RUN_ID", "shell")  # a person's, perhaps of another run
+    assert tracking.persistent_id(tmp_path) == first
+    clean.setenv("WANDB_SWEEP_ID", "sw1")
+    assert tracking.persistent_id(tmp_path) == "shell"
+    clean.delenv("WANDB_SWEEP_ID")
+    assert tracking.persistent_id(tmp_path) == "shell"  # the trial, resumed by hand
+
+
+def test_neither_lightning_nor_torch_is_imported_to_look_for_a_key(tmp_path):
+    code = "import sys; from experiments import compare_wandb; print(sorted({'torch', 'lightning', 'wandb'} & {*sys.modules}))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
+
+
+def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, tmp_path):
+    folder = tmp_path / "runs" / "tracked"
     with WandbStub() as server:
-        assert launch(LINE, env=server.env, kill_at_step=6).code == -9
-        ended = launch(LINE, env=server.env)
+        assert launch(f"{LINE} --tags a,b --notes first", env=server.env, kill_at_step=6).code == -9
+        line = f"{LINE} --notes second --logger_args.checkpoint true"
+        ended = launch(line + " --tags b,c,b", env=server.env)
         assert ended.code == 0, ended.out
         assert not server.unknown and len(server.runs) == 1
         ((name, run),) = server.runs.items()
-        history = [row for row in server.history(name) if "val/acc1" in row]
-    epochs = [row["epoch"] for row in history]  # the kill may take the last two seconds before it from the server, never a row twice
-    assert epochs in ([0, 1], [1]) and run["exitcode"] == 0
+        assert_as_in_metrics_csv(server.history(name), folder)
+        before = len(server.requests)
+        again = launch(line, env=server.env)
+        assert again.code == 0 and "already finished" in again.out and len(server.requests) == before and len(server.artifacts) == 1
+    result = result_of(folder)
+    assert (run["state"], run["tags"], run["notes"], run["displayName"], run["project"]) == ("finished", ["b", "c"], "second", "tracked", "vitlab")
+    assert all(run["summary"][key] == value for key, value in result.items() if value is not None)
+    config = {key: value["value"] for key, value in run["config"].items() if not key.startswith("_")}
+    assert config["model"] == "vit_nano4" and config["model_args"]["depth"] == 2 and config["seed"] == 0 and config["params"] == result["params"]
+    (artifact,) = server.artifacts
+    assert artifact["artifactTypeName"] == "model" and {each["alias"] for each in artifact["aliases"]} == {"best", "latest"}
+    assert json.loads(artifact["metadata"])["best"] == result["best"]
+    best, uploaded = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True), load_file(folder / "model.safetensors")
+    assert uploaded.keys() == {key.removeprefix("model.") for key in best["state_dict"]}
+    assert all(torch.equal(uploaded[key.removeprefix("model.")], value) for key, value in best["state_dict"].items())
+    size = (folder / "model.safetensors").stat().st_size
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size == size and file.name != "model.safetensors"]
+    assert_no_key(folder)
 
 
-def test_a_server_that_refuses_costs_no_run(launch, tmp_path):
+def test_an_offline_run_killed_and_resumed_is_read_back_and_synced_whole(launch, tmp_path):
+    folder = tmp_path / "runs" / "tracked"
+    assert launch(LINE, kill_at_step=4).code == -9  # the moment after an epoch's row and its checkpoint
+    ended = launch(LINE)
+    assert ended.code == 0 and "resumed" in ended.out, ended.out
+    (read,) = compare_runs.find([str(folder / "wandb")])
+    written = read_history(folder / "metrics.csv")
+    assert len(read.history) == len(written) >= 4 and read.state == "finished"
+    assert all(one == pytest.approx(other, rel=1e-9) for one, other in zip(read.history, written))
     with WandbStub() as server:
-        server.fail_with = 401
-        ended = launch(LINE, env=server.env)
-    assert ended.code == 0 and "logging offline" in ended.out, ended.out
-    assert list((tmp_path / "runs" / "tracked" / "wandb").glob("offline-run-*")) and (tmp_path / "runs" / "tracked" / "result.json").is_file()
-    for file in (tmp_path / "runs").rglob("*"):
-        assert not file.is_file() or b"0" * 40 not in file.read_bytes(), f"the key is in {file}"
+        sync(folder, server)
+        ((name, run),) = server.runs.items()
+        assert name == (folder / "wandb" / "run_id.txt").read_text() and run["state"] == "finished"
+        assert_as_in_metrics_csv(server.history(name), folder)
+
+
+def test_two_ranks_are_one_run(launch, tmp_path):
+    with WandbStub() as server:
+        ended = launch(f"{LINE} --devices 2 --accelerator cpu", ranks=2, env=server.env)
+        assert ended.code == 0, ended.outs
+        ((name, run),) = server.runs.items()
+        assert_as_in_metrics_csv(server.history(name), tmp_path / "runs" / "tracked")
+    assert run["state"] == "finished" and run["summary"]["world_size"] == 2 and run["upserts"] <= 3
+
+
+@pytest.mark.slow
+def test_two_ranks_of_lightnings_launcher_are_one_run(tmp_path):
+    with WandbStub() as server:
+        place = {"WANDB_DATA_DIR": str(tmp_path / "data"), "WANDB_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run([sys.executable, str(ROOT / "experiments" / "run.py"), *LINE.split(), "--devices", "2", "--accelerator", "cpu"],
+                               env={**os.environ, **server.env, **place}, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        ((name, run),) = server.runs.items()
+        assert_as_in_metrics_csv(server.history(name), tmp_path / "runs" / "tracked")
+    assert run["state"] == "finished" and run["summary"]["world_size"] == 2
+
+
+def test_an_outage_in_mid_run_costs_nothing_that_sync_does_not_bring_back(launch, tmp_path):
+    folder = tmp_path / "runs" / "tracked"
+
+    def cut_off(_) -> None:
+        deadline = time.monotonic() + 60
+        while len(read_history(folder / "metrics.csv")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        server.fail_with = 503
+    with WandbStub() as server:
+        began = time.monotonic()
+        ended = launch(LINE, env=server.env, before=hurry, watch=cut_off)
+        assert ended.code == 0 and result_of(folder)["finished"] and time.monotonic() - began < 40, ended.out
+        ((name, run),) = server.runs.items()
+        assert len(server.history(name)) < 4 and run["state"] == "running"
+        server.fail_with = None
+        sync(folder, server)
+        assert_as_in_metrics_csv(server.history(name), folder)
+        assert server.runs.keys() == {name} and server.runs[name]["state"] == "finished"
+
+
+@pytest.mark.parametrize("answer", [401, 403, 503, None])
+def test_a_server_that_refuses_costs_no_run(launch, tmp_path, answer):
+    with WandbStub() as server:
+        server.fail_with = answer
+        env = server.env if answer else {**server.env, "WANDB_BASE_URL": f"http://127.0.0.1:{free_port()}"}
+        ended = launch(f"{LINE} --epochs 1", env=env, before=hurry)
+    folder = tmp_path / "runs" / "tracked"
+    assert ended.code == 0 and "logging offline" in ended.out and result_of(folder)["finished"], ended.out
+    assert list((folder / "wandb").glob("offline-run-*"))
+    assert_no_key(folder)
+
+
+def test_the_state_tells_how_a_run_ended(launch, tmp_path):
+    with WandbStub() as server:
+        failed = launch(f"{LINE} --name failed", env=server.env, before=partial(at_step, 5, crash))
+        assert failed.code == 1 and "what a bug does" in failed.out, failed.out
+        ((name, run),) = server.runs.items()
+        assert (run["state"], run["exitcode"], run["preempting"]) == ("failed", 1, False)
+        stopped = launch(LINE, env=server.env, before=partial(at_step, 5, terminate))
+        assert stopped.code == 75, stopped.out
+        (other,) = server.runs.keys() - {name}
+        assert (server.runs[other]["state"], server.runs[other]["exitcode"]) == ("preempted", 75)
+        assert launch(LINE, env=server.env).code == 0
+        assert len(server.runs) == 2 and server.runs[other]["state"] == "finished"
+        assert_as_in_metrics_csv(server.history(other), tmp_path / "runs" / "tracked")
+
+
+def test_a_service_killed_in_mid_run_costs_a_warning(launch, tmp_path):
+    ended = launch(LINE, before=partial(at_step, 3, kill_service))
+    folder = tmp_path / "runs" / "tracked"
+    assert ended.code == 0 and len(read_history(folder / "metrics.csv")) == 4 and result_of(folder)["finished"], ended.out
+    assert ended.out.count("W&B takes nothing more") == 1 and "Traceback" not in ended.out, ended.out
+
+
+def test_a_sweeps_agent_names_the_run(launch, tmp_path):
+    with WandbStub() as server:
+        env = {**server.env, "WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "trial7", "WANDB_PROJECT": "pets", "WANDB_SILENT": "false"}
+        ended = launch(f"{LINE} --epochs 1", env=env)
+        assert ended.code == 0 and "Ignoring" not in ended.out, ended.out
+        ((name, run),) = server.runs.items()
+    assert (name, run["sweep"], run["project"], run["state"]) == ("trial7", "sw1", "pets", "finished")
+    assert (tmp_path / "runs" / "tracked" / "wandb" / "run_id.txt").read_text() == "trial7"
+
+
+def terminal() -> None:
+    """Give this process a pseudo-terminal, as a person has one; what it says there goes on into the log."""
+    log, (ours, theirs) = os.dup(1), pty.openpty()
+    for stream in (0, 1, 2):
+        os.dup2(theirs, stream)
+    hurry()
+
+    def copy() -> None:
+        while True:
+            os.write(log, os.read(ours, 4096))
+    threading.Thread(target=copy, daemon=True).start()
+
+
+def test_at_a_terminal_without_a_key_nothing_is_asked(launch, tmp_path):
+    env = {"WANDB_MODE": "", "WANDB_SILENT": "false", "HOME": str(tmp_path), "TERM": "xterm"}
+    ended = launch(f"{LINE} --epochs 1", env=env, before=terminal, timeout=60)
+    assert ended.code == 0 and "no W&B key found" in ended.out and result_of(tmp_path / "runs" / "tracked")["finished"], ended.out
+    assert not re.search("enter your choice|paste|api key.*:", ended.out, re.IGNORECASE), ended.out
