@@ -119,7 +119,7 @@ class SafeWandbLogger(WandbLogger):
     @rank_zero_only
     def upload(self, weights: Path, values: dict[str, Any]) -> None:
         """Log a file of weights as the run's one artifact, `best`, with these values; the file stays where it is, no copy is made."""
-        with self._sparing():
+        with self._sparing(f"the weights are not there, they are in {weights}"):
             if isinstance(self.experiment, _DummyExperiment):
                 return
             artifact = wandb.Artifact(f"model-{self.experiment.id}", "model", metadata=values)
@@ -129,13 +129,13 @@ class SafeWandbLogger(WandbLogger):
                 logged.wait(UPLOAD_SECONDS)
 
     @contextmanager
-    def _sparing(self) -> Iterator[None]:
+    def _sparing(self, without: str = "the run goes on, metrics.csv and result.json have it all") -> Iterator[None]:
         """What fails is a warning, once: a service or a disk that is gone."""
         try:
             yield
         except Exception as error:
             if (said := _said(error)) not in self._warned:
-                rank_zero_warn(f"W&B takes nothing more ({said}); the run goes on, metrics.csv and result.json have it all")
+                rank_zero_warn(f"W&B takes nothing ({said}): {without}")
             self._warned.add(said)
 
     @rank_zero_only

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 def hurry() -> None:
     """For `launch(..., before=hurry)`: little patience with a server."""
-    tracking.INIT_SECONDS, tracking.FINISH_SECONDS = 2, 2
+    tracking.INIT_SECONDS, tracking.FINISH_SECONDS, tracking.UPLOAD_SECONDS = 2, 2, 2
 
 
 def at_step(step: int, act) -> None:
@@ -160,6 +160,8 @@ def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, 
     best, uploaded = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True), load_file(folder / "model.safetensors")
     assert uploaded.keys() == {key.removeprefix("model.") for key in best["state_dict"]}
     assert all(torch.equal(uploaded[key.removeprefix("model.")], value) for key, value in best["state_dict"].items())
+    assert {name for _, name in server.storage} == {"manifest.json", "model.safetensors"}
+    assert server.storage["QXJ01", "model.safetensors"] == (folder / "model.safetensors").read_bytes()
     size = (folder / "model.safetensors").stat().st_size
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size == size and file.name != "model.safetensors"]
     assert_no_key(folder)
@@ -212,8 +214,9 @@ def test_an_outage_in_mid_run_costs_nothing_that_sync_does_not_bring_back(launch
         server.fail_with = 503
     with WandbStub() as server:
         began = time.monotonic()
-        ended = launch(LINE, env=server.env, before=hurry, watch=cut_off)
+        ended = launch(f"{LINE} --logger_args.checkpoint true", env=server.env, before=hurry, watch=cut_off)
         assert ended.code == 0 and result_of(folder)["finished"] and time.monotonic() - began < 40, ended.out
+        assert "the weights are not there, they are in runs/tracked/model.safetensors" in ended.out and (folder / "model.safetensors").is_file()
         ((name, run),) = server.runs.items()
         assert len(server.history(name)) < 4 and run["state"] == "running"
         server.fail_with = None
@@ -253,7 +256,7 @@ def test_a_service_killed_in_mid_run_costs_a_warning(launch, tmp_path):
     ended = launch(LINE, before=partial(at_step, 3, kill_service))
     folder = tmp_path / "runs" / "tracked"
     assert ended.code == 0 and len(read_history(folder / "metrics.csv")) == 4 and result_of(folder)["finished"], ended.out
-    assert ended.out.count("W&B takes nothing more") == 1 and "Traceback" not in ended.out, ended.out
+    assert ended.out.count("W&B takes nothing") == 1 and "Traceback" not in ended.out, ended.out
 
 
 def test_a_sweeps_agent_names_the_run(launch, tmp_path):
