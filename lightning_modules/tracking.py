@@ -1,5 +1,7 @@
 """Weights & Biases that never prompts, never blocks and never costs a run: without a key or a network it logs offline."""
+import atexit
 import os
+import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -143,16 +145,28 @@ class SafeWandbLogger(WandbLogger):
         """End the W&B run with its state: 0 finished, 75 preempted, anything else failed. A preempted one has no time to wait for long."""
         if self._experiment is None:
             return
-        finish = threading.Thread(target=self._finish, args=(exit_code,), daemon=True)
+        ended = threading.Event()
+        finish = threading.Thread(target=self._finish, args=(exit_code, ended), daemon=True)
         finish.start()
         finish.join(PREEMPTED_SECONDS if exit_code == PREEMPTED else FINISH_SECONDS + 30)
         self._experiment = None
+        if finish.is_alive():
+            rank_zero_warn("W&B has not ended in time: wandb sync --include-online uploads what is missing")
+        if not ended.is_set():
+            atexit.register(_leave, exit_code)  # before wandb's own, which waits without end for a service that hangs
 
-    def _finish(self, exit_code: int) -> None:
+    def _finish(self, exit_code: int, ended: threading.Event) -> None:
         with self._sparing():
             if exit_code == PREEMPTED:
                 self._experiment.mark_preempting()
             wandb.finish(exit_code=exit_code)
+            ended.set()
+
+
+def _leave(exit_code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _said(error: Exception) -> str:

@@ -259,6 +259,20 @@ def test_a_service_killed_in_mid_run_costs_a_warning(launch, tmp_path):
     assert ended.out.count("W&B takes nothing") == 1 and "Traceback" not in ended.out, ended.out
 
 
+def test_a_service_that_does_not_answer_is_not_waited_for_at_the_end(clean, tmp_path):
+    clean.setenv("WANDB_MODE", "offline")
+    registered = []
+    clean.setattr(tracking.atexit, "register", lambda *call: registered.append(call))
+    for finish in (lambda exit_code: None, lambda exit_code: 1 / 0, lambda exit_code: time.sleep(5)):
+        clean.setattr(tracking.wandb, "finish", finish)
+        clean.setattr(tracking, "FINISH_SECONDS", -29.8)
+        logger = tracking.SafeWandbLogger(tmp_path, config={})
+        logger._experiment = object()
+        logger.close(3)
+        logger.close(3)  # it is closed
+    assert registered == [(tracking._leave, 3)] * 2
+
+
 def test_a_sweeps_agent_names_the_run(launch, tmp_path):
     with WandbStub() as server:
         env = {**server.env, "WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "trial7", "WANDB_PROJECT": "pets", "WANDB_SILENT": "false"}
