@@ -3,6 +3,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -145,12 +146,12 @@ class SafeWandbLogger(WandbLogger):
         """End the W&B run with its state: 0 finished, 75 preempted, anything else failed. A preempted one has no time to wait for long."""
         if self._experiment is None:
             return
-        ended = threading.Event()
+        ended, began, seconds = threading.Event(), time.monotonic(), PREEMPTED_SECONDS if exit_code == PREEMPTED else FINISH_SECONDS
         finish = threading.Thread(target=self._finish, args=(exit_code, ended), daemon=True)
         finish.start()
-        finish.join(PREEMPTED_SECONDS if exit_code == PREEMPTED else FINISH_SECONDS + 30)
+        finish.join(seconds if exit_code == PREEMPTED else seconds + 30)  # it keeps to FINISH_SECONDS itself, where the service answers
         self._experiment = None
-        if finish.is_alive():
+        if time.monotonic() - began >= seconds:
             rank_zero_warn("W&B has not ended in time: wandb sync --include-online uploads what is missing")
         if not ended.is_set():
             atexit.register(_leave, exit_code)  # before wandb's own, which waits without end for a service that hangs

@@ -13,9 +13,9 @@ FOLDS = f"{LINE.replace('--logger csv', '--logger wandb')} --epochs 1 --folds 2 
 def test_folds_are_a_group_and_their_merge_is_one_run(comp, launch, monkeypatch):  # noqa: F811
     folder = comp / "runs" / "all"
     with WandbStub() as server:
-        agent = {"WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "trial7", "WANDB_PROJECT": "pets"}
+        agent = {"WANDB_SWEEP_ID": "sw1", "WANDB_RUN_ID": "trial7", "WANDB_PROJECT": "pets", "WANDB_SILENT": "false"}
         ended = launch(FOLDS, env={**server.env, **agent}, before=quick)
-        assert ended.code == 0, ended.out
+        assert ended.code == 0 and "Ignoring" not in ended.out, ended.out
         runs = {run["displayName"]: run for run in server.runs.values()}
         assert sorted(runs) == ["all", "all-f0", "all-f1"] and len(server.runs) == 3 and not server.unknown
         for name, run in runs.items():
@@ -23,7 +23,8 @@ def test_folds_are_a_group_and_their_merge_is_one_run(comp, launch, monkeypatch)
             fold = {"all": None, "all-f0": 0, "all-f1": 1}[name]
             assert (run["group"], run["state"], run["tags"]) == ("all", "finished", ["x"])
             assert (config["fold"], config["folds"], config["seed"]) == (fold, 2, 0)
-        assert runs["all"]["jobType"] == "folds" and (runs["all"]["name"], runs["all"]["sweep"]) == ("trial7", "sw1")
+        assert {run["project"] for run in runs.values()} == {"pets"} and runs["all"]["jobType"] == "folds"
+        assert (runs["all"]["name"], runs["all"]["sweep"]) == ("trial7", "sw1")
         assert runs["all-f0"]["sweep"] is None and (folder / "wandb" / "run_id.txt").read_text() == "trial7"
         result = result_of(folder)
         assert all(runs["all"]["summary"][key] == value for key, value in result.items() if value is not None)
