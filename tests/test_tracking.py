@@ -18,7 +18,8 @@ from conftest import free_port, result_of
 from safetensors.torch import load_file
 from wandb_stub import WandbStub
 
-from experiments import compare_runs
+from experiments import checks, compare_runs
+from experiments.config import parse
 from lightning_modules import tracking, wandb_local
 from lightning_modules.history import read_history
 
@@ -117,6 +118,24 @@ def test_mode_is_online_only_with_a_key(clean, tmp_path):
     assert tracking.wandb_mode() == "offline"
     clean.setenv("WANDB_DISABLED", "true")
     assert tracking.wandb_mode() == "disabled"
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--tags a,,b", "the tag ''"), (f"--tags {'x' * 65}", "65 characters"), ("--tags a --logger csv", "--tags goes to W&B"),
+    ("--notes a --logger tensorboard", "--notes goes to W&B"), ("--logger_args.chekpoint true", "did you mean checkpoint?"),
+    ("--logger_args.checkpoint 1", "checkpoint 1 is not bool"), ("--logger_args.attention 1", "attention 1 is not bool"),
+    ("--logger_args.checkpoint true --logger none", "--logger_args.checkpoint goes to W&B"),
+    ("--logger_args.checkpoint true --eval_only --init runs/one", "--eval_only trains nothing"),
+])
+def test_what_no_tracker_would_keep_is_refused(capsys, line, words):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--recipe", "demo", *line.split()])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    parse(["--recipe", "demo", "--logger", "csv", "--logger_args.checkpoint", "false", "--logger_args.attention", "true"])
+
+
+def test_tags_are_stripped_and_each_is_there_once():
+    assert checks.tags(" a, b c ,a") == ["a", "b c"] and checks.tags(None) is None
 
 
 def test_the_id_is_the_directorys_and_an_agents_wins(clean, tmp_path):
