@@ -1,13 +1,15 @@
 """What a row tells beside the losses: norms, rates of the groups, where a step's time goes, operations and their share of the peak."""
+import contextlib
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import result_of
+from conftest import FORKS, result_of
 from lightning.fabric.utilities.throughput import _CUDA_FLOPS
 from timm.optim import param_groups_layer_decay
 
@@ -145,3 +147,20 @@ def test_peaks_of_names_and_precisions():
     assert peak_flops("Tesla T4", "32-true", 7, tf32=True) == 8.1e12 and peak_flops("Tesla V100-SXM2-16GB", "16-mixed", 7) == 125e12
     assert peak_flops("NVIDIA T400 4GB", "16-mixed", 7) is None and peak_flops("NVIDIA GeForce RTX 3080 Ti", "bf16-mixed") is None
     assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed") is None and peak_flops("Some Accelerator", "bf16-mixed") is None
+
+
+def _benchmark(log: str) -> None:
+    from experiments import benchmark
+    with open(log, "w") as file, contextlib.redirect_stdout(file):
+        benchmark.main(["tracking", "--model", "vit_nano4", "--batch", "2", "--rounds", "2", "--log_every_steps", "2"])
+
+
+def test_the_benchmark_times_both_sides_and_what_lies_between(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    child = FORKS.Process(target=_benchmark, args=(str(tmp_path / "log"),))
+    child.start()
+    child.join(100)
+    said = (tmp_path / "log").read_text()
+    assert child.exitcode == 0 and "2 interleaved pairs" in said
+    share = float(re.search(r"tracking +([\d.]+) % of a step", said)[1])
+    assert share > 0 and len(re.findall(r"ms a step without, [\d.]+ ms with: [\d.]+ \(quartiles", said)) == 2
