@@ -2,7 +2,9 @@
 import contextlib
 import json
 import math
+import os
 import re
+import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -201,3 +203,26 @@ def test_a_step_without_a_row_reads_nothing_from_the_device(pics, launch):
     calls = [line.split() for line in (pics / "reads.txt").read_text().splitlines()]
     assert len(calls) == 3 * 8 and {read for _, read, told in calls if told == "False"} == {"0"}
     assert {name for name, read, told in calls if told == "True" and int(read) > 0} == {"on_train_batch_end"}
+
+
+def leave_in_validation() -> None:
+    count_time(0.25, 2.0)
+    validate = Task.validation_step
+
+    def validation_step(self: Task, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 4 and not Path("left").exists():
+            Path("left").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, batch, batch_idx)
+    Task.validation_step = validation_step
+
+
+def test_leaving_between_an_epochs_last_step_and_its_row_loses_nothing_of_it(pics, launch):
+    line = f"{TINY} --save_every_steps 1 --log_every_steps 3"
+    assert launch(f"{line} --overwrite", before=partial(count_time, 0.25, 2.0)).code == 0
+    whole = rows_of(pics)
+    assert launch(f"{line} --overwrite", before=leave_in_validation).code == 75
+    assert launch(line, before=partial(count_time, 0.25, 2.0)).code == 0
+    apart = ("perf/memory_mb", "perf/hours_left")
+    assert [{key: row[key] for key in row if key not in apart} for row in rows_of(pics)] == \
+        [{key: row[key] for key in row if key not in apart} for row in whole]
