@@ -120,7 +120,7 @@ def _slots(cfg: config.Config, parallel: int) -> list[dict[str, str]]:
 def _about(space: Space, cfg: config.Config, seed: int) -> dict[str, Any]:
     """What makes a sweep this one, in plain values: its space, and the flags of all its trials that are part of what a run is."""
     varied, values = {each.name for each in space.varied}, config.plain(cfg)
-    about = {"method": space.method, "metric.name": space.metric, "metric.goal": space.goal, "early_terminate": space.early, "seed": seed,
+    about = {"method": space.method, "metric.name": space.metric, "metric.goal": space.goal, "early_terminate": space.early, "sweep's seed": seed,
              **{f"parameters.{each.name}": str(each) for each in space.varied}}
     for knob in fields(config.Config):
         if knob.metadata["role"] != "place" and knob.name in values:

@@ -12,7 +12,7 @@ from optuna.trial import Trial, TrialState
 
 from experiments import children, sweep_trials
 from experiments.sweep_space import flags
-from experiments.sweep_trials import EPOCHS, PRUNE, SECONDS, WHY, Trials
+from experiments.sweep_trials import PRUNE, SECONDS, WHY, Trials
 from experiments.usage import UsageError
 from lightning_modules.signals import INTERRUPTED, ORDER, PREEMPTED, notice
 
@@ -24,16 +24,17 @@ LAST_LINES = 15
 
 @dataclass
 class Child:
-    """A trial that runs: its process, its slot, when it was started, what its history was when last read."""
+    """A trial that runs: since when, seconds it ran before, epochs reported, whether it was told to stop early; its process and its slot, and
+    what its history was (time, size) when last read."""
 
     trial: Trial
-    process: Any
-    slot: int
     since: float
     before: float
     reported: set[int]
+    pruned: bool
+    process: Any = None
+    slot: int = 0
     seen: tuple[int, int] = (0, 0)
-    pruned: bool = False
 
 
 @dataclass
@@ -102,9 +103,9 @@ class Runs:
         return [*self.base, *flags(self.space.texts(trial.params))]
 
     def _start(self, trial: Trial) -> None:
-        kept, folder = trial.user_attrs, self.place(trial)
-        if kept.get(PRUNE) or children.result(folder).get("finished"):  # it was about to be told so
-            child = Child(trial, None, 0, time.monotonic(), kept.get(SECONDS, 0.0), {*self._reports(trial)}, pruned=bool(kept.get(PRUNE)))
+        kept, folder = self.trials.kept(trial), self.place(trial)
+        child = Child(trial, time.monotonic(), kept.user_attrs.get(SECONDS, 0.0), {*kept.intermediate_values}, pruned=PRUNE in kept.user_attrs)
+        if child.pruned or children.result(folder).get("finished"):  # it was about to be told so
             self._watch(child)
             self._ended(child, 0)
             return
@@ -112,12 +113,9 @@ class Runs:
         log = folder.with_name(f"{folder.name}.log")
         settings = " ".join(flags(self.space.texts(trial.params)))
         print(f"trial {trial.number} {'goes on' if folder.exists() else 'starts'}: {settings} (its words are in {log})", flush=True)
-        process = children.start([*self._argv(trial), "--runs_dir", str(self.folder), "--name", folder.name],
-                                 {"WANDB_RUN_GROUP": self.folder.name, **self.slots[slot]}, log)
-        self.running.append(Child(trial, process, slot, time.monotonic(), kept.get(SECONDS, 0.0), {*self._reports(trial)}))
-
-    def _reports(self, trial: Trial) -> dict[int, float]:
-        return self.trials.study.trials[trial.number].intermediate_values
+        child.process, child.slot = children.start([*self._argv(trial), "--runs_dir", str(self.folder), "--name", folder.name],
+                                                   {"WANDB_RUN_GROUP": self.folder.name, **self.slots[slot]}, log), slot
+        self.running.append(child)
 
     def _pass_on(self, code: int) -> None:
         """Hand a signal that this process got to the trials; or SIGTERM, when the time is over or the sweep stops. They save and leave."""
@@ -168,8 +166,8 @@ class Runs:
         raise UsageError(f"metric.name: the runs have no {self.space.metric} (there are {there})")
 
     def _keep(self, child: Child) -> None:
+        """Write how long it took, so that a later launch knows."""
         child.trial.set_user_attr(SECONDS, child.before + time.monotonic() - child.since)
-        child.trial.set_user_attr(EPOCHS, max(child.reported, default=None))
 
     def _ended(self, child: Child, ended: int) -> int:
         """Tell the study how a trial ended. Returns the exit code to stop with, 0 to go on. Raises UsageError as `_watch`."""
@@ -214,7 +212,7 @@ class Runs:
             trial.set_user_attr(WHY, why)
         self.trials.study.tell(trial, value, state=state)
         self.trials.write_csv(self.folder / "trials.csv")
-        print(sweep_trials.line(self.trials.row(trial), self.space.metric), flush=True)
+        print(sweep_trials.line(self.trials.row(self.trials.kept(trial)), self.space.metric), flush=True)
 
     def _conclude(self, code: int) -> int:
         """The table, the best, what repeats it. Returns the exit code."""
@@ -225,7 +223,7 @@ class Runs:
             print(f"best: trial {best.number}, {children.score(self.space.metric, best.value)}; alone, it is\n"
                   f"  python experiments/run.py {shlex.join(argv)}")
         if found := self.trials.importance():
-            print("of the spread of what finished: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
+            print("importance by Optuna: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
         print(f"{self.folder / 'trials.csv'} has a row of each; compare: python experiments/compare.py {self.folder}", flush=True)
         unfinished = self.trials.count(TrialState.RUNNING) or self.trials.count() < self.total
         ended = self.trials.count(TrialState.COMPLETE, TrialState.PRUNED)

@@ -17,7 +17,7 @@ from experiments.sweep_space import Space
 from experiments.usage import UsageError
 
 STATES = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished"}
-SECONDS, EPOCHS, WHY, PRUNE = "seconds", "epochs", "why", "prune"  # what is kept of a trial beside Optuna's own
+SECONDS, WHY, PRUNE = "seconds", "why", "prune"  # what is kept of a trial beside Optuna's own
 ENOUGH = 5  # finished trials before a word on which parameter mattered
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -77,21 +77,25 @@ class Trials:
     def count(self, *states: TrialState) -> int:
         return len(self.study.get_trials(deepcopy=False, states=states or None))
 
+    def kept(self, trial: Trial) -> FrozenTrial:
+        """What the study has of a trial."""
+        return self.study.trials[trial.number]
+
     def rows(self) -> list[dict[str, Any]]:
         """What is known of each trial: number, state, value, epochs, seconds, why, and its parameters as flags write them."""
         return [self.row(each) for each in self.study.get_trials(deepcopy=False)]
 
-    def row(self, trial: FrozenTrial | Trial) -> dict[str, Any]:
-        frozen = self.study.trials[trial.number]
+    def row(self, frozen: FrozenTrial) -> dict[str, Any]:
         return {"number": frozen.number, "state": STATES.get(frozen.state, "unfinished"), "value": frozen.value if frozen.values else None,
-                **{key: frozen.user_attrs.get(key) for key in (EPOCHS, SECONDS, WHY)}, "parameters": self.space.texts(frozen.params)}
+                "epochs": frozen.last_step, SECONDS: frozen.user_attrs.get(SECONDS), WHY: frozen.user_attrs.get(WHY),
+                "parameters": self.space.texts(frozen.params)}
 
     def best(self) -> FrozenTrial | None:
         """The best of those that ran to their end; None where none did."""
         return self.study.best_trial if self.count(TrialState.COMPLETE) else None
 
     def importance(self) -> dict[str, float]:
-        """How much of the values' spread each parameter accounts for (Optuna's default evaluator), largest first; {} with too few trials."""
+        """How much each parameter mattered to those that finished, by Optuna's default evaluator, largest first; {} with too few of them."""
         done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if len(done) < ENOUGH or len({each.value for each in done}) < 2 or len(self.space.varied) < 2:
             return {}
@@ -102,7 +106,7 @@ class Trials:
         names = [each.name for each in self.space.varied]
         partial = path.with_name(f".{path.name}.partial")
         with open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["number", "state", "value", EPOCHS, SECONDS, *names], extrasaction="ignore")
+            writer = csv.DictWriter(file, ["number", "state", "value", "epochs", SECONDS, *names], extrasaction="ignore")
             writer.writeheader()
             for row in self.rows():
                 seconds = None if row[SECONDS] is None else round(row[SECONDS], 1)
@@ -114,7 +118,7 @@ def line(row: Mapping[str, Any], metric: str) -> str:
     """A trial in a few words."""
     settings = ", ".join(f"{name} {text}" for name, text in row["parameters"].items())
     value = score(metric, row["value"]) if row["value"] is not None and math.isfinite(row["value"]) else "no score"
-    epochs = f" after {row[EPOCHS]} epochs" if row[EPOCHS] else ""
+    epochs = " after {epochs} epochs".format(**row) if row["epochs"] else ""
     return f"trial {row['number']} {row['state']}{epochs}, {(row[SECONDS] or 0) / 60:.1f} min: {value}; {settings}" \
         + (f" ({row[WHY].splitlines()[-1][:150]})" if row[WHY] else "")
 
@@ -122,10 +126,10 @@ def line(row: Mapping[str, Any], metric: str) -> str:
 def table(rows: list[dict[str, Any]], space: Space) -> str:
     """All trials, one line each."""
     names = [each.name for each in space.varied]
-    cells = [["trial", *names, space.metric, "state", EPOCHS, "minutes"]]
+    cells = [["trial", *names, space.metric, "state", "epochs", "minutes"]]
     for row in rows:
         value = "-" if row["value"] is None else score(space.metric, row["value"]).split(" ", 1)[1]
-        cells.append([str(row["number"]), *(row["parameters"].get(name, "-") for name in names), value, row["state"], str(row[EPOCHS] or "-"),
+        cells.append([str(row["number"]), *(row["parameters"].get(name, "-") for name in names), value, row["state"], str(row["epochs"] or "-"),
                       f"{(row[SECONDS] or 0) / 60:.1f}"])
     widths = [max(map(len, column)) for column in zip(*cells)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells)
