@@ -23,6 +23,7 @@ from experiments.sweep_space import OURS, Space
 from experiments.usage import Parser, UsageError
 from lightning_modules.signals import ORDER, exit_code, listening, notice
 
+KNOBS = {knob.name for knob in fields(config.Config)}
 LOCK = ".lock"
 TRIALS = 20  # where neither the command line nor the file says how many
 
@@ -46,8 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     """Check the file and the flags, run the trials. Returns the exit code: 0 all done, 75 when the time is over or a signal came (130 after
     Ctrl-C) and trials are left, 1 when three fail in a row, 2 for what a person must mend."""
     words = [*(sys.argv[1:] if argv is None else argv)]
-    cut = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:cut])
+    cut, parser = words.index("--") if "--" in words else len(words), _parser()
+    for word in words[:cut]:
+        flag = word.split("=")[0]
+        if flag.split(".")[0].removeprefix("--") in KNOBS and flag.startswith("--") and flag not in parser.format_usage():
+            parser.error(f"{flag} is a flag of run.py: put it behind --, as sweep.py FILE --trials {TRIALS} -- {flag} ...")
+    args = parser.parse_args(words[:cut])
     try:
         return _sweep(args, words[cut + 1:])
     except (ValueError, OSError) as error:
