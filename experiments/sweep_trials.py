@@ -49,30 +49,24 @@ class Trials:
             raise UsageError(f"{self.folder} is a sweep with other values ({', '.join(apart)}): --name another, or delete it")
 
     def ask(self) -> Trial:
-        """A new trial with its parameters drawn."""
-        number = len(self.study.trials)
+        """A new trial with its parameters drawn: in a copy, so that the file has it whole or not at all."""
+        number = self.count()
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
+        samplers = optuna.samplers
+        sampler = samplers.TPESampler(seed=seed, constant_liar=True) if self.space.method == "bayes" else samplers.RandomSampler(seed=seed)
+        copy = optuna.create_study(direction=self.space.goal, sampler=sampler)
+        copy.add_trials(self.study.get_trials(deepcopy=False))
         if self.points:
-            self.study.enqueue_trial(self.points[number])
-        self._reseed(number)
-        return self._drawn(self.study.ask())
+            copy.enqueue_trial(self.points[number])
+        drawn = copy.ask()
+        for parameter in self.space.varied:
+            parameter.suggest(drawn)
+        self.study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING, params=drawn.params, distributions=drawn.distributions))
+        return self.unfinished()[-1]
 
     def unfinished(self) -> list[Trial]:
-        """Those that an earlier launch left unfinished, in order; what they had no time to draw is drawn now."""
-        found = []
-        for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            self._reseed(frozen.number)
-            found.append(self._drawn(Trial(self.study, frozen._trial_id)))
-        return found + [self._drawn(self.study.ask()) for _ in range(self.count(TrialState.WAITING))]
-
-    def _reseed(self, number: int) -> None:
-        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True) if self.space.method == "bayes" \
-            else optuna.samplers.RandomSampler(seed=seed)
-
-    def _drawn(self, trial: Trial) -> Trial:
-        for parameter in self.space.varied:
-            parameter.suggest(trial)
-        return trial
+        """Those that run, or that an earlier launch left unfinished, in order."""
+        return [Trial(self.study, each._trial_id) for each in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
 
     def count(self, *states: TrialState) -> int:
         return len(self.study.get_trials(deepcopy=False, states=states or None))

@@ -94,7 +94,7 @@ def rows_of(folder):
 @pytest.fixture
 def acted(tmp_path, monkeypatch):
     """acted(act) -> the flags and environments of the trials that were started, a list that grows."""
-    handlers = {each: signal.getsignal(each) for each in ORDER}
+    handlers = {each: signal.signal(each, signal.default_int_handler) for each in ORDER}  # a job in the background is born with some ignored
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep_runs, "POLL_SECONDS", 0)
     monkeypatch.setattr(children, "start", Acted)
@@ -156,7 +156,7 @@ def test_steps_are_those_that_wandb_documents(tmp_path, low, high, q, kind):
 
 def test_words_are_those_that_wandbs_agent_would_pass(tmp_path):
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
-    values = {"use_ema": True, "ema_decay": 0.99, "optimizer_args.betas": [0.9, 0.95], "optimizer_args.eps": 1e-8, "model": "vit_nano4", "epochs": 4}
+    values = {"use_ema": True, "ema_decay": 0.99, "optimizer_args.betas": [0.9, 0.95], "optimizer_args.eps": 1e-8, "weight_decay": 0.01234567}
     space = sweep_space.read(write(tmp_path, fixed=values))
     theirs = create_sweep_command_args({"args": {key: {"value": value} for key, value in (TINY | values).items()}})["args_no_equals"]
     ours = sweep_space.flags(space.fixed)
