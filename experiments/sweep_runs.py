@@ -75,7 +75,8 @@ class Runs:
                     self._watch(child)
                     if ended is not None:
                         self.running.remove(child)
-                        code = self._ended(child, ended) or code
+                        asks = self._ended(child, ended)
+                        code = code or asks
                 self._pass_on(code)
         except UsageError:  # the runs do not have the metric
             self._pass_on(PREEMPTED)

@@ -347,6 +347,11 @@ def test_what_no_trial_can_run_with_ends_the_first_and_leaves_nothing(acted, tmp
     file = write(tmp_path)
     assert sweep.main([str(file), "--parallel", "2"]) == 2
     assert len(started) == 2 and "what went wrong" in capsys.readouterr().out and not (tmp_path / "runs" / "space").exists()
+    acted(lambda settings: ([0.5] * 4, 2, {}) if settings["name"] == "trial-0" else ([0.1] * 99, 0, {}))
+    assert sweep.main([str(file), "--parallel", "2"]) == 2 and not (tmp_path / "runs" / "space").exists()
+    acted(lambda settings: ([0.5] * 99, 0, {}) if settings["name"] == "trial-0" else ([], 1, {}))
+    assert sweep.main([str(file), "--parallel", "2", "--name", "three"]) == 1  # the one that ran is stopped, to go on
+    assert trials_of(tmp_path / "runs" / "three", "state") == [("unfinished",)] + [("failed",)] * 3
     acted(lambda settings: ([0.5], 0 if settings["name"] == "trial-0" else 1, {}))
     assert sweep.main([str(file), "--trials", "2"]) == 0
 
