@@ -258,6 +258,7 @@ def test_a_sweep_tells_its_trials_and_repeats_itself(acted, tmp_path, capsys):
     best = max(rows, key=lambda row: float(row["value"]))
     alone = next(line.strip() for line in out.splitlines() if "run.py" in line and "alone" not in line)
     argv = alone.split()[2:]
+    assert argv.count("--epochs") == 1
     assert alone.startswith("python experiments/run.py ") and config.parse(argv).lr == float(best["lr"]) and config.parse(argv).name is None
     assert f"best: trial {best['number']}, " in out and "experiments/compare.py runs/space" in out and "importance by Optuna: lr " in out
     before = list(started)
@@ -406,7 +407,7 @@ def test_another_sweep_under_the_same_name_is_refused(acted, tmp_path, capsys):
     assert sweep.main([str(write(tmp_path)), "--trials", "1"]) == 0
     for changes, line, words in (
             ({"metric": {"name": "val/loss", "goal": "minimize"}}, "", "metric.name val/acc1 -> val/loss, metric.goal maximize -> minimize"),
-            ({"method": "bayes"}, "", "method random -> bayes"), ({}, "--seed 1", "sweep's seed 0 -> 1"), ({}, "-- --epochs 3", "epochs 4 -> 3"),
+            ({"method": "bayes"}, "", "method random -> bayes"), ({}, "--seed 1", "sweep's seed 0 -> 1)"), ({}, "-- --epochs 3", "epochs 4 -> 3"),
             ({"fixed": {"model_args.depth": 2}}, "", "model_args.depth None -> 2"),
             ({"parameters": fixed | {"lr": {"min": 0.1, "max": 0.2}, "mixup": {"values": [0, 0.5]}}}, "",
              "parameters.lr log_uniform_values 1e-05 to 0.1 -> uniform 0.1 to 0.2")):
