@@ -31,7 +31,8 @@ def training_flops(model: nn.Module, *given: torch.Tensor) -> float:
     state = {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in model.named_parameters()}
     state |= {name: value.to("meta") for name, value in model.named_buffers()}
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}) as counter:
-        output = torch.func.functional_call(model, state, tuple(torch.empty_like(value, device="meta", dtype=torch.float32) for value in given))
+        meta = tuple(torch.empty_like(value, device="meta", dtype=torch.float32) for value in given)
+        output = torch.func.functional_call(model, state, meta, tie_weights=False)  # tied, a module that others share is left on meta
         sum(part.sum() for part in (output if isinstance(output, tuple) else (output,))).backward()
     return counter.get_total_flops() / len(given[0])
 

@@ -118,6 +118,19 @@ def test_training_is_three_forward_passes_without_the_pictures_gradient(name, st
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["vit_ti16", "simple_vit_ti16", "deit_ti16_distilled", "deit3_s16", "vit5_s16", "swin_t", "convnext_t",
+                                  "convnext_step_0", "timm/test_efficientnet", "timm/eva02_tiny_patch14_224"])
+def test_counting_leaves_a_network_as_it_was(name):
+    """Tensors that modules share, as ViT-5's rotary positions, and those in no state dict too."""
+    network = models.create(name, 10).train()
+    side = models.preprocessing(name)["image_size"][0]
+    before = {key: value.clone() for key, value in [*network.named_parameters(), *network.named_buffers()]}
+    assert cost.training_flops(network, torch.zeros(2, 3, side, side)) > 1e6
+    after = dict([*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)])
+    assert all(value.device.type == "cpu" for value in after.values()) and before.keys() <= after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+
+
 def test_what_is_frozen_costs_no_gradient():
     network = models.create("vit_nano4", 10, 32).train()
     whole = cost.training_flops(network, torch.zeros(2, 3, 32, 32))
