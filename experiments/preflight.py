@@ -11,9 +11,10 @@ import datamodules
 import models
 from datamodules.augment import Augment
 from datamodules.base import PictureData
+from experiments import attention_picture
 from experiments.config import Config
 from experiments.keywords import check_values
-from experiments.usage import UsageError, did_you_mean
+from experiments.usage import UsageError, did_you_mean, size
 from lightning_modules import distill_losses, losses, metrics, teacher_cache
 from lightning_modules.ema import uses_ema
 from lightning_modules.optim import check_optimizer
@@ -103,6 +104,12 @@ def check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule)
     except (ValueError, AssertionError, RuntimeError) as error:
         hint = "; timm's plain transformers take --model_args.dynamic_img_size true" if cfg.model.startswith("timm/") else ""
         raise UsageError(f"--train_size {cfg.train_size}: {cfg.model} does not take it: {str(error).splitlines()[0]}{hint}") from None
+
+
+def check_attention(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Raises UsageError where attention maps are asked for and there can be none."""
+    if cfg.logger_args.get("attention") and (problems := attention_picture.no_maps(meta, data, size(cfg.image_size))):
+        raise UsageError("\n".join(problems))
 
 
 def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config, list[str]]:
