@@ -13,7 +13,7 @@ from torch import nn
 from datamodules.on_device import OnDevice
 from experiments.inference import Views
 from experiments.run_media import words
-from experiments.run_media_figures import DOTS, pixels
+from experiments.run_media_figures import pixels, places
 from lightning_modules.columns import fixed_rows
 from models import attention
 
@@ -62,16 +62,12 @@ def draw(model: nn.Module, spec: dict[str, Any], pictures: Named) -> np.ndarray:
 def _figure(shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], by_class: bool) -> Figure:
     """Bands of up to 8 pictures, three lines each."""
     across, bands = min(ACROSS, len(shown)), -(-len(shown) // ACROSS)
-    height = 1.5 * shown[0][1].shape[0] / shown[0][1].shape[1]
-    figure = Figure((1.5 * across + 0.7, bands * (3 * height + 0.6)), dpi=DOTS, layout="constrained")
-    axes = figure.subplots(3 * bands, across, squeeze=False)
-    for each in axes.flat:
-        each.axis("off")
+    figure, axes = places(across, 3 * bands, height=1.45 * shown[0][1].shape[0] / shown[0][1].shape[1], above=0.22, left=0.95)
     lines = ("what the\nnetwork sees", "last block,\n" + ("class token" if by_class else "mean of patches"), "rollout over\nall blocks")
     for place, (title, picture, *maps) in enumerate(shown):
         band, column = 3 * (place // across), place % across
         axes[band, column].imshow(picture)
-        axes[band, column].set_title(words(title, 22), fontsize=8, parse_math=False)
+        axes[band, column].set_title(words(title, 22), fontsize=8, parse_math=False, pad=3)
         for line, values in enumerate(maps, 1):
             _heat(axes[band + line, column], picture, values)
         for line, told in enumerate(lines if column == 0 else ()):

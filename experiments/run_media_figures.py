@@ -107,18 +107,27 @@ def _against(axes: Axes, true: np.ndarray, predicted: np.ndarray) -> None:
 def sheet(table: Table, columns: int = 8) -> np.ndarray:
     """The pictures of `run_media.examples`, each with what it is and what was said; a wrong one in red."""
     place = {name: k for k, name in enumerate(table.columns)}
-    lines = -(-len(table.rows) // columns)
-    figure = Figure((1.45 * columns, 1.9 * max(1, lines)), dpi=DOTS, layout="constrained")
-    for k, row in enumerate(table.rows):
-        axes = figure.add_subplot(lines, columns, k + 1)
-        axes.axis("off")
+    figure, axes = places(min(columns, len(table.rows)), -(-len(table.rows) // columns), above=0.42)
+    for each, row in zip(axes.flat, table.rows):
         if row[0] is not None:
-            axes.imshow(row[0])
+            each.imshow(row[0])
         said = [row[place[name]] for name in table.columns if name.startswith(("target", "prediction"))][:2]
         told = [f"{each:.4g}" if isinstance(each, float) else words(each, 20) for each in said]
         colour = "black" if "right" not in place or row[place["right"]] else "#b00020"
-        axes.set_title(f"{told[0]}\n\u2192 {told[1]}", fontsize=7, color=colour, parse_math=False)
+        each.set_title(f"{told[0]}\n\u2192 {told[1]}", fontsize=7, color=colour, parse_math=False, pad=2)
     return pixels(figure)
+
+
+def places(across: int, down: int, *, width: float = 1.45, height: float = 1.45, above: float = 0.3, left: float = 0.05) -> tuple[Figure, np.ndarray]:
+    """Axes (down, across) without frames, each width x height inches with room above for a title, and room at the left of all."""
+    size = left + (width + 0.08) * across, (height + above) * down + 0.05
+    figure = Figure(size, dpi=DOTS)  # laid out by hand: a layout engine takes seconds
+    axes = np.empty((down, across), object)
+    for row, column in np.ndindex(down, across):
+        corner = left + (width + 0.08) * column, size[1] - (height + above) * (row + 1)
+        axes[row, column] = figure.add_axes((corner[0] / size[0], corner[1] / size[1], width / size[0], height / size[1]))
+        axes[row, column].axis("off")
+    return figure, axes
 
 
 def _words(line: str) -> Figure:
