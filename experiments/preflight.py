@@ -92,8 +92,15 @@ def _check_distill(cfg: Config, task: str) -> None:
     distill_losses.create(cfg.distill, task, (1, 1), **hyper)
 
 
-def check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
-    """Try the network, on no device, at every size of training crops. Raises UsageError where it takes pictures of one size only."""
+def check_network(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Try the network, on no device: at every size of training crops, and for attention maps where they are asked for. Raises UsageError."""
+    _check_train_sizes(meta, cfg, data)
+    if cfg.logger_args.get("attention") and (problems := attention_picture.no_maps(meta, data, size(cfg.image_size))):
+        raise UsageError("\n".join(problems))
+
+
+def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Raises UsageError where the network takes pictures of one size only."""
     if cfg.train_size is None or cfg.eval_only:
         return
     try:
@@ -104,12 +111,6 @@ def check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule)
     except (ValueError, AssertionError, RuntimeError) as error:
         hint = "; timm's plain transformers take --model_args.dynamic_img_size true" if cfg.model.startswith("timm/") else ""
         raise UsageError(f"--train_size {cfg.train_size}: {cfg.model} does not take it: {str(error).splitlines()[0]}{hint}") from None
-
-
-def check_attention(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
-    """Raises UsageError where attention maps are asked for and there can be none."""
-    if cfg.logger_args.get("attention") and (problems := attention_picture.no_maps(meta, data, size(cfg.image_size))):
-        raise UsageError("\n".join(problems))
 
 
 def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config, list[str]]:
