@@ -284,3 +284,10 @@ def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | Ca
         return CachedTeacher(cfg.teacher)
     found = [Teacher.load(source.strip(), cfg.teacher_init, student=data.spec, precision=cfg.precision) for source in cfg.teacher.split(",")]
     return found[0] if len(found) == 1 else Teachers(found, data.spec["task"])
+
+
+def gmacs(run: Run) -> float:
+    """Billions of multiply-accumulates of one picture's forward pass."""
+    with torch.device("meta"):
+        meta = models.create(run.cfg.model, run.data.spec["num_outputs"], size(run.cfg.image_size), **run.cfg.model_args)
+    return cost.gmacs(meta, size(run.cfg.image_size))

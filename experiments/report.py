@@ -14,7 +14,7 @@ import torch
 import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import plan, run_media_log, run_page, rundir
+from experiments import build, plan, run_media_log, run_page, rundir
 from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
@@ -96,7 +96,7 @@ def dry_run(run: Run) -> int:
     seconds = steps * cfg.global_batch_size / (speed * parallel)
     gigabytes = 2**30
     print(plan.table([
-        ("model", f"{cfg.model}, {cost.parameters(run.model):,} parameters, {_gmacs(run):.2f} GMACs at {cfg.image_size}"),
+        ("model", f"{cfg.model}, {cost.parameters(run.model):,} parameters, {build.gmacs(run):.2f} GMACs at {cfg.image_size}"),
         ("data", f"{cfg.data}, train {data.sizes['train']:,}, val {data.sizes['val']:,}, test {data.sizes['test']:,}, "
                  f"{_targets(data.spec)}"),
         ("batch", f"{cfg.global_batch_size} = {cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"),
@@ -200,7 +200,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         return
     cfg, steps = run.cfg, trainer.global_step
     values: dict[str, Any] = {
-        "model": cfg.model, "data": cfg.data, "params": cost.parameters(task.model), "gmacs": round(_gmacs(run), 4),
+        "model": cfg.model, "data": cfg.data, "params": cost.parameters(task.model), "gmacs": round(build.gmacs(run), 4),
         **scores, "epochs": 0 if cfg.eval_only else cfg.epochs, "steps": steps, "lr": cfg.lr,
         "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
@@ -279,12 +279,6 @@ def _averaged(task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any] | N
     except (OSError, ValueError) as error:
         _stop(trainer, f"the weights are not averaged: {error}. Make room, or delete a damaged file (the others are averaged), and run the same "
                        "command again")
-
-
-def _gmacs(run: Run) -> float:
-    with torch.device("meta"):
-        meta = models.create(run.cfg.model, run.data.spec["num_outputs"], size(run.cfg.image_size), **run.cfg.model_args)
-    return cost.gmacs(meta, size(run.cfg.image_size))
 
 
 def _timing(run: Run, trainer: L.Trainer) -> dict[str, float | None]:

@@ -175,6 +175,9 @@ def _time(rows: Rows, result: dict[str, Any], config: dict[str, Any]) -> str:
     middle = float(np.median([speed for _, speed in speeds]))
     step = float(np.median([seconds for _, seconds in steps])) if steps else batch / middle if batch and middle else None
     facts = [("images/s, median of the rows", number(middle))] + [("seconds a step", number(step))] * (step is not None)
+    for name, column in (("10¹² operations/s a device", "perf/tflops_per_device"), ("of its peak (MFU)", "perf/mfu")):
+        if points := _points(rows, column):
+            facts.append((name, number(float(np.median([value for _, value in points])), column.endswith("mfu"))))
     share, bar = float(np.mean([wait for _, wait in waits])) if waits else None, ""
     if share is not None:
         facts.append(("of it waiting for data", number(share, True)))
