@@ -288,6 +288,23 @@ def test_two_ranks_another_network_and_seed_show_the_same_rows(pics, launch):
     assert table["id"].str.startswith("test/").all() and np.float32(right) == np.float32(result_of(pics / "runs" / "one")["test/acc1"])
 
 
+def test_of_more_classes_than_the_table_has_columns_the_five_likeliest_are_told(tmp_path, launch):
+    for part, count in (("train", 1), ("val", 1)):
+        write_pictures(tmp_path / "pics" / part, {f"c{k:03}": count for k in range(101)}, side=8)
+    ended = launch(f"{TINY} --epochs 1 --global_batch_size 101 --name one")
+    assert ended.code == 0 and "could not be made" not in ended.out, ended.out
+    found, files = media(tmp_path / "runs" / "one")
+    table = table_of(files, found, "best/predictions")
+    assert len(table["data"]) == 32
+    for row in table["data"]:
+        cells = dict(zip(table["columns"], row))
+        shares = [float(each.split()[1]) for each in cells["top 5"].split(", ")]
+        assert len(shares) == 5 and shares == sorted(shares, reverse=True) and cells["top 5"].startswith(cells["prediction"])
+        assert 0 < cells["probability of target"] <= cells["probability"] and shares[0] == pytest.approx(100 * cells["probability"], abs=0.051)
+    matrix = np.asarray(Image.open(files / found["best/confusion"][1]["filenames"][0]))
+    assert matrix.shape[0] > 1000  # 30 of the 101
+
+
 def test_the_server_receives_it(pics, launch):
     with WandbStub() as server:
         ended = launch(f"{TINY} --epochs 1 --name one", env=server.env)
