@@ -140,6 +140,30 @@ def test_networks_that_see_parts_are_refused(name):
     assert use_fused_attn() and not use_fused_attn(experimental=True)
 
 
+class Calls(torch.nn.Module):
+    """Two by two patches and two blocks, each calling the kernel with (batch, queries, keys)."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.calls, self.blocks, self.patch_embed = calls, torch.nn.ModuleList([torch.nn.Identity(), torch.nn.Identity()]), torch.nn.Module()
+        self.patch_embed.proj = torch.nn.Conv2d(3, 8, 4, 4)
+
+    def forward_features(self, x):
+        for batch, queries, keys in self.calls:
+            F.scaled_dot_product_attention(torch.zeros(batch, 1, queries, 8), torch.zeros(batch, 1, keys, 8), torch.zeros(batch, 1, keys, 8))
+
+
+@pytest.mark.parametrize("calls, fits", [([(2, 5, 5), (2, 5, 5)], True), ([(2, 4, 4), (2, 4, 4)], True), ([(2, 4, 4)], False), ([], False),
+                                         ([(8, 4, 4), (8, 4, 4)], False), ([(2, 4, 4), (8, 4, 4)], False), ([(2, 3, 3), (2, 3, 3)], False),
+                                         ([(2, 5, 4), (2, 5, 4)], False), ([(2, 5, 5), (2, 4, 4)], False)])
+def test_every_block_looks_from_all_tokens_to_all(calls, fits):
+    if fits:
+        assert len(attention.attention_maps(Calls(*calls), torch.zeros(2, 3, 8, 8))) == 2
+    else:
+        with pytest.raises(ValueError, match="Calls has no attention"):
+            attention.attention_maps(Calls(*calls), torch.zeros(2, 3, 8, 8))
+
+
 def test_the_network_and_the_switches_stay_as_they_were():
     model = models.create("vit_s16", 5, 16, **OURS["vit_s16"], dropout=0.5, attn_dropout=0.5, drop_path=0.5).train()
     model.set_grad_checkpointing()
