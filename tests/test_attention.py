@@ -10,9 +10,13 @@ from PIL import Image
 from timm.layers import set_fused_attn, use_fused_attn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.data import default_collate
 
+import datamodules
 import models
-from experiments import visualize
+from datamodules.pictures import EvalPictures
+from experiments import attention_picture, visualize
+from lightning_modules.columns import fixed_rows
 from models import attention
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -194,6 +198,21 @@ def drawn_by(argv, capsys):
         code = stop.code
     told = capsys.readouterr()
     return code, told.out + told.err
+
+
+def test_the_network_is_shown_what_it_is_evaluated_on(pics, monkeypatch):
+    data = datamodules.create("folder", data_dir=str(pics / "pics"), image_size=(16, 24), mean=(0.2, 0.3, 0.4), std=(0.3, 0.2, 0.1), crop_pct=0.8,
+                              global_batch_size=8, workers=0)
+    model, given = models.create("vit_s16", 3, (16, 24), **OURS["vit_s16"]), []
+    maps = attention.attention_maps
+    monkeypatch.setattr(attention, "attention_maps", lambda model, images: given.append(images) or maps(model, images))
+    attention_picture.draw(model, data.spec, attention_picture.of_split(data, 5))
+    split = data.splits["test"]
+    rows = fixed_rows([name.decode() for name in split.names], 5)
+    batch = default_collate([EvalPictures(split, data.eval_transform())[row, True] for row in rows])
+    assert torch.equal(torch.cat(given), data.on_after_batch_transfer(batch, 0)["image"])
+    titles = [title for title, _ in attention_picture.of_split(data, 5)]
+    assert titles == [split.names[row].decode().split("/")[-2] for row in rows]
 
 
 def test_from_the_command_line(pics, launch, capsys, monkeypatch):

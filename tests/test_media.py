@@ -289,13 +289,13 @@ def test_two_ranks_another_network_and_seed_show_the_same_rows(pics, launch):
 
 
 def test_of_more_classes_than_the_table_has_columns_the_five_likeliest_are_told(tmp_path, launch):
-    for part, count in (("train", 1), ("val", 1)):
-        write_pictures(tmp_path / "pics" / part, {f"c{k:03}": count for k in range(101)}, side=8)
+    for part, count in (("train", 1), ("val", 2)):
+        write_pictures(tmp_path / "pics" / part, dict.fromkeys(["$x^{", "<b>\U0001f408", *(f"c{k:03}" for k in range(99))], count), side=8)
     ended = launch(f"{TINY} --epochs 1 --global_batch_size 101 --name one")
     assert ended.code == 0 and "could not be made" not in ended.out, ended.out
     found, files = media(tmp_path / "runs" / "one")
     table = table_of(files, found, "best/predictions")
-    assert len(table["data"]) == 32
+    assert len(table["data"]) == 32 and {"$x^{", "<b>\U0001f408"} <= {row[0] for row in table_of(files, found, "best/per_class")["data"]}
     for row in table["data"]:
         cells = dict(zip(table["columns"], row))
         shares = [float(each.split()[1]) for each in cells["top 5"].split(", ")]
