@@ -27,8 +27,7 @@ class Table:
 
 def words(value: Any, most: int = 100) -> str:
     """What a person has named, as text that any file takes: what cannot be printed becomes `?`, what is longer is cut, as `abc...`."""
-    told = str(value).encode("utf-8", "replace").decode()
-    told = "".join(letter if letter.isprintable() else "?" for letter in told)
+    told = "".join(letter if letter.isprintable() else "?" for letter in str(value))
     return told if len(told) <= most else told[:most - 3] + "..."
 
 

@@ -117,7 +117,7 @@ def test_a_thousand_classes_and_fifty_thousand_rows_are_quick():
     assert time.process_time() - start < 6
     many = classes(12_000, 300)
     table = run_media.per_class(many)
-    assert len(table.rows) == 10_000 and {row[2] for row in table.rows} >= {0.0}
+    assert len(table.rows) == 10_000 and sum(row[1] for row in table.rows) == 300  # those that are not there are left out first
 
 
 # The fixed rows
