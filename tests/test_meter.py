@@ -2,16 +2,20 @@
 import contextlib
 import json
 import math
+import os
 import re
+import signal
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import FORKS, result_of
 from lightning.fabric.utilities.throughput import _CUDA_FLOPS
 from timm.optim import param_groups_layer_decay
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from lightning_modules import meter
@@ -164,3 +168,61 @@ def test_the_benchmark_times_both_sides_and_what_lies_between(tmp_path, monkeypa
     assert child.exitcode == 0 and "2 interleaved pairs" in said
     share = float(re.search(r"tracking +([\d.]+) % of a step", said)[1])
     assert share > 0 and len(re.findall(r"ms a step without, [\d.]+ ms with: [\d.]+ \(quartiles", said)) == 2
+
+
+def note_reads() -> None:
+    """reads.txt: for each call of the meter's hooks in a step, how many numbers it has read from the device, and whether it told a row."""
+    told, counts = [], []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default or "cpu" in str((kwargs or {}).get("device")):
+                counts.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    log = meter.Meter._log
+    meter.Meter._log = lambda self, *given: (told.append(1), log(self, *given))[1]
+
+    def watch(name: str) -> None:
+        original = getattr(meter.Meter, name)
+
+        def hook(self: Any, *given: Any) -> None:
+            told.clear(), counts.clear()
+            with Reads():
+                original(self, *given)
+            with open("reads.txt", "a") as file:
+                print(name, len(counts), bool(told), file=file)
+        setattr(meter.Meter, name, hook)
+    for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
+        watch(name)
+
+
+def test_a_step_without_a_row_reads_nothing_from_the_device(pics, launch):
+    ended = launch(f"{TINY} --log_every_steps 3", before=note_reads)
+    assert ended.code == 0, ended.out
+    calls = [line.split() for line in (pics / "reads.txt").read_text().splitlines()]
+    assert len(calls) == 3 * 8 and {read for _, read, told in calls if told == "False"} == {"0"}
+    assert {name for name, read, told in calls if told == "True" and int(read) > 0} == {"on_train_batch_end"}
+
+
+def leave_in_validation() -> None:
+    count_time(0.25, 2.0)
+    validate = Task.validation_step
+
+    def validation_step(self: Task, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 4 and not Path("left").exists():
+            Path("left").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, batch, batch_idx)
+    Task.validation_step = validation_step
+
+
+def test_leaving_between_an_epochs_last_step_and_its_row_loses_nothing_of_it(pics, launch):
+    line = f"{TINY} --save_every_steps 1 --log_every_steps 3"
+    assert launch(f"{line} --overwrite", before=partial(count_time, 0.25, 2.0)).code == 0
+    whole = rows_of(pics)
+    assert launch(f"{line} --overwrite", before=leave_in_validation).code == 75
+    assert launch(line, before=partial(count_time, 0.25, 2.0)).code == 0
+    apart = ("perf/memory_mb", "perf/hours_left")
+    assert [{key: row[key] for key in row if key not in apart} for row in rows_of(pics)] == \
+        [{key: row[key] for key in row if key not in apart} for row in whole]
