@@ -21,7 +21,7 @@ from lightning_modules.history import read_history
 
 TINY = "--data_dir pics --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --recipe none --global_batch_size 8 " \
        "--lr 2e-3 --workers 0 --epochs 3"
-NASTY = ["$x^{", "a\nb\x00c", "\udcff\ud800", "<script>alert(1)</script>", "%s {} \\", "", "x" * 500, "猫"]
+NASTY = ["$x^{$", "a\nb\x00c", "\udcff\ud800", "<script>alert(1)</script>", "%s {} \\", "", "x" * 500, "猫"]
 
 
 def classes(count, rows, seed=0, names=None):
@@ -197,11 +197,11 @@ def test_figures_of_little():
 
 
 def test_the_matrix_is_coloured_by_the_share_of_the_row():
-    target = np.repeat([0, 1], [90, 10])
-    scored = Scored("p", "classification", ["often", "rare"], np.arange(100).astype(str), target, None, 1 - target, np.ones(100))
+    target, likeliest = np.repeat([0, 0, 1], [60, 30, 10]), np.repeat([0, 1, 1], [60, 30, 10])
+    scored = Scored("p", "classification", ["often", "rare"], np.arange(100).astype(str), target, None, likeliest, np.ones(100))
     axes = run_media_figures._classes(scored).axes[0]
-    assert np.array_equal(axes.images[0].get_array(), [[0, 1], [1, 0]]) and sorted(text.get_text() for text in axes.texts) == ["10", "90"]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["often", "rare"] and "0.00 % of 100" in axes.get_title()
+    assert np.allclose(axes.images[0].get_array(), [[2 / 3, 1 / 3], [0, 1]]) and sorted(text.get_text() for text in axes.texts) == ["10", "30", "60"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["often", "rare"] and "70.00 % of 100" in axes.get_title()
 
 
 # Runs
@@ -284,6 +284,7 @@ def test_two_ranks_another_network_and_seed_show_the_same_rows(pics, launch):
         assert all(re.match("test/", row[1]) for row in rows) and len(rows) == 13 and {x for x, _ in found.values()} == \
             {read_history(pics / "runs" / name / "metrics.csv")[-1]["step"]}
     assert tables[0] == tables[1] == tables[2] and "best/attention" not in found
+    assert "of predictions.csv (test)" in (pics / "runs" / "one" / "report.html").read_text()
     table, right = accuracy(pics / "runs" / "one")
     assert table["id"].str.startswith("test/").all() and np.float32(right) == np.float32(result_of(pics / "runs" / "one")["test/acc1"])
 
