@@ -110,7 +110,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
-    preflight.check_train_sizes(meta, cfg, data)
+    preflight.check_network(meta, cfg, data)
     cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
     cfg = replace(cfg, cache_side=data.cache_side)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),

@@ -18,6 +18,7 @@ FULL, FIRST, LAST = 1, 2, 4
 STEP = "trainer/global_step"  # the x that Lightning's logger writes
 PREEMPTED = 75
 OF_RESULT = ("val", "test")  # what has a slash and stands in result.json
+NO_HISTORY = ("_", "best/")  # W&B's own, and what run_media_log.py tells: sizes of pictures and tables
 
 
 def payloads(path: Path) -> Iterator[bytes]:
@@ -110,7 +111,7 @@ def _record(name: str, config: dict[str, Any], summary: dict[str, Any], rows: li
         step = row.get(STEP, row.get("step"))
         if step is None:
             continue
-        numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and not key.startswith("_")}
+        numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and not key.startswith(NO_HISTORY)}
         numbers.pop(STEP, None)
         steps.setdefault(step, {}).update({**numbers, "step": float(step)})
     result = {key: value for key, value in summary.items()

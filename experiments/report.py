@@ -14,7 +14,7 @@ import torch
 import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import build, plan, run_page, rundir
+from experiments import build, plan, run_media_log, run_page, rundir
 from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
@@ -224,6 +224,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     if saving.failures:
         print(f"{saving.failures} saves of checkpoints failed on the way (the warnings say which and why); the last step is saved")
     run_page.write(run, "finished")
+    run_media_log.log(run, task, trainer)
 
 
 def _stop(trainer: L.Trainer, line: str) -> None:
@@ -234,8 +235,8 @@ def _stop(trainer: L.Trainer, line: str) -> None:
 
 def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
     """`val/*` of the best checkpoint (read from the history), `test/*` where there is a labelled test split, and which epoch was best. With
-    averaged checkpoints `val/*` and `test/*` are theirs, and `best` stays that of the epoch. A table's val is predicted with these weights into
-    oof.csv, and what has no labels into predictions.csv."""
+    averaged checkpoints `val/*` and `test/*` are theirs, and `best` stays that of the epoch. With these weights a table's val is predicted into
+    oof.csv, and into predictions.csv what has no labels, else test, else val."""
     sizes = run.data.sizes
     if run.cfg.eval_only:
         stage = "test" if sizes["test"] else "val"
@@ -261,7 +262,7 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
         scores |= {key: value for key, value in best.items() if key.startswith("val")}
     if state is not None:
         task.model.load_state_dict(state)
-    for split, score, wanted in (("val", trainer.validate, averaged or of_table), ("test", trainer.test, True)):
+    for split, score, wanted in (("val", trainer.validate, averaged or of_table or not sizes["test"]), ("test", trainer.test, True)):
         if wanted and sizes[split]:
             score(task, run.data, verbose=False)
             if split == "test" or averaged:
