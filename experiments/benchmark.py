@@ -3,7 +3,7 @@
 `step` times forward and backward of the same network, batch and precision as ours and as timm, torchvision and vit-pytorch write it, in one
 process and interleaved: every round runs each once, in a shuffled order, so that a noisy machine is noisy to all. In the same way `data` times
 training batches, ours from the picture cache and from files, and timm's; `distill` one student's training step without a teacher, with a cached
-one and with the live one.
+one and with the live one; `tracking` a step with all that a run logs and with none.
 """
 import argparse
 import random
@@ -139,12 +139,20 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument("--batch", type=int, default=64, help="pictures in a batch")
     verb.add_argument("--batches", type=int, default=4, help="of each contender in a round")
     verb.add_argument("--rounds", type=int, default=15, help="interleaved rounds after one to warm up, at least 2")
+    verb = verbs.add_parser("tracking", help="a training step with everything a run logs, and with none of it")
+    verb.add_argument("--model", default="vit_ti16", help="a name of run.py --list models")
+    verb.add_argument("--batch", type=int, default=8, help="pictures in a step")
+    verb.add_argument("--rounds", type=int, default=15, help="interleaved pairs of blocks after two to warm up, at least 2")
+    verb.add_argument("--log_every_steps", type=int, default=50, help="steps of a block, which ends with a row")
     args = parser.parse_args(argv)
     if args.batch < 1 or args.rounds < 2:
         parser.error("--batch must be at least 1 and --rounds at least 2")
     if args.verb == "data":
         return _data(args)
-    if args.verb == "step":
+    if args.verb == "tracking":
+        from experiments import benchmark_tracking
+        benchmark_tracking.measure(args.model, args.batch, args.rounds, args.log_every_steps)
+    elif args.verb == "step":
         step(args.family, args.precision, args.batch, args.rounds, args.channels_last)
     else:
         benchmark_distill.measure(args.student, args.teacher, args.precision, args.batch, args.rounds, args.rows, args.topk)

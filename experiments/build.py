@@ -110,7 +110,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         raise UsageError("\n".join(filter(None, problems)))
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
-    preflight.check_train_sizes(meta, cfg, data)
+    preflight.check_network(meta, cfg, data)
     cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
     cfg = replace(cfg, cache_side=data.cache_side)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
@@ -284,3 +284,10 @@ def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | Ca
         return CachedTeacher(cfg.teacher)
     found = [Teacher.load(source.strip(), cfg.teacher_init, student=data.spec, precision=cfg.precision) for source in cfg.teacher.split(",")]
     return found[0] if len(found) == 1 else Teachers(found, data.spec["task"])
+
+
+def gmacs(run: Run) -> float:
+    """Billions of multiply-accumulates of one picture's forward pass."""
+    with torch.device("meta"):
+        meta = models.create(run.cfg.model, run.data.spec["num_outputs"], size(run.cfg.image_size), **run.cfg.model_args)
+    return cost.gmacs(meta, size(run.cfg.image_size))

@@ -8,6 +8,7 @@ from lightning_modules.wandb_local import STEP, has_credentials, read
 
 PREEMPTED = 75
 OF_RESULT = ("val", "test")  # what has a slash and stands in result.json
+NO_HISTORY = ("_", "best/")  # W&B's own, and what run_media_log.py tells: sizes of pictures and tables
 
 
 def offline(files: list[Path]) -> list[Record]:
@@ -53,7 +54,7 @@ def _record(name: str, config: dict[str, Any], summary: dict[str, Any], rows: li
         step = row.get(STEP, row.get("step"))
         if step is None:
             continue
-        numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and not key.startswith("_")}
+        numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and not key.startswith(NO_HISTORY)}
         numbers.pop(STEP, None)
         steps.setdefault(step, {}).update({**numbers, "step": float(step)})
     result = {key: value for key, value in summary.items()

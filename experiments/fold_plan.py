@@ -1,5 +1,4 @@
 """The heavy parts of `run.py --folds K`: what is resolved before the first fold, and what is concluded after the last."""
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from datamodules import folds
 from experiments import build, fold_dirs, fold_merge, plan, report, run_page, rundir, trackers
 from experiments.build import Run
+from experiments.children import gpu_names
 from experiments.config import Command, read
 from experiments.fold_runs import APART
 from experiments.usage import UsageError
@@ -45,8 +45,8 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "rows": len(ids),
             "folds_file": str(file or run.folder / fold_merge.FOLDS),
             "spec": run.data.spec, "metric": run.cfg.metric or run.data.metric_name or metrics.DEFAULTS[run.data.task],
-            "skipped": cfg.bad_images == "skip", "fingerprint": run.data.fingerprint, "gpus": _gpus() if apart and plan.on_gpu(cfg) else [],
-            **_forecast(run)}
+            "skipped": cfg.bad_images == "skip", "fingerprint": run.data.fingerprint,
+            "gpus": gpu_names(torch.cuda.device_count()) if apart and plan.on_gpu(cfg) else [], **_forecast(run)}
 
 
 def _forecast(run: Run) -> dict[str, float]:
@@ -57,12 +57,6 @@ def _forecast(run: Run) -> dict[str, float]:
     together = world if plan.on_gpu(cfg) else cfg.num_nodes
     steps = cfg.epochs * run.data.steps_per_epoch
     return {"speed": speed, "steps": steps, "forecast_seconds": steps * cfg.global_batch_size / (speed * together)}
-
-
-def _gpus() -> list[str]:
-    """The names of the GPUs that this process may use, for the environment of others."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [*map(str.strip, visible.split(","))] if visible else [*map(str, range(torch.cuda.device_count()))]
 
 
 def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float], *, whole: bool) -> None:

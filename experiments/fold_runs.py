@@ -1,13 +1,10 @@
 """`run.py --folds K`: every fold a process of its own under runs/<name>/fold0.., one after the other or one on each device, and what they say
 together. This process stays light: it imports no torch before the merge and holds no GPU."""
 import csv
-import ctypes
 import json
 import multiprocessing
 import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -15,15 +12,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from experiments.children import clock as _clock
+from experiments.children import die_with_parent as _die_with_parent
+from experiments.children import how, margin, start, tasks
+from experiments.children import result as _result
+from experiments.children import score as _score
 from experiments.config import Command, Config, read
 from experiments.usage import TOLD, UsageError
-from lightning_modules.signals import ORDER, PR_SET_PDEATHSIG, PREEMPTED, exit_code, notice
+from lightning_modules.signals import ORDER, PREEMPTED, exit_code, notice
 
 PROCESSES = multiprocessing.get_context("spawn")  # for the plan, which may need a GPU that must be free again afterwards
 APART = "folds"  # --strategy: a fold on each device
-OF_AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # the trial of a W&B sweep is the run over the folds, not each of them
 POLL_SECONDS = 0.2
-MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 
 
 def wanted(cfg: Config) -> bool:
@@ -48,8 +48,7 @@ def main(command: Command) -> int:
 
 
 def _refuse(cfg: Config) -> None:
-    tasks = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) if "RANK" in os.environ or "SLURM_PROCID" in os.environ else 1
-    if tasks > 1:
+    if tasks() > 1:
         raise UsageError(f"--folds {cfg.folds} starts processes of its own: under torchrun or srun give one fold, --fold I (0 to {cfg.folds - 1}); "
                          f"afterwards --folds {cfg.folds} alone, in one process, merges them")
     for key in ("resume", "eval_only"):
@@ -100,8 +99,8 @@ class Folds:
                 if (ended := process.poll()) is not None:
                     del self.running[fold]
                     self.seconds[fold] += time.monotonic() - since
-                    how = self._ended(fold, ended, left)
-                    code = code or how
+                    ended = self._ended(fold, ended, left)
+                    code = code or ended
         return code
 
     def expected(self, fold: int) -> float | None:
@@ -115,8 +114,7 @@ class Folds:
         return self.deadline is None or self.time_left() > 0 and (expected is None or expected <= self.time_left())
 
     def time_left(self) -> float:
-        margin = min(MARGIN_SECONDS, 72 * (self.plan["cfg"]["hours"] or 0))
-        return max(0.0, self.deadline - margin - time.monotonic())
+        return max(0.0, self.deadline - margin(self.plan["cfg"]["hours"] or 0) - time.monotonic())
 
     def _share(self, fold: int) -> float:
         """Of the steps of an unfinished fold, those that its history tells of."""
@@ -153,7 +151,7 @@ class Folds:
     def _ended(self, fold: int, ended: int, left: list[int]) -> int:
         """Note how a fold ended. Returns 0 where it is finished, else its exit code, or 1 for none of its own."""
         result, took = _result(self.place(fold)), _clock(self.seconds[fold])
-        how, ended = f"exit code {ended}" if ended >= 0 else f"killed by {signal.Signals(-ended).name}", max(ended, 0)
+        why, ended = how(ended), max(ended, 0)
         self._keep()
         if result.get("finished"):
             score = _score(result["metric"], result["best"]) if result.get("best") is not None else "not scored"
@@ -164,7 +162,7 @@ class Folds:
         if self.asked:
             ended = PREEMPTED  # also where it had no time yet to listen
         if not notice.asked:
-            over = "the time of --hours is over" if self.asked else how
+            over = "the time of --hours is over" if self.asked else why
             print(f"fold {fold} has stopped after {took} ({over}); the same command goes on", flush=True)
         return ended or 1
 
@@ -183,25 +181,6 @@ class Folds:
             self.asked = asked
             for process, _, _ in self.running.values():
                 process.send_signal(ORDER[asked - 1])
-
-
-def start(argv: list[str], env: dict[str, str], log: Path | None) -> subprocess.Popen:
-    """One fold as a run.py of its own, which dies with this process; in a session of its own, so that Ctrl-C comes from here alone."""
-    script = Path(__file__).with_name("run.py")
-    paths = os.pathsep.join(filter(None, (str(script.parents[1]), os.environ.get("PYTHONPATH"))))
-    inherited = {key: value for key, value in os.environ.items() if key not in OF_AGENT}
-    out = None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115 (the child's)
-    try:
-        return subprocess.Popen([sys.executable, str(script), *argv], env={**inherited, "PYTHONPATH": paths, **env}, stdout=out,
-                                stderr=None if out is None else subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_parent)
-    finally:
-        if out is not None:
-            out.close()
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _planned(command: Command) -> dict[str, Any] | int:
@@ -245,23 +224,7 @@ def _merge(folds: Folds, *, whole: bool) -> int:
     return 0
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
-
-
 def _write(path: Path, result: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, path)
-
-
-def _score(name: str, value: float) -> str:
-    """As `metrics.shown`, which imports torch."""
-    return f"{name} {100 * value:.2f} %" if name.split("/")[-1].startswith("acc") else f"{name} {value:.5g}"
-
-
-def _clock(seconds: float | None) -> str:
-    """`3:05`, `1:02:03`, or `?`."""
-    if seconds is None:
-        return "?"
-    return re.sub(r"^0:0?", "", time.strftime("%-H:%M:%S", time.gmtime(round(seconds)))) if seconds < 86400 else f"{seconds / 3600:.1f} h"

@@ -12,9 +12,10 @@ import datamodules
 import models
 from datamodules.augment import Augment
 from datamodules.base import PictureData
+from experiments import attention_picture
 from experiments.config import Config
 from experiments.keywords import check_values
-from experiments.usage import UsageError, did_you_mean
+from experiments.usage import UsageError, did_you_mean, size
 from lightning_modules import distill_losses, losses, metrics, teacher_cache
 from lightning_modules.ema import uses_ema
 from lightning_modules.optim import check_optimizer
@@ -94,8 +95,15 @@ def _check_distill(cfg: Config, task: str) -> None:
     distill_losses.create(cfg.distill, task, (1, 1), **hyper)
 
 
-def check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
-    """Try the network, on no device, at every size of training crops. Raises UsageError where it takes pictures of one size only."""
+def check_network(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Try the network, on no device: at every size of training crops, and for attention maps where they are asked for. Raises UsageError."""
+    _check_train_sizes(meta, cfg, data)
+    if cfg.logger_args.get("attention") and (problems := attention_picture.no_maps(meta, data, size(cfg.image_size))):
+        raise UsageError("\n".join(problems))
+
+
+def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Raises UsageError where the network takes pictures of one size only."""
     if cfg.train_size is None or cfg.eval_only:
         return
     try:

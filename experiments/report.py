@@ -14,7 +14,7 @@ import torch
 import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import plan, run_page, rundir, trackers
+from experiments import build, plan, run_media_log, run_page, rundir, trackers
 from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
@@ -95,7 +95,7 @@ def dry_run(run: Run) -> int:
     seconds = steps * cfg.global_batch_size / (speed * parallel)
     gigabytes = 2**30
     print(plan.table([
-        ("model", f"{cfg.model}, {cost.parameters(run.model):,} parameters, {_gmacs(run):.2f} GMACs at {cfg.image_size}"),
+        ("model", f"{cfg.model}, {cost.parameters(run.model):,} parameters, {build.gmacs(run):.2f} GMACs at {cfg.image_size}"),
         ("data", f"{cfg.data}, train {data.sizes['train']:,}, val {data.sizes['val']:,}, test {data.sizes['test']:,}, "
                  f"{_targets(data.spec)}"),
         ("batch", f"{cfg.global_batch_size} = {cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"),
@@ -197,7 +197,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         return
     cfg, steps = run.cfg, trainer.global_step
     values: dict[str, Any] = {
-        "model": cfg.model, "data": cfg.data, "params": cost.parameters(task.model), "gmacs": round(_gmacs(run), 4),
+        "model": cfg.model, "data": cfg.data, "params": cost.parameters(task.model), "gmacs": round(build.gmacs(run), 4),
         **scores, "epochs": 0 if cfg.eval_only else cfg.epochs, "steps": steps, "lr": cfg.lr,
         "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
@@ -219,6 +219,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     if saving.failures:
         print(f"{saving.failures} saves of checkpoints failed on the way (the warnings say which and why); the last step is saved")
     run_page.write(run, "finished")
+    run_media_log.log(run, task, trainer)
 
 
 def _stop(trainer: L.Trainer, line: str) -> None:
@@ -229,8 +230,8 @@ def _stop(trainer: L.Trainer, line: str) -> None:
 
 def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
     """`val/*` of the best checkpoint (read from the history), `test/*` where there is a labelled test split, and which epoch was best. With
-    averaged checkpoints `val/*` and `test/*` are theirs, and `best` stays that of the epoch. A table's val is predicted with these weights into
-    oof.csv, and what has no labels into predictions.csv."""
+    averaged checkpoints `val/*` and `test/*` are theirs, and `best` stays that of the epoch. With these weights a table's val is predicted into
+    oof.csv, and into predictions.csv what has no labels, else test, else val."""
     sizes = run.data.sizes
     if run.cfg.eval_only:
         stage = "test" if sizes["test"] else "val"
@@ -256,7 +257,7 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
         scores |= {key: value for key, value in best.items() if key.startswith("val")}
     if state is not None:
         task.model.load_state_dict(state)
-    for split, score, wanted in (("val", trainer.validate, averaged or of_table), ("test", trainer.test, True)):
+    for split, score, wanted in (("val", trainer.validate, averaged or of_table or not sizes["test"]), ("test", trainer.test, True)):
         if wanted and sizes[split]:
             score(task, run.data, verbose=False)
             if split == "test" or averaged:
@@ -273,12 +274,6 @@ def _averaged(task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any] | N
     except (OSError, ValueError) as error:
         _stop(trainer, f"the weights are not averaged: {error}. Make room, or delete a damaged file (the others are averaged), and run the same "
                        "command again")
-
-
-def _gmacs(run: Run) -> float:
-    with torch.device("meta"):
-        meta = models.create(run.cfg.model, run.data.spec["num_outputs"], size(run.cfg.image_size), **run.cfg.model_args)
-    return cost.gmacs(meta, size(run.cfg.image_size))
 
 
 def _timing(run: Run, trainer: L.Trainer) -> dict[str, float | None]:

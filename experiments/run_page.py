@@ -62,7 +62,7 @@ def make(folder: Path, spec: dict[str, Any], state: str, *, data: L.LightningDat
     kept = _kept(folder / PAGE)
     if seen is not None and (seen.step == 0 or not kept):
         kept = _seen(seen, spec, data)
-    scored = scored_page.read(folder, spec) if result else None
+    scored = scored_page.read(folder, spec, _split(result)) if result else None
     body = [_header(folder, state, config, result, rows, params), _folds(result), _curves(rows, result), _time(rows, result, config), _others(rows),
             f"{KEPT[0]}{kept}{KEPT[1]}\n", scored_page.sections(scored, lambda ids: opened(data, ids)) if scored else "", _config(config)]
     name = text(folder.name, 200)
@@ -74,6 +74,11 @@ def make(folder: Path, spec: dict[str, Any], state: str, *, data: L.LightningDat
     finally:
         with suppress(OSError):  # half a page, where the disk is full
             (folder / f".{PAGE}.partial").unlink(missing_ok=True)
+
+
+def _split(result: dict[str, Any]) -> str:
+    """What predictions.csv is of: labelled test, else val; "" where the result does not say."""
+    return next((name for name in ("test", "val") if any(key.startswith(f"{name}/") for key in result)), "")
 
 
 def _kept(page: Path) -> str:
@@ -170,6 +175,9 @@ def _time(rows: Rows, result: dict[str, Any], config: dict[str, Any]) -> str:
     middle = float(np.median([speed for _, speed in speeds]))
     step = float(np.median([seconds for _, seconds in steps])) if steps else batch / middle if batch and middle else None
     facts = [("images/s, median of the rows", number(middle))] + [("seconds a step", number(step))] * (step is not None)
+    for name, column in (("10¹² operations/s a device", "perf/tflops_per_device"), ("of its peak (MFU)", "perf/mfu")):
+        if points := _points(rows, column):
+            facts.append((name, number(float(np.median([value for _, value in points])), column.endswith("mfu"))))
     share, bar = float(np.mean([wait for _, wait in waits])) if waits else None, ""
     if share is not None:
         facts.append(("of it waiting for data", number(share, True)))

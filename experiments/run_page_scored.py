@@ -4,7 +4,7 @@ regression predicted against true. The numbers are functions of arrays; the sect
 Legend: N pictures, K classes or labels, T targets.
 """
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class Scored:
     dropped: int = 0
 
 
-def read(folder: Path, spec: dict[str, Any]) -> Scored | None:
-    """predictions.csv where it has targets, else oof.csv; None without either, or for an empty one."""
+def read(folder: Path, spec: dict[str, Any], split: str = "") -> Scored | None:
+    """predictions.csv where it has targets, else oof.csv; None without either, or for an empty one. `split`: what predictions.csv is of, for
+    people."""
     names = list(spec["class_names"] or spec["target_names"])
     targets = ["target"] if spec["task"] == "classification" or len(names) == 1 else [f"target_{name}" for name in names]
     for name in ("predictions.csv", "oof.csv"):
@@ -46,7 +47,8 @@ def read(folder: Path, spec: dict[str, Any]) -> Scored | None:
             continue
         columns = list(pd.read_csv(folder / name, nrows=0).columns)
         if set(targets) <= set(columns):
-            return _read(folder / name, spec, names, targets, columns)
+            scored = _read(folder / name, spec, names, targets, columns)
+            return replace(scored, file=f"{name} ({split})") if scored and split and name == "predictions.csv" else scored
     return None
 
 

@@ -1,11 +1,14 @@
 """Where a run's rows go: metrics.csv always, and the tracker of --logger."""
+import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from experiments import export, fold_dirs, rundir
+from experiments import build, export, fold_dirs, plan, rundir
 from experiments.build import Run
 from experiments.checks import tags
 from lightning_modules.history import History
@@ -13,20 +16,26 @@ from lightning_modules.signals import PREEMPTED
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost
 
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "wandb", "numpy")
+
 
 def loggers(run: Run) -> list[Any]:
     cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
     if cfg.logger == "wandb":
         name, group = fold_dirs.name_and_group(run.folder, cfg)
-        found.append(SafeWandbLogger(run.folder, config=_config(run), name=name, group=group, tags=tags(cfg.tags), notes=cfg.notes))
+        found.append(SafeWandbLogger(run.folder, config=about(run), name=name, group=group, tags=tags(cfg.tags), notes=cfg.notes))
     elif cfg.logger == "tensorboard":
         from lightning_modules.tensorboard import TensorBoard  # its package is an extra
-        found.append(TensorBoard(run.folder, _config(run)))
+        found.append(TensorBoard(run.folder, about(run)))
     return found
 
 
-def _config(run: Run) -> dict[str, Any]:
-    return {**rundir.plain(run.cfg), "params": cost.parameters(run.model), "commit": rundir.commit()}
+def about(run: Run) -> dict[str, Any]:
+    """What a tracker is told of a run once: its config, what the network costs, on what code and machine it runs."""
+    cfg = run.cfg
+    return {**rundir.plain(cfg), "params": cost.parameters(run.model), "gmacs": round(build.gmacs(run), 4), "commit": rundir.commit(),
+            "world_size": plan.world_size(cfg), "device": torch.cuda.get_device_name() if plan.on_gpu(cfg) else platform.processor() or "cpu",
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}}
 
 
 def conclude(run: Run, trainer: L.Trainer, values: dict[str, Any]) -> None:

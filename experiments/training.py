@@ -13,13 +13,14 @@ from lightning_modules.aux_targets import Aux
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.distiller import Distill
-from lightning_modules.meter import Meter, Progress
+from lightning_modules.meter import Meter, Progress, Waits
 from lightning_modules.optim import optimizer
 from lightning_modules.predictions import Predictions
 from lightning_modules.preemption import Preemption
 from lightning_modules.schedules import SCHEDULES
 from lightning_modules.seen import Seen
 from lightning_modules.task import Task
+from models import cost
 
 
 def task(run: Run) -> Task:
@@ -59,8 +60,9 @@ def monitor(run: Run) -> str:
 def trainer(run: Run) -> L.Trainer:
     cfg, checkpoints = run.cfg, run.folder / "checkpoints"
     watched, mode = monitor(run), metric(run).mode
-    meter = Meter(cfg.global_batch_size, cfg.log_every_steps)
-    callbacks = [meter, Progress(meter, cfg.epochs * run.data.steps_per_epoch, cfg.epochs),
+    waits = Waits()
+    meter = Meter(cfg.global_batch_size, cfg.log_every_steps, cfg.epochs * run.data.steps_per_epoch, waits, partial(cost.training_flops, run.model))
+    callbacks = [meter, Progress(meter, cfg.epochs),
                  Predictions(run.folder, run.data.spec, cfg.fold)]
     if not cfg.eval_only:  # before those that save
         callbacks += [ema.Ema(cfg.ema_decay)] if cfg.ema_decay is not None else []
@@ -80,6 +82,6 @@ def trainer(run: Run) -> L.Trainer:
         plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
     return L.Trainer(
         **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad,
-        gradient_clip_algorithm=cfg.clip_mode, logger=trackers.loggers(run), callbacks=callbacks, plugins=plugins,
+        gradient_clip_algorithm=cfg.clip_mode, logger=trackers.loggers(run), callbacks=callbacks, plugins=plugins, profiler=waits,
         default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False,
         enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when

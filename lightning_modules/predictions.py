@@ -7,13 +7,13 @@ import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback
 
-from lightning_modules.columns import table, write
+from lightning_modules.columns import fixed_rows, table, write
 from lightning_modules.targets import predict
 
 
 class Predictions(Callback):
     """Writes `predictions.csv` after a test, a prediction, or a validation of its own (not those inside training); of a table's validation
-    `oof.csv`.
+    `oof.csv`. The last one with targets is told on rank 0 in `shown` too: id -> all it predicted, of its `fixed_rows`.
 
     Columns: see `columns.table`; the id of what is no table is the picture's name in its split, and `fold` is in oof.csv. Each rank leaves a
     shard beside the file; rank 0 merges them by row. Raises RuntimeError when a row is missing or there twice.
@@ -22,6 +22,7 @@ class Predictions(Callback):
     def __init__(self, folder: Path, spec: dict[str, Any], fold: int | None = None):
         self.folder, self.spec, self.fold = folder, spec, fold or 0
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.shown: dict[str, np.ndarray] = {}
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *place: int) -> None:
         valid = batch["valid"].cpu().numpy()
@@ -57,6 +58,8 @@ class Predictions(Callback):
             of_table = self.spec.get("id_column") and name == "val"
             content = table(ids, self.spec, prediction, None if name == "predict" else target, self.fold if of_table else None)
             write(content, self.folder / ("oof.csv" if of_table else "predictions.csv"))
+            if name != "predict":
+                self.shown = {str(ids[row]): prediction[row].copy() for row in fixed_rows(ids)}
             for rank in range(trainer.world_size):
                 self._shard(rank).unlink()
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 
 def parameters(model: nn.Module) -> int:
@@ -18,6 +18,29 @@ def gmacs(meta: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> fl
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta.eval()(torch.empty(1, in_chans, *image_size, device="meta"))
     return counter.get_total_flops() / 2e9
+
+
+def training_flops(model: nn.Module, *given: torch.Tensor) -> float:
+    """Floating-point operations of one picture's forward and backward pass, attention products included and two to a multiply-accumulate; what
+    is frozen, and gradients that nothing asks for, cost nothing.
+
+    Args:
+        model: on any device, trainable as it will be trained; it is left as it is, gradients included.
+        given: its inputs, each (B, ...); of them only the shape counts.
+    """
+    state = {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in model.named_parameters()}
+    state |= {name: value.to("meta") for name, value in model.named_buffers()}
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}) as counter:
+        meta = tuple(torch.empty_like(value, device="meta", dtype=torch.float32) for value in given)
+        output = torch.func.functional_call(model, state, meta, tie_weights=False)  # tied, a module that others share is left on meta
+        sum(part.sum() for part in (output if isinstance(output, tuple) else (output,))).backward()
+    return counter.get_total_flops() / len(given[0])
+
+
+def _convolution_backward(grad_out: Any, image: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool,
+                          output_padding: Any, groups: int, wanted: list[bool], out_shape: Any = None, **kwargs: Any) -> int:
+    """The forward pass's count for the picture's gradient and for the weight's, as far as wanted (PyTorch's own forgets groups)."""
+    return (wanted[0] + wanted[1]) * conv_flop_count(image, weight, grad_out, transposed=transposed)
 
 
 def activation_bytes(meta: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath, LayerScale
+from timm.layers import DropPath, LayerScale, use_fused_attn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,8 +69,9 @@ class NormedPatchEmbed(PatchEmbed):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(K) + bias) v for (B, H, N, K); PyTorch's fused kernel, but written out on CPU, where that is faster."""
-    if q.device.type != "cpu":
+    """softmax(q k' / sqrt(K) + bias) v for (B, H, N, K); PyTorch's fused kernel, but written out on CPU, where that is faster;
+    timm's `set_fused_attn(experimental=True)` takes the kernel everywhere."""
+    if q.device.type != "cpu" or use_fused_attn(experimental=True):
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), dropout_p=dropout)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
     if bias is not None:

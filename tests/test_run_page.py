@@ -443,13 +443,13 @@ def test_a_thousand_classes_a_long_history_and_large_pictures_stay_small(tmp_pat
 
 
 def test_where_a_steps_time_goes_once_it_is_measured(tmp_path):
-    rows = [{"epoch": 0, "step": k, "train/loss": 1.0, "perf/images_per_sec": 100 + k, "perf/data_wait_share": 0.25, "perf/step_seconds": 0.5 + k}
-            for k in (1, 2, 3)]
+    rows = [{"epoch": 0, "step": k, "train/loss": 1.0, "perf/images_per_sec": 100 + k, "perf/data_wait_share": 0.25, "perf/step_seconds": 0.5 + k,
+             "perf/tflops_per_device": 7.0 * k, "perf/mfu": 0.1 * k} for k in (1, 2, 3)]
     folder = folder_of(tmp_path / "run", None, rows=rows)
     run_page.make(folder, spec_of("classification", ["a", "b"]), "training")
     page = Page(folder / "report.html")
-    assert page.ids["time"].values()[:3] == [102, 2.5, 0.25] and len(page.ids["time"].all("svg")) == 3 and page.root.all("div", "split")
-    assert "others" not in page.ids
+    assert page.ids["time"].values()[:5] == [102, 2.5, 14, 0.2, 0.25] and len(page.ids["time"].all("svg")) == 3 and page.root.all("div", "split")
+    assert len(page.ids["others"].all("svg")) == 2
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], [3e-7, 4e-7], [5.0, 5.0], [0.0, 0.0], [-1e9, 1e9], [0.9931, 0.9947], [1e6, 1e6 + 1]])

@@ -5,7 +5,7 @@ from fold_processes import quick
 from test_fold_runs import LINE, comp  # noqa: F401 (the fixture)
 from wandb_stub import WandbStub
 
-from experiments import compare_runs, compare_wandb, fold_runs
+from experiments import children, compare_runs, compare_wandb
 
 FOLDS = f"{LINE.replace('--logger csv', '--logger wandb')} --epochs 1 --folds 2 --name all --tags x"
 
@@ -55,6 +55,6 @@ def test_a_merge_without_a_server_is_a_merge(comp, launch):  # noqa: F811
 def test_a_fold_is_no_trial_of_an_agent(monkeypatch):
     for variable in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_PROJECT"):
         monkeypatch.setenv(variable, "x")
-    monkeypatch.setattr(fold_runs.subprocess, "Popen", lambda argv, env, **_: env)
-    assert {key for key in fold_runs.start([], {}, None) if key.startswith("WANDB_") and key in fold_runs.OF_AGENT} == set()
-    assert fold_runs.start([], {"TOLD": "1"}, None)["WANDB_PROJECT"] == "x"
+    monkeypatch.setattr(children.subprocess, "Popen", lambda argv, env, **_: env)
+    assert {key for key in children.start([], {}, None) if key.startswith("WANDB_") and key in children.OF_AGENT} == set()
+    assert children.start([], {"TOLD": "1"}, None)["WANDB_PROJECT"] == "x"

@@ -1,0 +1,92 @@
+"""Pictures of what a trained network does: python experiments/visualize.py attention runs/cats"""
+import argparse
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from experiments.usage import Parser, did_you_mean
+from lightning_modules.signals import listening
+
+
+def attention(argv: list[str]) -> int:
+    """Draw where a vision transformer looks: its last block's attention, and the rollout over all blocks."""
+    parser = Parser(prog="visualize.py attention", description=attention.__doc__, allow_abbrev=False,
+                    usage="visualize.py attention RUN [--count 8] [--out F.png] [--images F ... | --data_dir D]",
+                    epilog="The pictures are those of the run's test split, or val: the same ones for every run on these data, and those of "
+                           "--logger_args.attention.")
+    parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, or exported file")
+    parser.add_argument("--count", type=_positive, default=8, help="pictures to draw")
+    parser.add_argument("--out", help="PNG to write; left out: attention.png in the run directory")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--images", nargs="+", metavar="F", help="files of pictures, instead of the split's")
+    given.add_argument("--data_dir", help="folder of the data; left out: the one the run was trained on")
+    args = parser.parse_args(argv)
+    from datamodules.decode import PictureError
+    try:
+        return _attention(args)
+    except (ValueError, OSError, PictureError) as error:
+        print(f"visualize.py: {error}", file=sys.stderr)
+        return 2
+
+
+def _attention(args: argparse.Namespace) -> int:
+    import models  # torch, timm: seconds
+    from datamodules.decode import open_picture
+    from experiments import attention_picture
+    from models import pretrained
+    file = pretrained.checkpoint_in(args.run)
+    model, spec = models.load(file)
+    out = Path(args.out) if args.out else _folder(file) / attention_picture.NAME
+    if out.suffix != ".png" or out.is_dir():
+        raise ValueError(f"--out {out}: names the file to write, which ends in .png")
+    if args.images:
+        pictures = [(Path(each).name, open_picture(each)) for each in args.images]
+    else:
+        pictures = attention_picture.of_split(_data(file, pretrained.read_about(file)["config"], args.data_dir), args.count)
+    drawn = attention_picture.draw(model, spec, pictures)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    attention_picture.write(drawn, out)
+    print(f"attention of {len(pictures)} pictures -> {out}")
+    return 0
+
+
+def _folder(file: Path) -> Path:
+    """The run directory of a checkpoint, or the folder of another file."""
+    return file.parents[1] if file.parent.name == "checkpoints" else file.parent
+
+
+def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
+    """The data set of the run, its folder listed."""
+    from experiments import build
+    from experiments.config import Config
+    known, folder = {key.name for key in fields(Config)}, _folder(file)
+    cfg = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known})
+    cfg = replace(cfg, eval_only=True, init=str(file), name=folder.name, runs_dir=str(folder.parent), cache_dir=None, cache_side=None)
+    return build.datamodule(replace(cfg, data_dir=data_dir) if data_dir else cfg)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+VERBS = {"attention": attention}
+
+
+@listening()
+def main(argv: list[str] | None = None) -> int:
+    """Draw what the first word names. Returns the exit code."""
+    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("-h", "--help"):
+        print("usage: visualize.py VERB ... (VERB --help tells its flags)\n\n" + "\n".join(f"{name:<12}{do.__doc__}" for name, do in VERBS.items()))
+        return 0
+    if verb not in VERBS:
+        print(f"visualize.py: there is no {verb!r}{did_you_mean(verb, [*VERBS])} (there are {', '.join(VERBS)})", file=sys.stderr)
+        return 2
+    return VERBS[verb](rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
