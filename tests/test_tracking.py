@@ -169,20 +169,20 @@ def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, 
         assert_as_in_metrics_csv(server.history(name), folder)
         before = len(server.requests)
         again = launch(line, env=server.env)
-        assert again.code == 0 and "already finished" in again.out and len(server.requests) == before and len(server.artifacts) == 1
+        assert again.code == 0 and "already finished" in again.out and len(server.requests) == before
     result = result_of(folder)
     assert (run["state"], run["tags"], run["notes"], run["displayName"], run["project"]) == ("finished", ["b", "c"], "second", "tracked", "vitlab")
     assert all(run["summary"][key] == value for key, value in result.items() if value is not None)
     config = {key: value["value"] for key, value in run["config"].items() if not key.startswith("_")}
     assert config["model"] == "vit_nano4" and config["model_args"]["depth"] == 2 and config["seed"] == 0 and config["params"] == result["params"]
-    (artifact,) = server.artifacts
+    (artifact,) = [each for each in server.artifacts if each["artifactTypeName"] != "run_table"]  # tables are artifacts too
     assert artifact["artifactTypeName"] == "model" and {each["alias"] for each in artifact["aliases"]} == {"best", "latest"}
     assert json.loads(artifact["metadata"])["best"] == result["best"]
     best, uploaded = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True), load_file(folder / "model.safetensors")
     assert uploaded.keys() == {key.removeprefix("model.") for key in best["state_dict"]}
     assert all(torch.equal(uploaded[key.removeprefix("model.")], value) for key, value in best["state_dict"].items())
-    assert {name for _, name in server.storage} == {"manifest.json", "model.safetensors"}
-    assert server.storage["QXJ01", "model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    uploads = [body for (_, name), body in server.storage.items() if name == "model.safetensors"]
+    assert uploads == [(folder / "model.safetensors").read_bytes()]
     size = (folder / "model.safetensors").stat().st_size
     assert not [file for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size == size and file.name != "model.safetensors"]
     assert_no_key(folder)
@@ -224,6 +224,7 @@ def test_two_ranks_of_lightnings_launcher_are_one_run(tmp_path):
     assert run["state"] == "finished" and run["summary"]["world_size"] == 2
 
 
+@pytest.mark.slow  # wandb asks twice for 20 s whether it may log a table
 def test_an_outage_in_mid_run_costs_nothing_that_sync_does_not_bring_back(launch, tmp_path):
     folder = tmp_path / "runs" / "tracked"
 
@@ -235,7 +236,7 @@ def test_an_outage_in_mid_run_costs_nothing_that_sync_does_not_bring_back(launch
     with WandbStub() as server:
         began = time.monotonic()
         ended = launch(LINE, env=server.env, before=hurry, watch=cut_off)
-        assert ended.code == 0 and result_of(folder)["finished"] and time.monotonic() - began < 40, ended.out
+        assert ended.code == 0 and result_of(folder)["finished"] and time.monotonic() - began < 100, ended.out
         assert "wandb sync --include-online" in ended.out
         ((name, run),) = server.runs.items()
         assert len(server.history(name)) < 4 and run["state"] == "running"
