@@ -1,7 +1,8 @@
 """Values of knobs that cannot be, alone or together. No torch."""
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from experiments.keywords import check_values
 from experiments.usage import UsageError
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ AT_LEAST_1 = ("epochs", "global_batch_size", "micro_batch_size", "lr_batch", "de
               "patience", "repeated_augment")
 NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "clip_grad", "seed", "split_seed", "workers",
                 "mixup", "cutmix", "head_lr_scale", "hours")
+TAG_LENGTH = 64  # W&B's limit
 SHARES = ("hflip", "label_smoothing", "val_fraction", "crop_pct", "random_erasing", "layer_decay", "ema_decay")
 
 
@@ -32,6 +34,7 @@ def check(cfg: "Config") -> None:
         which = f"those of --folds {cfg.folds} are 0 to {cfg.folds - 1}" if cfg.folds else "--folds says of how many"
         raise UsageError(f"--fold {cfg.fold}: {which}")
     _check_training(cfg)
+    _check_tracking(cfg)
 
 
 def _check_ranges(cfg: "Config") -> None:
@@ -68,6 +71,32 @@ def _check_training(cfg: "Config") -> None:
         raise UsageError("--use_ema needs averaged weights: --ema_decay 0.9999 keeps them")
     if cfg.average_checkpoints is not None and not re.fullmatch(r"(last|best)-[1-9]\d*", cfg.average_checkpoints):
         raise UsageError(f"--average_checkpoints {cfg.average_checkpoints}: last-5 or best-3, for example")
+
+
+class LoggerArgs(TypedDict):
+    """--logger_args."""
+
+    checkpoint: bool
+    attention: bool
+
+
+def _check_tracking(cfg: "Config") -> None:
+    """What only W&B keeps is refused with another tracker, so that nobody looks for it in vain."""
+    check_values(LoggerArgs, cfg.logger_args, "--logger_args", [*LoggerArgs.__annotations__])
+    for tag in tags(cfg.tags) or ():
+        if not 1 <= len(tag) <= TAG_LENGTH:
+            raise UsageError(f"--tags {cfg.tags!r}: the tag {tag!r} has {len(tag)} characters; W&B takes 1 to {TAG_LENGTH} for each")
+    asked = {"tags": cfg.tags, "notes": cfg.notes, "logger_args.checkpoint": cfg.logger_args.get("checkpoint")}
+    for key, value in asked.items():
+        if value and cfg.logger != "wandb":
+            raise UsageError(f"--{key} goes to W&B, and this run has --logger {cfg.logger}: leave one of them out")
+    if asked["logger_args.checkpoint"] and cfg.eval_only:
+        raise UsageError("--logger_args.checkpoint uploads what was trained, and --eval_only trains nothing")
+
+
+def tags(text: str | None) -> list[str] | None:
+    """The tags of --tags, each once; None where nothing is said."""
+    return None if text is None else [*dict.fromkeys(tag.strip() for tag in text.split(","))]
 
 
 def check_teacher(cfg: "Config") -> None:

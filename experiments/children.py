@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_modules.signals import PR_SET_PDEATHSIG
 
+OF_AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # the trial of a W&B sweep is the run over others, not each of them
 MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 
 
@@ -19,9 +20,10 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> subprocess.
     """One run.py of its own, which dies with this process; in a session of its own, so that Ctrl-C comes from here alone."""
     script = Path(__file__).with_name("run.py")
     paths = os.pathsep.join(filter(None, (str(script.parents[1]), os.environ.get("PYTHONPATH"))))
+    inherited = {key: value for key, value in os.environ.items() if key not in OF_AGENT}
     out = None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115 (the child's)
     try:
-        return subprocess.Popen([sys.executable, str(script), *argv], env={**os.environ, "PYTHONPATH": paths, **env}, stdout=out,
+        return subprocess.Popen([sys.executable, str(script), *argv], env={**inherited, "PYTHONPATH": paths, **env}, stdout=out,
                                 stderr=None if out is None else subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent)
     finally:
         if out is not None:

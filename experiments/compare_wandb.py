@@ -1,70 +1,14 @@
-"""Runs as W&B has them, offline in `.wandb` files or on its server, as the records of run directories.
-
-A `.wandb` file is 7 bytes of header, then LevelDB's log: blocks of 32 KiB, records of crc32, length (u16), kind (u8) and payload, a protobuf
-`wandb.proto.wandb_internal_pb2.Record`. wandb itself has no reader of it any more (wandb.sdk.internal.datastore went with 0.30).
-"""
-import json
-import struct
-import zlib
-from collections.abc import Iterator
+"""Runs as W&B has them, offline in `.wandb` files or on its server, as the records of run directories."""
 from pathlib import Path
 from typing import Any
 
 from experiments.compare_runs import FINISHED, UNFINISHED, Record, progress
 from experiments.usage import UsageError
+from lightning_modules.wandb_local import STEP, has_credentials, read
 
-BLOCK, HEADER = 32768, 7
-FULL, FIRST, LAST = 1, 2, 4
-STEP = "trainer/global_step"  # the x that Lightning's logger writes
 PREEMPTED = 75
 OF_RESULT = ("val", "test")  # what has a slash and stands in result.json
 NO_HISTORY = ("_", "best/")  # W&B's own, and what run_media_log.py tells: sizes of pictures and tables
-
-
-def payloads(path: Path) -> Iterator[bytes]:
-    """The records of a .wandb file up to the first damaged one: a killed run ends with half a record. Raises UsageError for other files."""
-    content = path.read_bytes()
-    if content[:4] != b":W&B":
-        raise UsageError(f"{path} is not a .wandb file")
-    position, whole = HEADER, b""
-    while position + HEADER <= len(content):
-        left = BLOCK - position % BLOCK
-        if left < HEADER:  # the end of a block that no header fits in
-            position += left
-            continue
-        checksum, length, kind = struct.unpack_from("<IHB", content, position)
-        part = content[position + HEADER:position + HEADER + length]
-        if kind == 0 or len(part) < length or zlib.crc32(part, zlib.crc32(bytes([kind]))) != checksum:
-            return
-        position += HEADER + length
-        whole = part if kind in (FULL, FIRST) else whole + part
-        if kind in (FULL, LAST):
-            yield whole
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """{id, name, config, summary, rows, exit_code} of a .wandb file; None for one without a run. exit_code None: killed, or going on."""
-    from wandb.proto import wandb_internal_pb2 as records
-    found: dict[str, Any] = {"id": None, "config": {}, "summary": {}, "rows": [], "exit_code": None}
-    for payload in payloads(path):
-        record = records.Record.FromString(payload)
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            found |= {"id": record.run.run_id, "name": record.run.display_name}
-            found["config"] |= _items(record.run.config.update)
-        elif kind == "config":
-            found["config"] |= _items(record.config.update)
-        elif kind == "history":
-            found["rows"].append(_items(record.history.item))
-        elif kind == "summary":
-            found["summary"] |= _items(record.summary.update)
-        elif kind == "exit":
-            found["exit_code"] = record.exit.exit_code
-    return found if found["id"] else None
-
-
-def _items(items: Any) -> dict[str, Any]:
-    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
 
 
 def offline(files: list[Path]) -> list[Record]:
@@ -88,7 +32,6 @@ def offline(files: list[Path]) -> list[Record]:
 
 def online(project: str) -> list[Record]:
     """The runs of a W&B project, `entity/project`. Raises UsageError without a key, a network, or such a project."""
-    from lightning_modules.tracking import has_credentials
     if not has_credentials():
         raise UsageError(f"{project}: there is no such folder, and as W&B's entity/project it needs a key (wandb login)")
     import wandb

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from datamodules import folds
-from experiments import build, fold_dirs, fold_merge, plan, report, run_page, rundir
+from experiments import build, fold_dirs, fold_merge, plan, report, run_page, rundir, trackers
 from experiments.build import Run
 from experiments.children import gpu_names
 from experiments.config import Command, read
@@ -64,14 +64,15 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
     folder, cfg = Path(known["folder"]), known["cfg"]
     results = [rundir.result(place) for place in places.values()]
     merged = fold_merge.merge(folder, places, known["spec"], known["metric"], skipped=known["skipped"])
-    rundir.write_result(folder, {
+    values = {
         "model": cfg["model"], "data": cfg["data"], "params": results[0].get("params"), "gmacs": results[0].get("gmacs"),
         "best": merged["overall"], **merged, "folds": cfg["folds"], "folds_finished": len(places), "epochs": cfg["epochs"], "lr": cfg["lr"],
         "global_batch_size": cfg["global_batch_size"], "train_seconds": round(sum(_values(results, "train_seconds")), 2),
         "seconds_per_epoch": _mean(results, "seconds_per_epoch", 3), "images_per_sec": _mean(results, "images_per_sec", 1),
         "peak_memory_mb": max(_values(results, "peak_memory_mb"), default=None), "fold_seconds": [round(each, 1) for each in seconds],
         "seed": cfg["seed"], "split_seed": cfg["split_seed"], "commit": rundir.commit(), "data_fingerprint": known["fingerprint"],
-        "finished": whole and len(places) == cfg["folds"]})
+        "finished": whole and len(places) == cfg["folds"]}
+    rundir.write_result(folder, values)
     with spared("report.html"):
         run_page.make(folder, known["spec"], "finished" if whole else "preempted")
     def shown(value: float) -> str:
@@ -85,6 +86,7 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
           * bool(merged["test_rows"]) + f"; result in {folder / rundir.RESULT}", flush=True)
     if merged["test_rows"] and len(places) == cfg["folds"]:
         print(f"next: python experiments/submit.py {folder}", flush=True)
+    trackers.over_folds(folder, values)
 
 
 def _values(results: list[dict[str, Any]], key: str) -> list[float]:

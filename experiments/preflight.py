@@ -1,6 +1,7 @@
 """What speaks against a run before it starts, and what a person should hear about it: names, data, losses, sizes. Nothing is written here."""
 from dataclasses import fields, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import lightning as L
@@ -32,6 +33,8 @@ def check_names(cfg: Config) -> None:
     known = [key for key in datamodules.accepted(cfg.data) if key not in {knob.name for room in (PictureData, Config) for knob in fields(room)}]
     check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
     check_values(Augment.__init__, cfg.augment_args, "--augment_args", [field.name for field in fields(Augment)])
+    if cfg.logger == "tensorboard" and find_spec("tensorboard") is None:
+        raise UsageError("--logger tensorboard needs a package that is not there: pip install tensorboard")
     losses.check_values(cfg.loss_args)  # the number of outputs follows from them
 
 

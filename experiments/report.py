@@ -14,7 +14,7 @@ import torch
 import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import build, plan, run_media_log, run_page, rundir
+from experiments import build, plan, run_media_log, run_page, rundir, trackers
 from experiments.build import Run
 from experiments.config import Config
 from experiments.recipe import RECIPES, recipe_names
@@ -27,7 +27,6 @@ from lightning_modules.history import History
 from lightning_modules.meter import Meter, clock, peak_memory_mb
 from lightning_modules.preemption import Preempted, disarm_launcher
 from lightning_modules.signals import PREEMPTED, notice
-from lightning_modules.tracking import SafeWandbLogger
 from models import cost, pretrained
 
 LOST_RANK = re.compile("closed by peer|reset by peer|Broken pipe|connectFullMesh|Socket Timeout|Timed out waiting|NCCL.*remote process")
@@ -171,9 +170,7 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         disarm_launcher(trainer)
         if code and trainer.is_global_zero:
             run_page.write(run, run_page.STATES.get(code, "failed"))
-        for logger in trainer.loggers:
-            if isinstance(logger, SafeWandbLogger):
-                logger.close(code)
+        trackers.close(trainer, code)
         if code == PREEMPTED or code and trainer.world_size > 1:
             sys.stdout.flush()
             os._exit(code)  # leaving in good order would wait for ranks that are gone, or for a tracker's network
@@ -214,9 +211,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, Averaging):
             callback.clear()
-    for logger in trainer.loggers:
-        if isinstance(logger, SafeWandbLogger):
-            logger.experiment.summary.update({key: value for key, value in values.items() if value is not None})
+    trackers.conclude(run, trainer, values)
     shown = ", ".join(metrics.shown(key, value) for key, value in values.items()
                       if value is not None and key.endswith(("/acc1", "/acc5", f"/{task.metric.name}")))
     took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""

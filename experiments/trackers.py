@@ -1,13 +1,18 @@
 """Where a run's rows go: metrics.csv always, and the tracker of --logger."""
 import platform
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from experiments import build, fold_dirs, plan, rundir
+from experiments import build, export, fold_dirs, plan, rundir
 from experiments.build import Run
+from experiments.checks import tags
 from lightning_modules.history import History
+from lightning_modules.signals import PREEMPTED
 from lightning_modules.tracking import SafeWandbLogger
 from models import cost
 
@@ -18,7 +23,10 @@ def loggers(run: Run) -> list[Any]:
     cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
     if cfg.logger == "wandb":
         name, group = fold_dirs.name_and_group(run.folder, cfg)
-        found.append(SafeWandbLogger(run.folder, config=about(run), name=name, group=group))
+        found.append(SafeWandbLogger(run.folder, config=about(run), name=name, group=group, tags=tags(cfg.tags), notes=cfg.notes))
+    elif cfg.logger == "tensorboard":
+        from lightning_modules.tensorboard import TensorBoard  # its package is an extra
+        found.append(TensorBoard(run.folder, about(run)))
     return found
 
 
@@ -28,3 +36,36 @@ def about(run: Run) -> dict[str, Any]:
     return {**rundir.plain(cfg), "params": cost.parameters(run.model), "gmacs": round(build.gmacs(run), 4), "commit": rundir.commit(),
             "world_size": plan.world_size(cfg), "device": torch.cuda.get_device_name() if plan.on_gpu(cfg) else platform.processor() or "cpu",
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}}
+
+
+def conclude(run: Run, trainer: L.Trainer, values: dict[str, Any]) -> None:
+    """Tell the tracker the result and, where asked, give it the weights."""
+    for tracker in trainer.loggers[1:]:
+        tracker.summarise(values)
+        if run.cfg.logger_args.get("checkpoint"):
+            try:
+                weights = export.export(run.folder, use_ema=run.cfg.use_ema)
+            except (OSError, ValueError, RuntimeError) as error:
+                rank_zero_warn(f"the weights are not uploaded: {error}")
+                continue
+            tracker.upload(weights, values)
+
+
+def close(trainer: L.Trainer, code: int) -> None:
+    """End the tracker's run with its state, by the exit code of the process."""
+    for tracker in trainer.loggers[1:]:
+        tracker.close(code)
+
+
+def over_folds(folder: Path, values: dict[str, Any]) -> None:
+    """One W&B run more for what the folds say together: the config of the directory over them, the result in the summary."""
+    cfg = rundir.stored(folder)
+    if cfg.get("logger") != "wandb":
+        return
+    try:
+        config = {**cfg, "params": values["params"], "commit": values["commit"]}
+        tracker = SafeWandbLogger(folder, config=config, group=folder.name, job_type="folds", tags=tags(cfg["tags"]), notes=cfg["notes"])
+        tracker.summarise(values)
+        tracker.close(0 if values["finished"] else PREEMPTED)
+    except Exception as error:  # the folds are merged, whatever a tracker says
+        rank_zero_warn(f"W&B has no run over all folds ({type(error).__name__}: {str(error)[:120]})")

@@ -1,44 +1,37 @@
 """Weights & Biases that never prompts, never blocks and never costs a run: without a key or a network it logs offline."""
-import netrc
+import atexit
 import os
+import sys
 import threading
+import time
 import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import wandb
+from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
+from lightning_modules.history import read_history
 from lightning_modules.signals import PREEMPTED
+from lightning_modules.wandb_local import STEP, has_credentials, read
 
-PREEMPTED_SECONDS = 20
-HOSTS = {"api.wandb.ai", "api.forge.coreweave.com"}
-
-
-def has_credentials() -> bool:
-    """Whether a W&B key lies on this machine: a look at the environment and netrc, without network or prompt."""
-    if os.getenv("WANDB_API_KEY") or os.getenv("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    base = os.getenv("WANDB_BASE_URL", "")
-    hosts = {urlsplit(base).netloc} if base else HOSTS
-    for file in filter(None, (os.getenv("NETRC"), "~/.netrc", "~/_netrc")):
-        try:
-            found = netrc.netrc(os.path.expanduser(file))
-        except (OSError, netrc.NetrcParseError):
-            continue
-        if any(found.authenticators(host) for host in hosts):
-            return True
-    return False
+INIT_SECONDS, FINISH_SECONDS, PREEMPTED_SECONDS, UPLOAD_SECONDS = 60, 300, 20, 900  # most that a server may take
+FLUSH_SECONDS = 0.2  # to the .wandb file; wandb's 15 are lost by a kill -9
+ONLINE = ("online", "shared")
 
 
 def wandb_mode() -> str:
     """online, offline or disabled: WANDB_MODE if set, else online; online without a key is offline, since wandb would ask for one."""
     if os.getenv("WANDB_DISABLED", "").lower() in ("1", "true"):
         return "disabled"
-    mode = os.getenv("WANDB_MODE") or "online"
+    if not os.getenv("WANDB_MODE"):
+        os.environ.pop("WANDB_MODE", None)  # set to nothing it is an error to wandb
+    mode = os.getenv("WANDB_MODE", "online")
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
     if mode == "online" and not has_credentials():
         rank_zero_warn("no W&B key found: logging offline (wandb login once, or upload later with wandb sync)")
@@ -46,12 +39,17 @@ def wandb_mode() -> str:
     return mode
 
 
+def id_of_agent() -> str | None:
+    """The W&B id that a sweep's agent has given this process; None outside one."""
+    return os.getenv("WANDB_RUN_ID") if os.getenv("WANDB_SWEEP_ID") else None
+
+
 def persistent_id(run_dir: Path) -> str:
-    """The W&B id of a run directory, made once; every resume, rank and node of the run shares it."""
-    file = run_dir / "wandb" / "run_id.txt"
-    if file.is_file():
+    """The W&B id of a run directory, made once or given by a sweep's agent; every resume, rank and node of the run shares it."""
+    file, given = run_dir / "wandb" / "run_id.txt", id_of_agent()
+    if file.is_file() and given in (None, file.read_text().strip()):
         return file.read_text().strip()
-    identity = uuid.uuid4().hex[:8]
+    identity = given or uuid.uuid4().hex[:8]
     if rank_zero_only.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(identity)
@@ -59,39 +57,118 @@ def persistent_id(run_dir: Path) -> str:
 
 
 class SafeWandbLogger(WandbLogger):
-    """WandbLogger for one run directory that falls back to offline instead of blocking or killing the job; `group` is of runs that belong
-    together, as the folds of one."""
+    """WandbLogger for one run directory that falls back to offline instead of blocking or killing the job; what fails later is a warning.
 
-    def __init__(self, run_dir: Path, *, config: dict[str, Any], name: str | None = None, group: str | None = None, init_timeout: float = 60,
-                 finish_timeout: float = 300):
-        wanted = {"init_timeout": init_timeout, "finish_timeout": finish_timeout,
-                  "x_transaction_log_flush_interval": 2.0}  # 15 s by default, which a kill -9 loses
+    Args:
+        group: of runs that belong together, as the folds of one.
+        job_type, tags, notes: as wandb.init has them. None leaves those of a resumed run.
+    """
+
+    def __init__(self, run_dir: Path, *, config: dict[str, Any], name: str | None = None, group: str | None = None, job_type: str | None = None,
+                 tags: list[str] | None = None, notes: str | None = None):
+        wanted = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "x_transaction_log_flush_interval": FLUSH_SECONDS}
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
-        super().__init__(mode=wandb_mode(), save_dir=run_dir, name=name or run_dir.name, group=group, id=persistent_id(run_dir), config=config,
-                         settings=settings, project=os.getenv("WANDB_PROJECT", "vitlab"))
+        super().__init__(mode=wandb_mode(), save_dir=run_dir, name=name or run_dir.name, group=group, job_type=job_type, tags=tags, notes=notes,
+                         id=persistent_id(run_dir), config=config, settings=settings, project=os.getenv("WANDB_PROJECT", "vitlab"))
+        self._warned: set[str] = set()
         self._wandb_init.pop("anonymous", None)  # a deprecated setting that Lightning passes
+        if id_of_agent():
+            self._wandb_init |= {"project": None, "id": None}  # wandb takes the agent's, and warns of others
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is not None or self._wandb_init.get("mode") != "online":
-            return WandbLogger.experiment.fget(self)
         try:
             return WandbLogger.experiment.fget(self)
-        except Exception as error:  # no network, a wrong key, a server that fails
-            rank_zero_warn(f"W&B is out of reach ({type(error).__name__}: {str(error)[:120]}): logging offline, upload with wandb sync")
-            wandb.teardown()  # else "run ID is in use"
-            self._wandb_init["mode"], self._experiment = "offline", None
-            return WandbLogger.experiment.fget(self)
+        except Exception as error:  # no network, a wrong key, a server that fails; a disk that takes nothing
+            mode = self._wandb_init["mode"]
+            after = "logging offline, upload with wandb sync" if mode in ONLINE else "this run is not tracked"
+            rank_zero_warn(f"W&B is out of reach ({_said(error)}): {after}")
+            with suppress(Exception):
+                wandb.teardown()  # else "run ID is in use"
+            self._wandb_init["mode"], self._experiment = ("offline", None) if mode in ONLINE else ("disabled", _DummyExperiment())
+            return self.experiment
+
+    @rank_zero_only
+    def cut(self, step: int) -> None:
+        """At a resume from optimizer step `step`: log the rows of metrics.csv up to it that a kill or an outage has kept from W&B."""
+        with self._sparing():
+            rows = [row for row in read_history(Path(self.save_dir) / "metrics.csv") if row["step"] <= step]
+            known = self._last_step() if rows else 0
+            for row in rows:
+                if row["step"] > known:
+                    self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
+
+    def _last_step(self) -> float:
+        """The last step W&B has of this run: the server's or, offline, of the files here; -1 for none."""
+        summary = self.experiment.summary  # first: it may fall back to offline
+        if self._wandb_init["mode"] == "online":
+            return summary.get(STEP, -1)
+        parts = [read(file) for file in (Path(self.save_dir) / "wandb").glob("*run-*/*.wandb")]
+        return max((row[STEP] for part in parts if part for row in part["rows"] if STEP in row), default=-1)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        with self._sparing():
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def summarise(self, values: dict[str, Any]) -> None:
+        """Write a run's result into its summary."""
+        with self._sparing():
+            if not isinstance(self.experiment, _DummyExperiment):
+                self.experiment.summary.update({key: value for key, value in values.items() if value is not None})
+
+    @rank_zero_only
+    def upload(self, weights: Path, values: dict[str, Any]) -> None:
+        """Log a file of weights as the run's one artifact, `best`, with these values; the file stays where it is, no copy is made."""
+        with self._sparing(f"the weights are not there, they are in {weights}"):
+            if isinstance(self.experiment, _DummyExperiment):
+                return
+            artifact = wandb.Artifact(f"model-{self.experiment.id}", "model", metadata=values)
+            artifact.add_file(str(weights), policy="immutable", skip_cache=True)
+            logged = self.experiment.log_artifact(artifact, aliases=["best"])
+            if self._wandb_init["mode"] == "online":
+                logged.wait(UPLOAD_SECONDS)
+
+    @contextmanager
+    def _sparing(self, without: str = "the run goes on, metrics.csv and result.json have it all") -> Iterator[None]:
+        """What fails is a warning, once: a service or a disk that is gone."""
+        try:
+            yield
+        except Exception as error:
+            if (said := _said(error)) not in self._warned:
+                rank_zero_warn(f"W&B takes nothing ({said}): {without}")
+            self._warned.add(said)
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:
         """End the W&B run with its state: 0 finished, 75 preempted, anything else failed. A preempted one has no time to wait for long."""
         if self._experiment is None:
             return
-        if exit_code == PREEMPTED:
-            self._experiment.mark_preempting()
-        finish = threading.Thread(target=wandb.finish, kwargs={"exit_code": exit_code}, daemon=True)
+        ended, began, seconds = threading.Event(), time.monotonic(), PREEMPTED_SECONDS if exit_code == PREEMPTED else FINISH_SECONDS
+        finish = threading.Thread(target=self._finish, args=(exit_code, ended), daemon=True)
         finish.start()
-        finish.join(PREEMPTED_SECONDS if exit_code == PREEMPTED else None)
+        finish.join(seconds if exit_code == PREEMPTED else seconds + 30)  # it keeps to FINISH_SECONDS itself, where the service answers
         self._experiment = None
+        if time.monotonic() - began >= seconds:
+            rank_zero_warn("W&B has not ended in time: wandb sync --include-online uploads what is missing")
+        if not ended.is_set():
+            atexit.register(_leave, exit_code)  # before wandb's own, which waits without end for a service that hangs
+
+    def _finish(self, exit_code: int, ended: threading.Event) -> None:
+        with self._sparing():
+            if exit_code == PREEMPTED:
+                self._experiment.mark_preempting()
+            wandb.finish(exit_code=exit_code)
+            ended.set()
+
+
+def _leave(exit_code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:120]}"

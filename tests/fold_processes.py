@@ -5,7 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
-from experiments import fold_runs
+from experiments import children, fold_runs
 
 
 class Forked:
@@ -38,6 +38,8 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> Forked:
             for stream in (1, 2):
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         os.environ.update(env)
+        for variable in children.OF_AGENT:
+            os.environ.pop(variable, None)
         sys.argv = ["run.py", *argv]
         from experiments.run import main
         code = main(argv)

@@ -16,7 +16,8 @@ import yaml
 from conftest import FORKS, result_of
 from wandb_stub import WandbStub
 
-from experiments import compare, compare_pairs, compare_rows, compare_runs, compare_tables, compare_wandb
+from experiments import compare, compare_pairs, compare_rows, compare_runs, compare_tables
+from lightning_modules import wandb_local
 
 CLASSES = ["cat", "dog", "owl"]
 FILES = {"runs.csv", "groups.csv", "runs.md", "curves.png", "index.html"}
@@ -561,13 +562,13 @@ def test_a_wandb_file_is_read_over_blocks_and_up_to_where_it_was_cut(tmp_path):
     payloads = [bytes([n % 256]) * size for n, size in enumerate((32751, 32700, 40, 100_000, 0, 32754, 7))]  # after the first no header fits in
     path = tmp_path / "run-x.wandb"
     wandb_file(path, payloads)
-    assert list(compare_wandb.payloads(path)) == payloads
+    assert list(wandb_local.payloads(path)) == payloads
     path.write_bytes(path.read_bytes()[:-9])
-    assert list(compare_wandb.payloads(path)) == payloads[:-1]
+    assert list(wandb_local.payloads(path)) == payloads[:-1]
     content = bytearray(path.read_bytes())
     content[32768 + 7 + 100] ^= 1  # inside the second
     path.write_bytes(content)
-    assert list(compare_wandb.payloads(path)) == payloads[:1]
+    assert list(wandb_local.payloads(path)) == payloads[:1]
 
 
 def _child(function, arguments, log) -> None:
