@@ -63,7 +63,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def score(name: str, value: float) -> str:
     """As `metrics.shown`, which imports torch."""
-    return f"{name} {100 * value:.2f} %" if name.split("/")[-1].startswith("acc") else f"{name} {value:.5g}"
+    return f"{name} {100 * value:.2f} %" if name.split("/")[-1] in ("acc1", "acc5") else f"{name} {value:.5g}"
 
 
 def clock(seconds: float | None) -> str:
