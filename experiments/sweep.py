@@ -33,7 +33,7 @@ def _parser() -> Parser:
                     usage="sweep.py FILE [--trials N] [--hours H] [--parallel P] [--name NAME] [--runs_dir DIR] [--seed S] [-- <flags of run.py>]")
     parser.add_argument("file", metavar="FILE", type=Path, help="the space, as experiments/sweep.yaml")
     parser.add_argument("--trials", type=_positive, metavar="N", help=f"trials in all; left out: run_cap of FILE, else a whole grid, else {TRIALS}")
-    parser.add_argument("--hours", type=float, metavar="H", help="time that this command may take; trials that run then are saved, to go on")
+    parser.add_argument("--hours", type=_hours, metavar="H", help="time that this command may take; trials that run then are saved, to go on")
     parser.add_argument("--parallel", type=_positive, default=1, metavar="P",
                         help="trials at once, each on --devices GPUs of its own, or on a share of the CPU")
     parser.add_argument("--name", help="of the sweep's directory; left out: the name that FILE says, else its own")
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep(args: argparse.Namespace, own: list[str]) -> int:
     began, space = time.monotonic(), sweep_space.read(args.file)
     try:
-        from experiments import sweep_runs
+        from experiments import sweep_runs, sweep_trials
     except ModuleNotFoundError as error:
         raise UsageError(f"a sweep on this machine needs Optuna: pip install optuna ({error})") from None
     base = _base(space, own)
@@ -77,7 +77,7 @@ def _sweep(args: argparse.Namespace, own: list[str]) -> int:
     if children.tasks() > 1:
         raise UsageError("it starts processes of its own: run it alone, not under torchrun or srun")
     slots, folder = _slots(cfg, args.parallel), args.runs_dir / name
-    with _alone(folder) as new:
+    with _alone(folder) as new, sweep_trials.stored(folder):
         trials = sweep_runs.Trials(space, args.seed, folder)
         trials.agree(_about(space, cfg, args.seed))
         notice.together = True  # from here on a signal is handed to the trials, and waited for
@@ -152,6 +152,12 @@ def _alone(folder: Path) -> Iterator[bool]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield new
+
+
+def _hours(text: str) -> float:
+    if not text.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours, as 12 or 0.5")
+    return float(text)
 
 
 def _positive(text: str) -> int:

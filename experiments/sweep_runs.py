@@ -51,6 +51,7 @@ class Runs:
     running: list[Child] = field(default_factory=list)
     asked: int = 0
     failed: int = 0
+    complaint: str | None = None  # the last words of the trial that failed last, if a person must mend it
     known: bool = False  # that the runs have the metric
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class Runs:
                         asks = self._ended(child, ended)
                         code = code or asks
                 self._pass_on(code)
-        except UsageError:  # the runs do not have the metric
+        except Exception:  # the runs do not have the metric, or study.db cannot be written: what runs is saved
             self._pass_on(PREEMPTED)
             while any(child.process.poll() is None for child in self.running):
                 time.sleep(POLL_SECONDS)
@@ -87,8 +88,7 @@ class Runs:
 
     def in_vain(self) -> bool:
         """Whether nothing has come of the trials so far."""
-        told = self.trials.count() - self.trials.count(TrialState.RUNNING)
-        return not told and not any(file.is_file() for file in self.folder.glob("trial-*/result.json"))
+        return not self.trials.count(TrialState.COMPLETE, TrialState.PRUNED) and not any(self.folder.glob("trial-*/result.json"))
 
     def _more(self, code: int) -> bool:
         """Whether another trial may be started."""
@@ -200,8 +200,10 @@ class Runs:
         log = self.place(trial).with_name(f"trial-{trial.number}.log")
         words = "\n".join(log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]) if log.is_file() else ""
         print(f"trial {trial.number} has failed ({children.how(ended)}):\n{words}", flush=True)
-        if ended == 2 and self.trials.count() == self.trials.count(TrialState.RUNNING):
-            return 2  # the first to end: something all have in common, the data or a flag
+        complaint = words.rpartition("\n")[2] if ended == 2 else None
+        if complaint and (complaint == self.complaint or self.total == 1) and not any(self.folder.glob("trial-*/config.yaml")):
+            return 2  # two say the same and none has begun: it is what all have in common, the data or a flag
+        self.complaint = complaint
         self._tell(trial, TrialState.FAIL, why=f"{words}\n{children.how(ended)}".strip())
         self.failed += 1
         if self.failed == IN_A_ROW:

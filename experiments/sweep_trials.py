@@ -4,13 +4,15 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from experiments.children import score
 from experiments.sweep_space import Space
@@ -106,6 +108,16 @@ class Trials:
                 seconds = None if row[SECONDS] is None else round(row[SECONDS], 1)
                 writer.writerow({key: "" if value is None else value for key, value in {**row, SECONDS: seconds, **row["parameters"]}.items()})
         os.replace(partial, path)
+
+
+@contextmanager
+def stored(folder: Path) -> Iterator[None]:
+    """Raises UsageError where study.db is no database, is in use elsewhere, or cannot be written."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise UsageError(f"{folder / 'study.db'}: {str(error.__cause__ or error).splitlines()[0]}; once it can be read and written, the same "
+                         "command goes on") from error
 
 
 def line(row: Mapping[str, Any], metric: str) -> str:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -211,6 +212,7 @@ def test_a_wrong_line_of_the_file_is_named(tmp_path, monkeypatch, capsys, change
     ("space.yaml --trials 3 --model_args.depth 2", "--model_args.depth is a flag of run.py: put it behind --"),
     ("space.yaml -- --name x", "--name behind -- is not for a sweep's trials: put --name before it"),
     ("space.yaml -- --lr 0.1", "--lr behind -- is what the file varies"),
+    ("space.yaml --hours nan", "--hours: nan is not a number of hours"), ("space.yaml --hours -1", "--hours: -1 is not"),
     ("space.yaml --name a/b", "--name a/b"), ("space.yaml --seed -1", "--seed -1"),
 ])
 def test_a_wrong_command_line_ends_before_anything_is_written(acted, tmp_path, capsys, line, words):
@@ -343,18 +345,48 @@ def test_failures_are_kept_and_three_in_a_row_stop_it(acted, tmp_path, capsys):
     assert sweep.main([str(file)]) == 0 and len(started) == 8  # it goes on with the next
 
 
-def test_what_no_trial_can_run_with_ends_the_first_and_leaves_nothing(acted, tmp_path, capsys):
+def test_what_no_trial_can_run_with_ends_it_and_leaves_nothing(acted, tmp_path, capsys):
     started = acted(lambda settings: ([], 2, {}))
     file = write(tmp_path)
-    assert sweep.main([str(file), "--parallel", "2"]) == 2
-    assert len(started) == 2 and "what went wrong" in capsys.readouterr().out and not (tmp_path / "runs" / "space").exists()
-    acted(lambda settings: ([0.5] * 4, 2, {}) if settings["name"] == "trial-0" else ([0.1] * 99, 0, {}))
-    assert sweep.main([str(file), "--parallel", "2"]) == 2 and not (tmp_path / "runs" / "space").exists()
+    for parallel, trials, starts in (("1", "20", 2), ("2", "20", 2), ("1", "1", 1)):
+        del started[:]
+        assert sweep.main([str(file), "--parallel", parallel, "--trials", trials]) == 2
+        assert len(started) == starts and "what went wrong" in capsys.readouterr().out and not (tmp_path / "runs" / "space").exists()
+
+
+def test_what_one_value_cannot_run_with_costs_its_trials_alone(acted, tmp_path):
+    def act(settings):
+        (Path(settings["runs_dir"]) / settings["name"] / "config.yaml").write_text("")  # it got past all checks
+        return [0.5] * 4, 0, {}
+    parameters = {**{key: {"value": value} for key, value in TINY.items()}, "seed": {"min": 0, "max": 3}}
+    for name, bad, states in (("first", "0", ("failed", *["finished"] * 3)), ("two", "12", ("finished", "failed", "failed", "finished"))):
+        acted(lambda settings, bad=bad: ([], 2, {}) if settings["seed"] in bad else act(settings))
+        assert sweep.main([str(write(tmp_path, f"{name}.yaml", method="grid", parameters=parameters)), "--parallel", "2"]) == 0
+        assert sorted(trials_of(tmp_path / "runs" / name, "state")) == sorted((state,) for state in states)
+
+
+def test_three_failures_in_a_row_stop_what_runs_to_go_on(acted, tmp_path):
+    file = write(tmp_path)
     acted(lambda settings: ([0.5] * 99, 0, {}) if settings["name"] == "trial-0" else ([], 1, {}))
     assert sweep.main([str(file), "--parallel", "2", "--name", "three"]) == 1  # the one that ran is stopped, to go on
     assert trials_of(tmp_path / "runs" / "three", "state") == [("unfinished",)] + [("failed",)] * 3
     acted(lambda settings: ([0.5], 0 if settings["name"] == "trial-0" else 1, {}))
     assert sweep.main([str(file), "--trials", "2"]) == 0
+
+
+def test_a_study_that_cannot_be_read_or_written_is_named(acted, tmp_path, capsys, monkeypatch):
+    started, file, study = acted(), write(tmp_path), tmp_path / "runs" / "space" / "study.db"
+
+    def fails(self, *_):
+        raise optuna.exceptions.StorageInternalError("words") from sqlite3.OperationalError("database is locked")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_trials.Trials, "write_csv", fails)
+        assert sweep.main([str(file), "--parallel", "2", "--trials", "2"]) == 2
+    assert capsys.readouterr().err == f"sweep.py: {study.relative_to(tmp_path)}: database is locked; once it can be read and written, the same " \
+                                      "command goes on\n"
+    assert sweep.main([str(file), "--trials", "2"]) == 0 and [each["name"] for each, _ in started] == ["trial-0", "trial-1", "trial-1"]
+    study.write_text("no database")
+    assert sweep.main([str(file), "--trials", "2"]) == 2 and "study.db: file is not a database; once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric, rows, says, words", [
@@ -366,7 +398,7 @@ def test_a_metric_that_the_runs_do_not_have_ends_the_first(acted, tmp_path, caps
     started = acted(lambda settings: ([{**row, "epoch": 0} for row in rows] + [{"val/acc1": 0.5}] * 3, 0, says))
     assert sweep.main([str(write(tmp_path, metric={"name": metric, "goal": "maximize"}))]) == 2
     error = capsys.readouterr().err
-    assert len(started) == 1 and f"metric.name: the runs have {words}" in error.replace("finished, ", "finished, "), error
+    assert len(started) == 1 and f"metric.name: the runs have {words}" in error, error
     assert (tmp_path / "runs" / "space").exists() == (metric == "test/acc")  # a run that is finished is not thrown away
 
 
