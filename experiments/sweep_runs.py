@@ -206,9 +206,10 @@ class Runs:
         self.complaint = complaint
         self._tell(trial, TrialState.FAIL, why=f"{words}\n{children.how(ended)}".strip())
         self.failed += 1
-        if self.failed == IN_A_ROW:
+        stops = self.failed >= IN_A_ROW and self._more(0)
+        if stops:
             print(f"{IN_A_ROW} trials in a row have failed, so the sweep stops; the same command goes on with the next", flush=True)
-        return int(self.failed >= IN_A_ROW)
+        return int(stops)
 
     def _tell(self, trial: Trial, state: TrialState, value: float | None = None, why: str | None = None) -> None:
         if why:

@@ -359,7 +359,8 @@ def test_what_one_value_cannot_run_with_costs_its_trials_alone(acted, tmp_path):
         (Path(settings["runs_dir"]) / settings["name"] / "config.yaml").write_text("")  # it got past all checks
         return [0.5] * 4, 0, {}
     parameters = {**{key: {"value": value} for key, value in TINY.items()}, "seed": {"min": 0, "max": 3}}
-    for name, bad, states in (("first", "0", ("failed", *["finished"] * 3)), ("two", "12", ("finished", "failed", "failed", "finished"))):
+    for name, bad, states in (("first", "0", ("failed", *["finished"] * 3)), ("two", "12", ("finished", "failed", "failed", "finished")),
+                              ("last", "123", ("finished", *["failed"] * 3))):
         acted(lambda settings, bad=bad: ([], 2, {}) if settings["seed"] in bad else act(settings))
         assert sweep.main([str(write(tmp_path, f"{name}.yaml", method="grid", parameters=parameters)), "--parallel", "2"]) == 0
         assert sorted(trials_of(tmp_path / "runs" / name, "state")) == sorted((state,) for state in states)
