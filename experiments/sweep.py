@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from experiments import children, config, sweep_space
+from experiments import children, config, fold_runs, sweep_space
 from experiments.sweep_space import OURS, Space
 from experiments.usage import Parser, UsageError
 from lightning_modules.signals import ORDER, exit_code, listening, notice
@@ -71,6 +71,8 @@ def _sweep(args: argparse.Namespace, own: list[str]) -> int:
         raise UsageError(f"--seed {args.seed}: must not be negative")
     first = space.texts(sweep_runs.Trials(space, args.seed).ask().params)
     cfg = config.read([*base, *sweep_space.flags(first)], "sweep.py").config  # exit 2 for what run.py would not take
+    if fold_runs.wanted(cfg) and space.metric.startswith("val"):
+        raise UsageError(f"metric.name: {space.metric}: with --folds it is over all rows, as oof/{space.metric.split('/')[-1]}")
     name = args.name or space.name
     if not re.fullmatch(r"\w[\w.+=-]*", name):
         raise UsageError(f"--name {name}: letters, digits and . _ + = - only")

@@ -68,7 +68,7 @@ class Runs:
         try:
             self._pass_on(code)
             while self.running or self._more(code):
-                while self._more(code) and len(self.running) < len(self.slots):
+                while len(self.running) < len(self.slots) and self._more(code):
                     self._start(self.left.pop(0) if self.left else self.trials.ask())
                 time.sleep(POLL_SECONDS)
                 for child in [*self.running]:
@@ -229,9 +229,11 @@ class Runs:
         if found := self.trials.importance():
             print("importance by Optuna: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
         print(f"{self.folder / 'trials.csv'} has a row of each; compare: python experiments/compare.py {self.folder}", flush=True)
-        unfinished = self.trials.count(TrialState.RUNNING) or self.trials.count() < self.total
+        left = max(0, self.total - self.trials.count()) + self.trials.count(TrialState.RUNNING)
+        if self.asked and left:
+            print(f"{left} of {self.total} trials are left; the same command goes on", flush=True)
         ended = self.trials.count(TrialState.COMPLETE, TrialState.PRUNED)
-        return code or (PREEMPTED if self.asked and unfinished else 0 if ended else 1)
+        return code or (PREEMPTED if self.asked and left else 0 if ended else 1)
 
 
 def _rows(history: Path) -> list[dict[str, float]]:

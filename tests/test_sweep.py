@@ -1,6 +1,7 @@
 """Sweeps: one file for Optuna here and for W&B's agents, trials as processes, resume, pruning, failures."""
 import csv
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import alembic
 import optuna
 import pytest
 import yaml
@@ -28,7 +30,8 @@ from lightning_modules.signals import ORDER
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "experiments" / "sweep.yaml"
-TINY = {"recipe": "none", "model": "vit_nano4", "data": "digits", "epochs": 4, "logger": "csv"}
+TINY = {"recipe": "none", "model": "vit_nano4", "data": "digits", "epochs": 4, "logger": "csv", "accelerator": "cpu"}
+LOAD = functools.cache(alembic.util.load_python_file)  # its scripts, which are most of the time that a study takes to open
 
 
 def write(folder, name="space.yaml", fixed=None, **changes):
@@ -100,6 +103,7 @@ def acted(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep_runs, "POLL_SECONDS", 0)
     monkeypatch.setattr(children, "start", Acted)
     monkeypatch.setattr(Acted, "started", [])
+    monkeypatch.setattr(alembic.util, "load_python_file", LOAD)
 
     def acting(act=Acted.act):
         monkeypatch.setattr(Acted, "act", staticmethod(act))
@@ -213,6 +217,7 @@ def test_a_wrong_line_of_the_file_is_named(tmp_path, monkeypatch, capsys, change
     ("space.yaml -- --name x", "--name behind -- is not for a sweep's trials: put --name before it"),
     ("space.yaml -- --lr 0.1", "--lr behind -- is what the file varies"),
     ("space.yaml --hours nan", "--hours: nan is not a number of hours"), ("space.yaml --hours -1", "--hours: -1 is not"),
+    ("space.yaml -- --data csv --folds 2", "metric.name: val/acc1: with --folds it is over all rows, as oof/acc1"),
     ("space.yaml --name a/b", "--name a/b"), ("space.yaml --seed -1", "--seed -1"),
 ])
 def test_a_wrong_command_line_ends_before_anything_is_written(acted, tmp_path, capsys, line, words):
@@ -431,6 +436,7 @@ def test_a_signal_and_the_end_of_the_time_leave_it_to_go_on(acted, tmp_path, cap
     started = acted()
     begun = len(started)
     assert sweep.main([str(file), "--trials", "14", "--hours", "0"]) == 75 and len(started) == begun
+    assert f"{14 - int(names[-1][6:])} of 14 trials are left; the same command goes on" in capsys.readouterr().out
     assert sweep.main([str(file), "--trials", "14"]) == 0 and started[begun][0]["name"] == names[-1]
     assert trials_of(tmp_path / "runs" / "space") == whole  # the same suggestions, and the same ends
 
@@ -469,13 +475,13 @@ def test_several_at_once_have_slots_of_their_own(acted, tmp_path, monkeypatch):
     started = acted()
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert sweep.main([str(write(tmp_path)), "--trials", "5", "--parallel", "4", "--", "--accelerator", "cpu"]) == 0
+    assert sweep.main([str(write(tmp_path)), "--trials", "5", "--parallel", "4"]) == 0
     assert len(started) == 5 and {env["OMP_NUM_THREADS"] for _, env in started} == {"2"} and len(trials_of(tmp_path / "runs" / "space")) == 5
 
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "4\n"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     del started[:]
-    line = ["--trials", "3", "--parallel", "2", "--name", "gpus", "--", "--devices", "2"]
+    line = ["--trials", "3", "--parallel", "2", "--name", "gpus", "--", "--devices", "2", "--accelerator", "auto"]
     assert sweep.main([str(write(tmp_path)), *line]) == 0
     assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] in (["3,5", "6,7", "3,5"], ["3,5", "6,7", "6,7"])
     with pytest.raises(UsageError, match="--parallel 3 with --devices 2 takes 6 GPUs, and there are 4"):
