@@ -19,7 +19,6 @@ from lightning_modules.signals import ORDER, PREEMPTED, exit_code, notice
 
 PROCESSES = multiprocessing.get_context("spawn")  # for the plan, which may need a GPU that must be free again afterwards
 APART = "folds"  # --strategy: a fold on each device
-POLL_SECONDS = 0.2
 
 
 def wanted(cfg: Config) -> bool:
@@ -89,8 +88,9 @@ class Folds:
                     code = PREEMPTED
                     break
                 self._start(left.pop(0))
-            time.sleep(POLL_SECONDS)
-            self._pass_on()
+            time.sleep(children.POLL_SECONDS)
+            over = self.deadline is not None and bool(self.running) and not self.time_left()
+            self.asked = children.pass_on([process for process, _, _ in self.running.values()], self.asked, over)
             for fold, (process, _, since) in [*self.running.items()]:
                 if (ended := process.poll()) is not None:
                     del self.running[fold]
@@ -167,16 +167,6 @@ class Folds:
         result = children.result(self.folder)
         about = {key: self.plan["cfg"][key] for key in ("model", "data", "folds")}
         _write(self.folder / "result.json", {**about, **result, "fold_seconds": [round(each, 1) for each in self.seconds], "finished": False})
-
-    def _pass_on(self) -> None:
-        """Hand a signal that this process got, or the end of its time, to the folds that run: they save and leave."""
-        asked = notice.asked
-        if not asked and self.deadline is not None and self.running and not self.time_left():
-            asked = 1 + ORDER.index(signal.SIGTERM)
-        if asked > self.asked:
-            self.asked = asked
-            for process, _, _ in self.running.values():
-                process.send_signal(ORDER[asked - 1])
 
 
 def _planned(command: Command) -> dict[str, Any] | int:

@@ -124,7 +124,7 @@ def line(row: Mapping[str, Any], metric: str) -> str:
     """A trial in a few words."""
     settings = ", ".join(f"{name} {text}" for name, text in row["parameters"].items())
     value = score(metric, row["value"]) if row["value"] is not None and math.isfinite(row["value"]) else "no score"
-    epochs = " after {epochs} epochs".format(**row) if row["epochs"] else ""
+    epochs = f" after {row['epochs']} epoch{'s' * (row['epochs'] > 1)}" if row["epochs"] else ""
     return f"trial {row['number']} {row['state']}{epochs}, {(row[SECONDS] or 0) / 60:.1f} min: {value}; {settings}" \
         + (f" ({row[WHY].splitlines()[-1][:150]})" if row[WHY] else "")
 

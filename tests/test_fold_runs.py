@@ -92,7 +92,7 @@ def interrupt(how, moment, children, seconds=60):
 
 
 def test_killed_and_preempted_folds_go_on_to_the_undisturbed_bytes(comp, launch):
-    line = f"{LINE} --folds 2 --save_every_steps 1"
+    line = f"{LINE} --folds 2 --epochs 5 --save_every_steps 1"  # long enough for a signal to come in time
     assert launch(f"{line} --name whole", before=quick).code == 0
     folder = comp / "runs" / "hit"
     in_fold_0, in_fold_1 = ((lambda fold=fold: (folder / f"fold{fold}" / "checkpoints" / "last.ckpt").exists()) for fold in (0, 1))

@@ -24,7 +24,7 @@ from wandb.sdk.sweeps.scheduler.optuna import sweep_parameter_to_distribution
 from wandb_stub import WandbStub
 
 import experiments
-from experiments import children, compare, config, sweep, sweep_runs, sweep_space, sweep_trials
+from experiments import children, compare, config, sweep, sweep_space, sweep_trials
 from experiments.usage import UsageError
 from lightning_modules.signals import ORDER
 
@@ -100,7 +100,7 @@ def acted(tmp_path, monkeypatch):
     """acted(act) -> the flags and environments of the trials that were started, a list that grows."""
     handlers = {each: signal.signal(each, signal.default_int_handler) for each in ORDER}  # a job in the background is born with some ignored
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep_runs, "POLL_SECONDS", 0)
+    monkeypatch.setattr(children, "POLL_SECONDS", 0)
     monkeypatch.setattr(children, "start", Acted)
     monkeypatch.setattr(Acted, "started", [])
     monkeypatch.setattr(alembic.util, "load_python_file", LOAD)
@@ -242,8 +242,8 @@ def test_a_flag_of_the_file_that_run_py_does_not_have_is_named(acted, tmp_path, 
 
 def test_without_optuna_it_says_what_to_install(acted, tmp_path, monkeypatch, capsys):
     for name in ("sweep_runs", "sweep_trials"):
-        monkeypatch.delitem(sys.modules, f"experiments.{name}")
-        monkeypatch.delattr(experiments, name)
+        monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)
+        monkeypatch.delattr(experiments, name, raising=False)
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "optuna.trial")
     assert sweep.main([str(write(tmp_path))]) == 2 and "pip install optuna" in capsys.readouterr().err
