@@ -364,11 +364,10 @@ def test_what_one_value_cannot_run_with_costs_its_trials_alone(acted, tmp_path):
         (Path(settings["runs_dir"]) / settings["name"] / "config.yaml").write_text("")  # it got past all checks
         return [0.5] * 4, 0, {}
     parameters = {**{key: {"value": value} for key, value in TINY.items()}, "seed": {"min": 0, "max": 3}}
-    for name, bad, states in (("first", "0", ("failed", *["finished"] * 3)), ("two", "12", ("finished", "failed", "failed", "finished")),
-                              ("last", "123", ("finished", *["failed"] * 3))):
+    for name, parallel, bad in (("first", "1", "0"), ("two", "2", "12"), ("last", "2", "123")):
         acted(lambda settings, bad=bad: ([], 2, {}) if settings["seed"] in bad else act(settings))
-        assert sweep.main([str(write(tmp_path, f"{name}.yaml", method="grid", parameters=parameters)), "--parallel", "2"]) == 0
-        assert sorted(trials_of(tmp_path / "runs" / name, "state")) == sorted((state,) for state in states)
+        assert sweep.main([str(write(tmp_path, f"{name}.yaml", method="grid", parameters=parameters)), "--parallel", parallel]) == 0
+        assert trials_of(tmp_path / "runs" / name, "state") == [("failed" if each in bad else "finished",) for each in "0123"]
 
 
 def test_three_failures_in_a_row_stop_what_runs_to_go_on(acted, tmp_path):
@@ -385,9 +384,12 @@ def test_a_study_that_cannot_be_read_or_written_is_named(acted, tmp_path, capsys
 
     def fails(self, *_):
         raise optuna.exceptions.StorageInternalError("words") from sqlite3.OperationalError("database is locked")
+    signals = []
     with monkeypatch.context() as patch:
         patch.setattr(sweep_trials.Trials, "write_csv", fails)
+        patch.setattr(Acted, "send_signal", lambda self, signum: (signals.append((self.settings["name"], signum)), setattr(self, "code", 75)))
         assert sweep.main([str(file), "--parallel", "2", "--trials", "2"]) == 2
+    assert signals == [("trial-1", signal.SIGTERM)]  # it saves
     assert capsys.readouterr().err == f"sweep.py: {study.relative_to(tmp_path)}: database is locked; once it can be read and written, the same " \
                                       "command goes on\n"
     assert sweep.main([str(file), "--trials", "2"]) == 0 and [each["name"] for each, _ in started] == ["trial-0", "trial-1", "trial-1"]
