@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.signals import PR_SET_PDEATHSIG
+from lightning_modules.signals import ORDER, PR_SET_PDEATHSIG, notice
 
 OF_AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # the trial of a W&B sweep is the run over others, not each of them
+POLL_SECONDS = 0.2  # between two looks at them
 MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 
 
@@ -28,6 +29,17 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> subprocess.
     finally:
         if out is not None:
             out.close()
+
+
+def pass_on(processes: list[subprocess.Popen], before: int, over: bool) -> int:
+    """Hand a signal that this process got to others, or SIGTERM when their time is `over`: they save and leave. `before` is what they were asked
+    so far; returns what they are asked now, as `notice.asked`."""
+    asked = notice.asked or (1 + ORDER.index(signal.SIGTERM)) * over
+    if asked <= before:
+        return before
+    for process in processes:
+        process.send_signal(ORDER[asked - 1])
+    return asked
 
 
 def die_with_parent() -> None:
@@ -63,7 +75,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def score(name: str, value: float) -> str:
     """As `metrics.shown`, which imports torch."""
-    return f"{name} {100 * value:.2f} %" if name.split("/")[-1].startswith("acc") else f"{name} {value:.5g}"
+    return f"{name} {100 * value:.2f} %" if name.split("/")[-1] in ("acc1", "acc5") else f"{name} {value:.5g}"
 
 
 def clock(seconds: float | None) -> str:

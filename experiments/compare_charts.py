@@ -46,7 +46,7 @@ def charts(found: Comparison) -> list[Chart]:
     """The pictures that these runs have numbers for."""
     percent = in_percent(found.metric)
     made = []
-    for title, keys, scale in ((found.metric, _metric_keys(found), 100 if percent else 1), ("val/loss", ("val_ema/loss", "val/loss"), 1)):
+    for title, keys, scale in ((_by_epoch(found), _metric_keys(found), 100 if percent else 1), ("val/loss", ("val_ema/loss", "val/loss"), 1)):
         lines = [(group, *line) for group in reversed(found.groups) for run in (*group.rest, *group.runs) for line in curves(run, keys)]
         if lines and title not in [chart.title for chart in made]:
             made.append(Chart(title, f"{title} of each run by epoch", _curve_drawer(lines, scale, title + " (%)" * percent * (scale > 1))))
@@ -63,6 +63,12 @@ def charts(found: Comparison) -> list[Chart]:
 def _metric_keys(found: Comparison) -> tuple[str, ...]:
     base = found.metric.split("/")[-1]
     return tuple(dict.fromkeys([found.metric, f"val_ema/{base}", f"val/{base}"]))
+
+
+def _by_epoch(found: Comparison) -> str:
+    """The metric; of one that no run has by epoch, as test/acc1 or oof/rmse, its val."""
+    histories = [each.history for group in found.groups for run in (*group.rest, *group.runs) for each in (run, *run.folds)]
+    return found.metric if any(found.metric in row for history in histories for row in history) else f"val/{found.metric.split('/')[-1]}"
 
 
 def _percent(group: Group, percent: bool) -> tuple[float, float]:

@@ -132,7 +132,13 @@ def _walk(path: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / RESULT).is_file() or (path / CONFIG).is_file() or bool(_fold_folders(path))
+    return (path / RESULT).is_file() or (path / CONFIG).is_file() and not _is_prediction(path) or bool(_fold_folders(path))
+
+
+def _is_prediction(path: Path) -> bool:
+    """Whether predict.py made it: it lies beside the runs and has a config.yaml of another kind."""
+    with open(path / CONFIG, "rb") as file:
+        return bool(re.match(rb"\W*verb\b", file.read(40)))
 
 
 def _fold_folders(path: Path) -> list[Path]:

@@ -12,18 +12,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from experiments.children import clock as _clock
-from experiments.children import die_with_parent as _die_with_parent
-from experiments.children import how, margin, start, tasks
-from experiments.children import result as _result
-from experiments.children import score as _score
+from experiments import children
 from experiments.config import Command, Config, read
 from experiments.usage import TOLD, UsageError
 from lightning_modules.signals import ORDER, PREEMPTED, exit_code, notice
 
 PROCESSES = multiprocessing.get_context("spawn")  # for the plan, which may need a GPU that must be free again afterwards
 APART = "folds"  # --strategy: a fold on each device
-POLL_SECONDS = 0.2
 
 
 def wanted(cfg: Config) -> bool:
@@ -48,7 +43,7 @@ def main(command: Command) -> int:
 
 
 def _refuse(cfg: Config) -> None:
-    if tasks() > 1:
+    if children.tasks() > 1:
         raise UsageError(f"--folds {cfg.folds} starts processes of its own: under torchrun or srun give one fold, --fold I (0 to {cfg.folds - 1}); "
                          f"afterwards --folds {cfg.folds} alone, in one process, merges them")
     for key in ("resume", "eval_only"):
@@ -72,13 +67,13 @@ class Folds:
     def __post_init__(self) -> None:
         self.folder, self.k = Path(self.plan["folder"]), self.plan["cfg"]["folds"]
         self.slots = self.plan["cfg"]["devices"] if self.plan["cfg"]["strategy"] == APART else 1
-        self.seconds: list[float] = _result(self.folder).get("fold_seconds") or [0.0] * self.k
+        self.seconds: list[float] = children.result(self.folder).get("fold_seconds") or [0.0] * self.k
 
     def place(self, fold: int) -> Path:
         return self.folder / f"fold{fold}"
 
     def finished(self) -> list[int]:
-        return [fold for fold in range(self.k) if _result(self.place(fold)).get("finished")]
+        return [fold for fold in range(self.k) if children.result(self.place(fold)).get("finished")]
 
     def run(self) -> int:
         """Start what is left and wait for it. Returns 0, or the exit code of the first fold that did not end well, or 75 for time."""
@@ -87,14 +82,15 @@ class Folds:
         while self.running or left and not code and not notice.asked:
             while left and not code and not notice.asked and len(self.running) < self.slots:
                 if not self.fits(left[0]):
-                    needed = self.expected(left[0])
-                    would = f"would take about {_clock(needed)} and {_clock(self.time_left())} are left" if needed else "has no time left"
+                    needed, there = self.expected(left[0]), children.clock(self.time_left())
+                    would = f"would take about {children.clock(needed)} and {there} are left" if needed else "has no time left"
                     print(f"--hours: fold {left[0]} {would}, so it is not started; the same command goes on", flush=True)
                     code = PREEMPTED
                     break
                 self._start(left.pop(0))
-            time.sleep(POLL_SECONDS)
-            self._pass_on()
+            time.sleep(children.POLL_SECONDS)
+            over = self.deadline is not None and bool(self.running) and not self.time_left()
+            self.asked = children.pass_on([process for process, _, _ in self.running.values()], self.asked, over)
             for fold, (process, _, since) in [*self.running.items()]:
                 if (ended := process.poll()) is not None:
                     del self.running[fold]
@@ -105,7 +101,7 @@ class Folds:
 
     def expected(self, fold: int) -> float | None:
         """Seconds a fold has still to go, from the slowest measured so far: whole folds, or steps of one begun; None where nothing is."""
-        whole = [self.seconds[each] or _result(self.place(each)).get("train_seconds") or 0.0 for each in self.finished()]
+        whole = [self.seconds[each] or children.result(self.place(each)).get("train_seconds") or 0.0 for each in self.finished()]
         whole += [self.seconds[each] / share for each in range(self.k) if (share := self._share(each)) and self.seconds[each]]
         return max(whole) * (1 - self._share(fold)) if any(whole) else None
 
@@ -114,7 +110,7 @@ class Folds:
         return self.deadline is None or self.time_left() > 0 and (expected is None or expected <= self.time_left())
 
     def time_left(self) -> float:
-        return max(0.0, self.deadline - margin(self.plan["cfg"]["hours"] or 0) - time.monotonic())
+        return max(0.0, self.deadline - children.margin(self.plan["cfg"]["hours"] or 0) - time.monotonic())
 
     def _share(self, fold: int) -> float:
         """Of the steps of an unfinished fold, those that its history tells of."""
@@ -129,9 +125,9 @@ class Folds:
         each = self.plan["forecast_seconds"]
         measured = [self.expected(fold) for fold in left]
         if left and None not in measured:
-            forecast = f"about {_clock(sum(measured) / self.slots)} by those before"
+            forecast = f"about {children.clock(sum(measured) / self.slots)} by those before"
         else:
-            forecast = f"about {_clock(each)} of training steps each, {_clock(each * -(-len(left) // self.slots))} together, at " \
+            forecast = f"about {children.clock(each)} of training steps each, {children.clock(each * -(-len(left) // self.slots))} together, at " \
                        f"{self.plan['speed']:.1f} images/s measured now on one device without data loading" if left and each else ""
         how = f"{self.slots} at a time, each on a device of its own" if self.slots > 1 else "one after the other"
         print(f"{self.k} folds of {self.plan['rows']:,} rows in {self.folder}: {self.k - len(left)} finished"
@@ -146,17 +142,17 @@ class Folds:
             if self.plan["gpus"]:
                 env["CUDA_VISIBLE_DEVICES"] = self.plan["gpus"][device]
         print(f"fold {fold} starts" + f", its words are in {log}" * bool(log), flush=True)
-        self.running[fold] = start(line, env, log), device, time.monotonic()
+        self.running[fold] = children.start(line, env, log), device, time.monotonic()
 
     def _ended(self, fold: int, ended: int, left: list[int]) -> int:
         """Note how a fold ended. Returns 0 where it is finished, else its exit code, or 1 for none of its own."""
-        result, took = _result(self.place(fold)), _clock(self.seconds[fold])
-        why, ended = how(ended), max(ended, 0)
+        result, took = children.result(self.place(fold)), children.clock(self.seconds[fold])
+        why, ended = children.how(ended), max(ended, 0)
         self._keep()
         if result.get("finished"):
-            score = _score(result["metric"], result["best"]) if result.get("best") is not None else "not scored"
+            score = children.score(result["metric"], result["best"]) if result.get("best") is not None else "not scored"
             after = [each for each in (self.expected(fold) for fold in [*left, *self.running]) if each is not None]
-            rest = f"; {len(left) + len(self.running)} left, about {_clock(sum(after) / self.slots)}" if after else ""
+            rest = f"; {len(left) + len(self.running)} left, about {children.clock(sum(after) / self.slots)}" if after else ""
             print(f"fold {fold} has ended after {took}: {score}{rest}", flush=True)
             return 0
         if self.asked:
@@ -168,19 +164,9 @@ class Folds:
 
     def _keep(self) -> None:
         """Write how long each fold took, so that a later launch knows."""
-        result = _result(self.folder)
+        result = children.result(self.folder)
         about = {key: self.plan["cfg"][key] for key in ("model", "data", "folds")}
         _write(self.folder / "result.json", {**about, **result, "fold_seconds": [round(each, 1) for each in self.seconds], "finished": False})
-
-    def _pass_on(self) -> None:
-        """Hand a signal that this process got, or the end of its time, to the folds that run: they save and leave."""
-        asked = notice.asked
-        if not asked and self.deadline is not None and self.running and not self.time_left():
-            asked = 1 + ORDER.index(signal.SIGTERM)
-        if asked > self.asked:
-            self.asked = asked
-            for process, _, _ in self.running.values():
-                process.send_signal(ORDER[asked - 1])
 
 
 def _planned(command: Command) -> dict[str, Any] | int:
@@ -202,7 +188,7 @@ def _planned(command: Command) -> dict[str, Any] | int:
 
 def _plan(argv: tuple[str, ...], send: Connection) -> None:
     """Resolve the run as one of its folds would, enter its directory, write the folds, measure. Sends a dict, an exit code or a complaint."""
-    _die_with_parent()
+    children.die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and its end is the end of this one
     from experiments import fold_plan
     command = read([*argv])

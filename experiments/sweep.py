@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from experiments import children, config, sweep_space
+from experiments import children, config, fold_runs, sweep_space
 from experiments.sweep_space import OURS, Space
 from experiments.usage import Parser, UsageError
 from lightning_modules.signals import ORDER, exit_code, listening, notice
@@ -33,7 +33,7 @@ def _parser() -> Parser:
                     usage="sweep.py FILE [--trials N] [--hours H] [--parallel P] [--name NAME] [--runs_dir DIR] [--seed S] [-- <flags of run.py>]")
     parser.add_argument("file", metavar="FILE", type=Path, help="the space, as experiments/sweep.yaml")
     parser.add_argument("--trials", type=_positive, metavar="N", help=f"trials in all; left out: run_cap of FILE, else a whole grid, else {TRIALS}")
-    parser.add_argument("--hours", type=float, metavar="H", help="time that this command may take; trials that run then are saved, to go on")
+    parser.add_argument("--hours", type=_hours, metavar="H", help="time that this command may take; trials that run then are saved, to go on")
     parser.add_argument("--parallel", type=_positive, default=1, metavar="P",
                         help="trials at once, each on --devices GPUs of its own, or on a share of the CPU")
     parser.add_argument("--name", help="of the sweep's directory; left out: the name that FILE says, else its own")
@@ -45,7 +45,7 @@ def _parser() -> Parser:
 @listening()
 def main(argv: list[str] | None = None) -> int:
     """Check the file and the flags, run the trials. Returns the exit code: 0 all done, 75 when the time is over or a signal came (130 after
-    Ctrl-C) and trials are left, 1 when three fail in a row, 2 for what a person must mend."""
+    Ctrl-C) and trials are left, 1 when three fail in a row or none has ended well, 2 for what a person must mend."""
     words = [*(sys.argv[1:] if argv is None else argv)]
     cut, parser = words.index("--") if "--" in words else len(words), _parser()
     for word in words[:cut]:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def _sweep(args: argparse.Namespace, own: list[str]) -> int:
     began, space = time.monotonic(), sweep_space.read(args.file)
     try:
-        from experiments import sweep_runs
+        from experiments import sweep_runs, sweep_trials
     except ModuleNotFoundError as error:
         raise UsageError(f"a sweep on this machine needs Optuna: pip install optuna ({error})") from None
     base = _base(space, own)
@@ -71,13 +71,15 @@ def _sweep(args: argparse.Namespace, own: list[str]) -> int:
         raise UsageError(f"--seed {args.seed}: must not be negative")
     first = space.texts(sweep_runs.Trials(space, args.seed).ask().params)
     cfg = config.read([*base, *sweep_space.flags(first)], "sweep.py").config  # exit 2 for what run.py would not take
+    if fold_runs.wanted(cfg) and space.metric.startswith("val"):
+        raise UsageError(f"metric.name: {space.metric}: with --folds it is over all rows, as oof/{space.metric.split('/')[-1]}")
     name = args.name or space.name
     if not re.fullmatch(r"\w[\w.+=-]*", name):
         raise UsageError(f"--name {name}: letters, digits and . _ + = - only")
     if children.tasks() > 1:
         raise UsageError("it starts processes of its own: run it alone, not under torchrun or srun")
     slots, folder = _slots(cfg, args.parallel), args.runs_dir / name
-    with _alone(folder) as new:
+    with _alone(folder) as new, sweep_trials.stored(folder):
         trials = sweep_runs.Trials(space, args.seed, folder)
         trials.agree(_about(space, cfg, args.seed))
         notice.together = True  # from here on a signal is handed to the trials, and waited for
@@ -152,6 +154,12 @@ def _alone(folder: Path) -> Iterator[bool]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield new
+
+
+def _hours(text: str) -> float:
+    if not text.replace(".", "", 1).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours, as 12 or 0.5")
+    return float(text)
 
 
 def _positive(text: str) -> int:

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from experiments import children, sweep_trials
 from experiments.sweep_space import flags
 from experiments.sweep_trials import PRUNE, SECONDS, WHY, Trials
 from experiments.usage import UsageError
-from lightning_modules.signals import INTERRUPTED, ORDER, PREEMPTED, notice
+from lightning_modules.signals import INTERRUPTED, PREEMPTED, notice
 
-POLL_SECONDS = 0.2
 IN_A_ROW = 3  # failures that stop a sweep
 OF_RESULT = ("best", "overall", "ci_low", "ci_high", "train_seconds", "seconds_per_epoch", "images_per_sec", "peak_memory_mb", "params", "gmacs")
 LAST_LINES = 15
@@ -51,6 +50,7 @@ class Runs:
     running: list[Child] = field(default_factory=list)
     asked: int = 0
     failed: int = 0
+    complaint: str | None = None  # the last words of the trial that failed last, if a person must mend it
     known: bool = False  # that the runs have the metric
 
     def __post_init__(self) -> None:
@@ -67,9 +67,9 @@ class Runs:
         try:
             self._pass_on(code)
             while self.running or self._more(code):
-                while self._more(code) and len(self.running) < len(self.slots):
+                while len(self.running) < len(self.slots) and self._more(code):
                     self._start(self.left.pop(0) if self.left else self.trials.ask())
-                time.sleep(POLL_SECONDS)
+                time.sleep(children.POLL_SECONDS)
                 for child in [*self.running]:
                     ended = child.process.poll()
                     self._watch(child)
@@ -78,17 +78,16 @@ class Runs:
                         asks = self._ended(child, ended)
                         code = code or asks
                 self._pass_on(code)
-        except UsageError:  # the runs do not have the metric
+        except Exception:  # the runs do not have the metric, or study.db cannot be written: what runs is saved
             self._pass_on(PREEMPTED)
             while any(child.process.poll() is None for child in self.running):
-                time.sleep(POLL_SECONDS)
+                time.sleep(children.POLL_SECONDS)
             raise
         return code if code == 2 else self._conclude(code)
 
     def in_vain(self) -> bool:
         """Whether nothing has come of the trials so far."""
-        told = self.trials.count() - self.trials.count(TrialState.RUNNING)
-        return not told and not any(file.is_file() for file in self.folder.glob("trial-*/result.json"))
+        return not self.trials.count(TrialState.COMPLETE, TrialState.PRUNED) and not any(self.folder.glob("trial-*/result.json"))
 
     def _more(self, code: int) -> bool:
         """Whether another trial may be started."""
@@ -100,7 +99,7 @@ class Runs:
         print(f"sweep {self.folder}: {self.total} trials, {done or 'none yet'}; {space.method} over {', '.join(each.name for each in space.varied)}, "
               f"{space.goal} {space.metric}" + f"; {len(self.slots)} at a time" * (len(self.slots) > 1), flush=True)
 
-    def _argv(self, trial: Trial) -> list[str]:
+    def _argv(self, trial: Trial | FrozenTrial) -> list[str]:
         return [*self.base, *flags(self.space.texts(trial.params))]
 
     def _start(self, trial: Trial) -> None:
@@ -119,13 +118,9 @@ class Runs:
         self.running.append(child)
 
     def _pass_on(self, code: int) -> None:
-        """Hand a signal that this process got to the trials; or SIGTERM, when the time is over or the sweep stops. They save and leave."""
-        over = code or self.deadline is not None and time.monotonic() >= self.deadline
-        asked = notice.asked or (1 + ORDER.index(signal.SIGTERM)) * bool(over)
-        if asked > self.asked:
-            self.asked = asked
-            for child in self.running:
-                child.process.send_signal(ORDER[asked - 1])
+        """End the trials that run when a signal asks for it, the time is over or the sweep stops."""
+        over = bool(code) or self.deadline is not None and time.monotonic() >= self.deadline
+        self.asked = children.pass_on([child.process for child in self.running], self.asked, over)
 
     def _watch(self, child: Child) -> None:
         """Report what its history has that is new; end it where it has fallen behind. Raises UsageError for a metric that runs do not have."""
@@ -200,13 +195,16 @@ class Runs:
         log = self.place(trial).with_name(f"trial-{trial.number}.log")
         words = "\n".join(log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]) if log.is_file() else ""
         print(f"trial {trial.number} has failed ({children.how(ended)}):\n{words}", flush=True)
-        if ended == 2 and self.trials.count() == self.trials.count(TrialState.RUNNING):
-            return 2  # the first to end: something all have in common, the data or a flag
+        complaint = words.rpartition("\n")[2] if ended == 2 else None
+        if complaint and (complaint == self.complaint or self.total == 1) and not any(self.folder.glob("trial-*/config.yaml")):
+            return 2  # two say the same and none has begun: it is what all have in common, the data or a flag
+        self.complaint = complaint
         self._tell(trial, TrialState.FAIL, why=f"{words}\n{children.how(ended)}".strip())
         self.failed += 1
-        if self.failed == IN_A_ROW:
+        stops = self.failed >= IN_A_ROW and self._more(0)
+        if stops:
             print(f"{IN_A_ROW} trials in a row have failed, so the sweep stops; the same command goes on with the next", flush=True)
-        return int(self.failed >= IN_A_ROW)
+        return int(stops)
 
     def _tell(self, trial: Trial, state: TrialState, value: float | None = None, why: str | None = None) -> None:
         if why:
@@ -220,15 +218,16 @@ class Runs:
         self.trials.write_csv(self.folder / "trials.csv")
         print(f"\n{sweep_trials.table(self.trials.rows(), self.space)}\n")
         if best := self.trials.best():
-            argv = [*self.base, *flags(self.space.texts(best.params))]
             print(f"best: trial {best.number}, {children.score(self.space.metric, best.value)}; alone, it is\n"
-                  f"  python experiments/run.py {shlex.join(argv)}")
+                  f"  python experiments/run.py {shlex.join(self._argv(best))}")
         if found := self.trials.importance():
             print("importance by Optuna: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
         print(f"{self.folder / 'trials.csv'} has a row of each; compare: python experiments/compare.py {self.folder}", flush=True)
-        unfinished = self.trials.count(TrialState.RUNNING) or self.trials.count() < self.total
+        left = max(0, self.total - self.trials.count()) + self.trials.count(TrialState.RUNNING)
+        if self.asked and left:
+            print(f"{left} of {self.total} trials are left; the same command goes on", flush=True)
         ended = self.trials.count(TrialState.COMPLETE, TrialState.PRUNED)
-        return code or (PREEMPTED if self.asked and unfinished else 0 if ended else 1)
+        return code or (PREEMPTED if self.asked and left else 0 if ended else 1)
 
 
 def _rows(history: Path) -> list[dict[str, float]]:

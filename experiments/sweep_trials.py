@@ -4,13 +4,15 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from experiments.children import score
 from experiments.sweep_space import Space
@@ -108,11 +110,21 @@ class Trials:
         os.replace(partial, path)
 
 
+@contextmanager
+def stored(folder: Path) -> Iterator[None]:
+    """Raises UsageError where study.db is no database, is in use elsewhere, or cannot be written."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise UsageError(f"{folder / 'study.db'}: {str(error.__cause__ or error).splitlines()[0]}; once it can be read and written, the same "
+                         "command goes on") from error
+
+
 def line(row: Mapping[str, Any], metric: str) -> str:
     """A trial in a few words."""
     settings = ", ".join(f"{name} {text}" for name, text in row["parameters"].items())
     value = score(metric, row["value"]) if row["value"] is not None and math.isfinite(row["value"]) else "no score"
-    epochs = " after {epochs} epochs".format(**row) if row["epochs"] else ""
+    epochs = f" after {row['epochs']} epoch{'s' * (row['epochs'] > 1)}" if row["epochs"] else ""
     return f"trial {row['number']} {row['state']}{epochs}, {(row[SECONDS] or 0) / 60:.1f} min: {value}; {settings}" \
         + (f" ({row[WHY].splitlines()[-1][:150]})" if row[WHY] else "")
 

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 from experiments import children, fold_runs
+from lightning_modules.signals import ORDER
 
 
 class Forked:
-    """The part of subprocess.Popen that fold_runs uses."""
+    """The part of subprocess.Popen that its users need."""
 
     def __init__(self, pid: int):
         self.pid, self.code = pid, None
@@ -31,8 +32,8 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> Forked:
     code = 1
     try:
         os.setsid()
-        fold_runs._die_with_parent()
-        for each in fold_runs.ORDER:
+        children.die_with_parent()
+        for each in ORDER:
             signal.signal(each, signal.SIG_DFL)
         if log is not None:
             for stream in (1, 2):
@@ -58,4 +59,4 @@ def quick() -> None:
     """For `launch(..., before=quick)`; the speed is not measured."""
     from experiments import plan
     plan.images_per_second = lambda *_: 100.0
-    fold_runs.PROCESSES, fold_runs.start = multiprocessing.get_context("fork"), start
+    fold_runs.PROCESSES, children.start = multiprocessing.get_context("fork"), start

@@ -120,6 +120,14 @@ def test_only_knobs_that_differ_are_columns_and_defaults_fill_what_is_younger_th
     assert [sorted(run.name for run in group.runs) for group in found.groups] in ([["new", "seed"], ["old"]], [["old"], ["new", "seed"]])
 
 
+@pytest.mark.parametrize("metric, title", [("val/acc1", "val/acc1"), ("test/acc1", "val/acc1"), ("val_ema/acc1", "val_ema/acc1")])
+def test_a_curve_is_named_after_what_it_shows(tmp_path, metric, title):
+    from experiments import compare_charts
+    fake_run(tmp_path, "a", metric="val/acc1" if metric == "test/acc1" else metric, result={"test/acc1": 0.4})
+    made = compare_charts.charts(compare_tables.compare(compare_runs.find([str(tmp_path)]), metric))
+    assert made[0].title == title and made[0].text.startswith(f"{title} of each run") and made[2].title.startswith(f"{metric} against")
+
+
 @pytest.mark.parametrize("metric, first", [
     ("val/rmse", "low"), ("val/loss", "low"), ("val/mae", "low"), ("val/log_loss", "low"), ("val_ema/rmse", "low"), ("val/acc1", "high"),
     ("val/qwk", "high"), ("val/spearman", "high")])
@@ -222,6 +230,8 @@ def test_what_is_not_finished_or_broken_is_listed(tmp_path, capsys, no_pictures)
     fake_run(tmp_path / "runs", "nan", float("nan"), lr=0.4)
     fake_run(tmp_path / "runs", "list", lr=0.5)
     (tmp_path / "runs" / "list" / "result.json").write_text("[1]")
+    (tmp_path / "runs" / "good-predict").mkdir()
+    (tmp_path / "runs" / "good-predict" / "config.yaml").write_text('{\n "verb": "predict",\n "runs": ["runs/good"]\n}\n')  # no run
     code, out, _ = run_compare(capsys, tmp_path / "runs", "--out", tmp_path / "out")
     states = {row["name"]: (row["state"], row["notes"]) for row in table_of(tmp_path / "out" / "runs.csv")}
     assert code == 0 and len(states) == 6 and "Without a score, so not ranked" in out

@@ -9,7 +9,7 @@ from conftest import result_of
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "train_distil_compare.ipynb"
 
 
-@pytest.mark.parametrize("epochs", ["3, 2", pytest.param("30, 20", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("epochs", ["3, 2", pytest.param("20, 16", marks=pytest.mark.slow)])
 def test_the_notebook_trains_distils_and_compares(tmp_path, monkeypatch, capsys, epochs):
     cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
@@ -18,7 +18,7 @@ def test_the_notebook_trains_distils_and_compares(tmp_path, monkeypatch, capsys,
     monkeypatch.delenv("VITLAB_DECISION", raising=False)  # which a run leaves: gone with the test
     names: dict = {}
     for cell in cells:
-        exec("".join(cell["source"]).replace("EPOCHS = 30, 20", f"EPOCHS = {epochs}"), names)
+        exec("".join(cell["source"]).replace("EPOCHS = 20, 16", f"EPOCHS = {epochs}"), names)
     assert "error" not in capsys.readouterr().err
     groups, runs = names["groups"], {folder.name: result_of(folder) for folder in (tmp_path / "runs").iterdir()}
     assert len(runs) == 5 and len(groups) == 3

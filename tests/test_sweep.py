@@ -1,15 +1,18 @@
 """Sweeps: one file for Optuna here and for W&B's agents, trials as processes, resume, pruning, failures."""
 import csv
 import fcntl
+import functools
 import itertools
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import alembic
 import optuna
 import pytest
 import yaml
@@ -21,13 +24,14 @@ from wandb.sdk.sweeps.scheduler.optuna import sweep_parameter_to_distribution
 from wandb_stub import WandbStub
 
 import experiments
-from experiments import children, compare, config, sweep, sweep_runs, sweep_space, sweep_trials
+from experiments import children, compare, config, sweep, sweep_space, sweep_trials
 from experiments.usage import UsageError
 from lightning_modules.signals import ORDER
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "experiments" / "sweep.yaml"
-TINY = {"recipe": "none", "model": "vit_nano4", "data": "digits", "epochs": 4, "logger": "csv"}
+TINY = {"recipe": "none", "model": "vit_nano4", "data": "digits", "epochs": 4, "logger": "csv", "accelerator": "cpu"}
+LOAD = functools.cache(alembic.util.load_python_file)  # its scripts, which are most of the time that a study takes to open
 
 
 def write(folder, name="space.yaml", fixed=None, **changes):
@@ -96,9 +100,10 @@ def acted(tmp_path, monkeypatch):
     """acted(act) -> the flags and environments of the trials that were started, a list that grows."""
     handlers = {each: signal.signal(each, signal.default_int_handler) for each in ORDER}  # a job in the background is born with some ignored
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep_runs, "POLL_SECONDS", 0)
+    monkeypatch.setattr(children, "POLL_SECONDS", 0)
     monkeypatch.setattr(children, "start", Acted)
     monkeypatch.setattr(Acted, "started", [])
+    monkeypatch.setattr(alembic.util, "load_python_file", LOAD)
 
     def acting(act=Acted.act):
         monkeypatch.setattr(Acted, "act", staticmethod(act))
@@ -211,6 +216,8 @@ def test_a_wrong_line_of_the_file_is_named(tmp_path, monkeypatch, capsys, change
     ("space.yaml --trials 3 --model_args.depth 2", "--model_args.depth is a flag of run.py: put it behind --"),
     ("space.yaml -- --name x", "--name behind -- is not for a sweep's trials: put --name before it"),
     ("space.yaml -- --lr 0.1", "--lr behind -- is what the file varies"),
+    ("space.yaml --hours nan", "--hours: nan is not a number of hours"), ("space.yaml --hours -1", "--hours: -1 is not"),
+    ("space.yaml -- --data csv --folds 2", "metric.name: val/acc1: with --folds it is over all rows, as oof/acc1"),
     ("space.yaml --name a/b", "--name a/b"), ("space.yaml --seed -1", "--seed -1"),
 ])
 def test_a_wrong_command_line_ends_before_anything_is_written(acted, tmp_path, capsys, line, words):
@@ -235,8 +242,8 @@ def test_a_flag_of_the_file_that_run_py_does_not_have_is_named(acted, tmp_path, 
 
 def test_without_optuna_it_says_what_to_install(acted, tmp_path, monkeypatch, capsys):
     for name in ("sweep_runs", "sweep_trials"):
-        monkeypatch.delitem(sys.modules, f"experiments.{name}")
-        monkeypatch.delattr(experiments, name)
+        monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)
+        monkeypatch.delattr(experiments, name, raising=False)
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "optuna.trial")
     assert sweep.main([str(write(tmp_path))]) == 2 and "pip install optuna" in capsys.readouterr().err
@@ -343,18 +350,51 @@ def test_failures_are_kept_and_three_in_a_row_stop_it(acted, tmp_path, capsys):
     assert sweep.main([str(file)]) == 0 and len(started) == 8  # it goes on with the next
 
 
-def test_what_no_trial_can_run_with_ends_the_first_and_leaves_nothing(acted, tmp_path, capsys):
+def test_what_no_trial_can_run_with_ends_it_and_leaves_nothing(acted, tmp_path, capsys):
     started = acted(lambda settings: ([], 2, {}))
     file = write(tmp_path)
-    assert sweep.main([str(file), "--parallel", "2"]) == 2
-    assert len(started) == 2 and "what went wrong" in capsys.readouterr().out and not (tmp_path / "runs" / "space").exists()
-    acted(lambda settings: ([0.5] * 4, 2, {}) if settings["name"] == "trial-0" else ([0.1] * 99, 0, {}))
-    assert sweep.main([str(file), "--parallel", "2"]) == 2 and not (tmp_path / "runs" / "space").exists()
+    for parallel, trials, starts in (("1", "20", 2), ("2", "20", 2), ("1", "1", 1)):
+        del started[:]
+        assert sweep.main([str(file), "--parallel", parallel, "--trials", trials]) == 2
+        assert len(started) == starts and "what went wrong" in capsys.readouterr().out and not (tmp_path / "runs" / "space").exists()
+
+
+def test_what_one_value_cannot_run_with_costs_its_trials_alone(acted, tmp_path):
+    def act(settings):
+        (Path(settings["runs_dir"]) / settings["name"] / "config.yaml").write_text("")  # it got past all checks
+        return [0.5] * 4, 0, {}
+    parameters = {**{key: {"value": value} for key, value in TINY.items()}, "seed": {"min": 0, "max": 3}}
+    for name, parallel, bad in (("first", "1", "0"), ("two", "2", "12"), ("last", "2", "123")):
+        acted(lambda settings, bad=bad: ([], 2, {}) if settings["seed"] in bad else act(settings))
+        assert sweep.main([str(write(tmp_path, f"{name}.yaml", method="grid", parameters=parameters)), "--parallel", parallel]) == 0
+        assert trials_of(tmp_path / "runs" / name, "state") == [("failed" if each in bad else "finished",) for each in "0123"]
+
+
+def test_three_failures_in_a_row_stop_what_runs_to_go_on(acted, tmp_path):
+    file = write(tmp_path)
     acted(lambda settings: ([0.5] * 99, 0, {}) if settings["name"] == "trial-0" else ([], 1, {}))
     assert sweep.main([str(file), "--parallel", "2", "--name", "three"]) == 1  # the one that ran is stopped, to go on
     assert trials_of(tmp_path / "runs" / "three", "state") == [("unfinished",)] + [("failed",)] * 3
     acted(lambda settings: ([0.5], 0 if settings["name"] == "trial-0" else 1, {}))
     assert sweep.main([str(file), "--trials", "2"]) == 0
+
+
+def test_a_study_that_cannot_be_read_or_written_is_named(acted, tmp_path, capsys, monkeypatch):
+    started, file, study = acted(), write(tmp_path), tmp_path / "runs" / "space" / "study.db"
+
+    def fails(self, *_):
+        raise optuna.exceptions.StorageInternalError("words") from sqlite3.OperationalError("database is locked")
+    signals = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_trials.Trials, "write_csv", fails)
+        patch.setattr(Acted, "send_signal", lambda self, signum: (signals.append((self.settings["name"], signum)), setattr(self, "code", 75)))
+        assert sweep.main([str(file), "--parallel", "2", "--trials", "2"]) == 2
+    assert signals == [("trial-1", signal.SIGTERM)]  # it saves
+    assert capsys.readouterr().err == f"sweep.py: {study.relative_to(tmp_path)}: database is locked; once it can be read and written, the same " \
+                                      "command goes on\n"
+    assert sweep.main([str(file), "--trials", "2"]) == 0 and [each["name"] for each, _ in started] == ["trial-0", "trial-1", "trial-1"]
+    study.write_text("no database")
+    assert sweep.main([str(file), "--trials", "2"]) == 2 and "study.db: file is not a database; once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metric, rows, says, words", [
@@ -366,7 +406,7 @@ def test_a_metric_that_the_runs_do_not_have_ends_the_first(acted, tmp_path, caps
     started = acted(lambda settings: ([{**row, "epoch": 0} for row in rows] + [{"val/acc1": 0.5}] * 3, 0, says))
     assert sweep.main([str(write(tmp_path, metric={"name": metric, "goal": "maximize"}))]) == 2
     error = capsys.readouterr().err
-    assert len(started) == 1 and f"metric.name: the runs have {words}" in error.replace("finished, ", "finished, "), error
+    assert len(started) == 1 and f"metric.name: the runs have {words}" in error, error
     assert (tmp_path / "runs" / "space").exists() == (metric == "test/acc")  # a run that is finished is not thrown away
 
 
@@ -398,6 +438,7 @@ def test_a_signal_and_the_end_of_the_time_leave_it_to_go_on(acted, tmp_path, cap
     started = acted()
     begun = len(started)
     assert sweep.main([str(file), "--trials", "14", "--hours", "0"]) == 75 and len(started) == begun
+    assert f"{14 - int(names[-1][6:])} of 14 trials are left; the same command goes on" in capsys.readouterr().out
     assert sweep.main([str(file), "--trials", "14"]) == 0 and started[begun][0]["name"] == names[-1]
     assert trials_of(tmp_path / "runs" / "space") == whole  # the same suggestions, and the same ends
 
@@ -436,13 +477,13 @@ def test_several_at_once_have_slots_of_their_own(acted, tmp_path, monkeypatch):
     started = acted()
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert sweep.main([str(write(tmp_path)), "--trials", "5", "--parallel", "4", "--", "--accelerator", "cpu"]) == 0
+    assert sweep.main([str(write(tmp_path)), "--trials", "5", "--parallel", "4"]) == 0
     assert len(started) == 5 and {env["OMP_NUM_THREADS"] for _, env in started} == {"2"} and len(trials_of(tmp_path / "runs" / "space")) == 5
 
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "4\n"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     del started[:]
-    line = ["--trials", "3", "--parallel", "2", "--name", "gpus", "--", "--devices", "2"]
+    line = ["--trials", "3", "--parallel", "2", "--name", "gpus", "--", "--devices", "2", "--accelerator", "auto"]
     assert sweep.main([str(write(tmp_path)), *line]) == 0
     assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] in (["3,5", "6,7", "3,5"], ["3,5", "6,7", "6,7"])
     with pytest.raises(UsageError, match="--parallel 3 with --devices 2 takes 6 GPUs, and there are 4"):
