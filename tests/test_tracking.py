@@ -103,6 +103,7 @@ def clean(monkeypatch, tmp_path):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED", "WANDB_BASE_URL", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
     return monkeypatch
 
 
@@ -149,6 +150,15 @@ def test_the_id_is_the_directorys_and_an_agents_wins(clean, tmp_path):
     assert tracking.persistent_id(tmp_path) == "shell"
     clean.delenv("WANDB_SWEEP_ID")
     assert tracking.persistent_id(tmp_path) == "shell"  # the trial, resumed by hand
+
+
+def test_each_run_keeps_pictures_in_its_own_directory_unless_told(clean, tmp_path):
+    clean.setenv("WANDB_MODE", "offline")
+    for told in (str(tmp_path / "wandb-data"), ""):
+        clean.setenv("WANDB_DATA_DIR", told)
+        for name in ("one", "two"):
+            tracking.SafeWandbLogger(tmp_path / name, config={})
+            assert os.environ["WANDB_DATA_DIR"] == (told or str(tmp_path / name / "wandb" / "data"))
 
 
 def test_neither_lightning_nor_torch_is_imported_to_look_for_a_key(tmp_path):
