@@ -127,9 +127,11 @@ class SafeWandbLogger(WandbLogger):
         """Whether the server of an online run answers, asked before each artifact (a table is one too): wandb would wait long, and keep none."""
         if self._away or self._wandb_init["mode"] not in ONLINE or self._experiment is None:
             return not self._away
-        try:
-            wandb.Api(timeout=ASK_SECONDS)  # asks it whose key this is
-        except Exception:
+        answered = threading.Event()
+        asking = threading.Thread(target=_ask, args=(answered,), daemon=True)  # wandb's own service may hang too
+        asking.start()
+        asking.join(ASK_SECONDS + 1)
+        if not answered.is_set():
             self._away = True
             rank_zero_warn(f"W&B does not answer any more ({ASK_SECONDS} s): the tables and weights that it lacks are in the run directory alone")
         return not self._away
@@ -192,6 +194,12 @@ def _stage_in(folder: Path) -> None:
     global _staging
     if os.getenv("WANDB_DATA_DIR") in (None, "", _staging):
         _staging = os.environ["WANDB_DATA_DIR"] = str(folder.resolve())
+
+
+def _ask(answered: threading.Event) -> None:
+    with suppress(Exception):
+        wandb.Api(timeout=ASK_SECONDS)  # asks the server whose key this is
+        answered.set()
 
 
 def _leave(exit_code: int) -> None:

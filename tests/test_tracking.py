@@ -311,6 +311,22 @@ def test_a_service_that_does_not_answer_is_not_waited_for_at_the_end(clean, tmp_
     assert registered == [(tracking._leave, 3)] * 2
 
 
+@pytest.mark.parametrize("ask", [lambda timeout: 1 / 0, lambda timeout: time.sleep(5)])
+def test_a_server_that_does_not_answer_is_asked_once_and_gets_no_table(clean, tmp_path, ask):
+    clean.setenv("WANDB_API_KEY", "0" * 40)
+    clean.setattr(tracking, "ASK_SECONDS", -0.9)
+    asked = []
+    clean.setattr(tracking.wandb, "Api", lambda timeout: asked.append(timeout) or ask(timeout))
+    clean.setattr(tracking.wandb, "finish", lambda exit_code: None)
+    logger = tracking.SafeWandbLogger(tmp_path, config={})
+    logger._experiment = SimpleNamespace(id="x", log=lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="in the run directory alone") as said:
+        logger.log_table("one", ["a"], [[1]], step=1)
+        logger.log_table("two", ["a"], [[1]], step=1)
+        logger.upload(tmp_path / "none", {})
+    assert len(asked) == 1 and sum("alone" in str(each.message) for each in said) == 1 and len(said) == 1
+
+
 def test_weights_that_are_not_taken_cost_a_warning(clean, tmp_path):
     clean.setenv("WANDB_MODE", "offline")
     logger = tracking.SafeWandbLogger(tmp_path, config={})
