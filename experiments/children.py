@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_modules.signals import ORDER, PR_SET_PDEATHSIG, notice
 
-OF_AGENT = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")  # the trial of a W&B sweep is the run over others, not each of them
+OF_ONE_RUN = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_NAME")  # that over others: the trial of a W&B sweep, a name
 POLL_SECONDS = 0.2  # between two looks at them
 MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 
@@ -21,7 +21,7 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> subprocess.
     """One run.py of its own, which dies with this process; in a session of its own, so that Ctrl-C comes from here alone."""
     script = Path(__file__).with_name("run.py")
     paths = os.pathsep.join(filter(None, (str(script.parents[1]), os.environ.get("PYTHONPATH"))))
-    inherited = {key: value for key, value in os.environ.items() if key not in OF_AGENT}
+    inherited = {key: value for key, value in os.environ.items() if key not in OF_ONE_RUN}
     out = None if log is None else open(log, "a", encoding="utf-8")  # noqa: SIM115 (the child's)
     try:
         return subprocess.Popen([sys.executable, str(script), *argv], env={**inherited, "PYTHONPATH": paths, **env}, stdout=out,

@@ -24,12 +24,12 @@ def save(project: str, found: Comparison) -> list[str]:
     import wandb_workspaces.workspaces as workspaces
     entity, name = project.split("/")
     title = f"vitlab: {name} by {found.metric}"
-    own = [found.metric, "val/loss"]
+    own = [found.metric.replace("oof/", "val/"), "val/loss"]  # the score over all folds has no curve, those of the folds have
 
     def panels() -> list:
         return [*(reports.LinePlot(x=X, y=[key]) for key in dict.fromkeys(own)), reports.BarPlot(metrics=["best"]),
                 reports.RunComparer(diff_only="split"),
-                *(reports.ScatterPlot(x=f"summary:{key}", y="summary:best") for key in ("params", "gmacs", "images_per_sec", "train_seconds"))]
+                *(reports.ScatterPlot(x=key, y="best") for key in ("params", "gmacs", "images_per_sec", "train_seconds"))]
     try:
         report = reports.Report(entity=entity, project=name, title=title, blocks=[
             reports.H1(title), reports.PanelGrid(runsets=[reports.Runset(entity=entity, project=name, name=name)], panels=panels())])

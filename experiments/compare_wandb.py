@@ -1,4 +1,5 @@
 """Runs as W&B has them, offline in `.wandb` files or on its server, as the records of run directories."""
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from lightning_modules.wandb_local import STEP, has_credentials, read
 
 PREEMPTED = 75
 OF_RESULT = ("val", "test")  # what has a slash and stands in result.json
+NO_NUMBERS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # words of W&B's server, JSON has none for them
 NO_HISTORY = ("_", "best/")  # W&B's own, and what run_media_log.py tells: sizes of pictures and tables
 
 
@@ -50,14 +52,14 @@ def online(project: str) -> list[Record]:
 def _record(name: str, config: dict[str, Any], summary: dict[str, Any], rows: list[dict[str, Any]], state: str, source: str) -> Record:
     """W&B's words in those of a run directory: rows by optimizer step, a redone step's last; the result only of a finished run."""
     steps: dict[float, dict[str, float]] = {}
-    for row in rows:
+    for row in map(_worded, rows):
         step = row.get(STEP, row.get("step"))
         if step is None:
             continue
         numbers = {key: float(value) for key, value in row.items() if isinstance(value, int | float) and not key.startswith(NO_HISTORY)}
         numbers.pop(STEP, None)
         steps.setdefault(step, {}).update({**numbers, "step": float(step)})
-    result = {key: value for key, value in summary.items()
+    result = {key: value for key, value in _worded(summary).items()
               if not key.startswith("_") and not isinstance(value, dict) and key not in ("epoch", "step", STEP)
               and ("/" not in key or key.startswith(OF_RESULT))}
     if result.get("finished"):
@@ -69,3 +71,7 @@ def _record(name: str, config: dict[str, Any], summary: dict[str, Any], rows: li
     elif made.best is None:
         made.notes.append("finished without a score")
     return made
+
+
+def _worded(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: NO_NUMBERS.get(value, value) if isinstance(value, str) else value for key, value in values.items()}

@@ -21,8 +21,10 @@ from lightning_modules.signals import PREEMPTED
 from lightning_modules.wandb_local import STEP, has_credentials, read
 
 INIT_SECONDS, FINISH_SECONDS, PREEMPTED_SECONDS, UPLOAD_SECONDS = 60, 300, 20, 900  # most that a server may take
+ASK_SECONDS = 5  # that it may take to say it is there
 FLUSH_SECONDS = 0.2  # to the .wandb file; wandb's 15 are lost by a kill -9
 ONLINE = ("online", "shared")
+_staging: str | None = None
 
 
 def wandb_mode() -> str:
@@ -61,16 +63,19 @@ class SafeWandbLogger(WandbLogger):
 
     Args:
         group: of runs that belong together, as the folds of one.
-        job_type, tags, notes: as wandb.init has them. None leaves those of a resumed run.
+        job_type, tags, notes: as wandb.init has them. None leaves those of the environment (WANDB_TAGS) or of a resumed run.
     """
 
     def __init__(self, run_dir: Path, *, config: dict[str, Any], name: str | None = None, group: str | None = None, job_type: str | None = None,
                  tags: list[str] | None = None, notes: str | None = None):
         wanted = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "x_transaction_log_flush_interval": FLUSH_SECONDS}
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
-        super().__init__(mode=wandb_mode(), save_dir=run_dir, name=name or run_dir.name, group=group, job_type=job_type, tags=tags, notes=notes,
-                         id=persistent_id(run_dir), config=config, settings=settings, project=os.getenv("WANDB_PROJECT", "vitlab"))
+        super().__init__(mode=wandb_mode(), save_dir=run_dir, name=os.getenv("WANDB_NAME") or name or run_dir.name, group=group, job_type=job_type,
+                         tags=tags, notes=notes, id=persistent_id(run_dir), config=config, settings=settings,
+                         project=os.getenv("WANDB_PROJECT") or "vitlab")
         self._warned: set[str] = set()
+        self._away = False
+        _stage_in(run_dir / "wandb" / "data")
         self._wandb_init.pop("anonymous", None)  # a deprecated setting that Lightning passes
         if id_of_agent():
             self._wandb_init |= {"project": None, "id": None}  # wandb takes the agent's, and warns of others
@@ -113,6 +118,25 @@ class SafeWandbLogger(WandbLogger):
             super().log_metrics(metrics, step)
 
     @rank_zero_only
+    def log_table(self, key: str, columns: list[str] | None = None, data: list[list[Any]] | None = None, dataframe: Any = None,
+                  step: int | None = None) -> None:
+        if self._in_reach():
+            super().log_table(key, columns, data, dataframe, step)
+
+    def _in_reach(self) -> bool:
+        """Whether the server of an online run answers, asked before each artifact (a table is one too): wandb would wait long, and keep none."""
+        if self._away or self._wandb_init["mode"] not in ONLINE or self._experiment is None:
+            return not self._away
+        answered = threading.Event()
+        asking = threading.Thread(target=_ask, args=(answered,), daemon=True)  # wandb's own service may hang too
+        asking.start()
+        asking.join(ASK_SECONDS + 1)
+        if not answered.is_set():
+            self._away = True
+            rank_zero_warn(f"W&B does not answer any more ({ASK_SECONDS} s): the tables and weights that it lacks are in the run directory alone")
+        return not self._away
+
+    @rank_zero_only
     def summarise(self, values: dict[str, Any]) -> None:
         """Write a run's result into its summary."""
         with self._sparing():
@@ -123,7 +147,7 @@ class SafeWandbLogger(WandbLogger):
     def upload(self, weights: Path, values: dict[str, Any]) -> None:
         """Log a file of weights as the run's one artifact, `best`, with these values; the file stays where it is, no copy is made."""
         with self._sparing(f"the weights are not there, they are in {weights}"):
-            if isinstance(self.experiment, _DummyExperiment):
+            if isinstance(self.experiment, _DummyExperiment) or not self._in_reach():
                 return
             artifact = wandb.Artifact(f"model-{self.experiment.id}", "model", metadata=values)
             artifact.add_file(str(weights), policy="immutable", skip_cache=True)
@@ -146,10 +170,11 @@ class SafeWandbLogger(WandbLogger):
         """End the W&B run with its state: 0 finished, 75 preempted, anything else failed. A preempted one has no time to wait for long."""
         if self._experiment is None:
             return
-        ended, began, seconds = threading.Event(), time.monotonic(), PREEMPTED_SECONDS if exit_code == PREEMPTED else FINISH_SECONDS
+        seconds = PREEMPTED_SECONDS if exit_code == PREEMPTED else FINISH_SECONDS if self._in_reach() else ASK_SECONDS
+        ended, began = threading.Event(), time.monotonic()
         finish = threading.Thread(target=self._finish, args=(exit_code, ended), daemon=True)
         finish.start()
-        finish.join(seconds if exit_code == PREEMPTED else seconds + 30)  # it keeps to FINISH_SECONDS itself, where the service answers
+        finish.join(seconds + 30 if seconds == FINISH_SECONDS else seconds)  # it keeps to FINISH_SECONDS itself, where the service answers
         self._experiment = None
         if time.monotonic() - began >= seconds:
             rank_zero_warn("W&B has not ended in time: wandb sync --include-online uploads what is missing")
@@ -162,6 +187,19 @@ class SafeWandbLogger(WandbLogger):
                 self._experiment.mark_preempting()
             wandb.finish(exit_code=exit_code)
             ended.set()
+
+
+def _stage_in(folder: Path) -> None:
+    """Have wandb keep copies of pictures in tables here until they are uploaded, not in the home directory; WANDB_DATA_DIR goes before."""
+    global _staging
+    if os.getenv("WANDB_DATA_DIR") in (None, "", _staging):
+        _staging = os.environ["WANDB_DATA_DIR"] = str(folder.resolve())
+
+
+def _ask(answered: threading.Event) -> None:
+    with suppress(Exception):
+        wandb.Api(timeout=ASK_SECONDS)  # asks the server whose key this is
+        answered.set()
 
 
 def _leave(exit_code: int) -> None:

@@ -20,7 +20,7 @@ for variable in ("WANDB_API_KEY", "IMAGENET_DIR", "VITLAB_DECISION"):
     os.environ.pop(variable, None)
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "lightning", "timm", "wandb", "sklearn.datasets", "experiments.report"])
+FORKS.set_forkserver_preload(["torch", "lightning", "timm", "wandb", "wandb.sdk.launch", "sklearn.datasets", "experiments.report"])
 
 
 @dataclass

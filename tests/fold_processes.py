@@ -39,7 +39,7 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> Forked:
             for stream in (1, 2):
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         os.environ.update(env)
-        for variable in children.OF_AGENT:
+        for variable in children.OF_ONE_RUN:
             os.environ.pop(variable, None)
         sys.argv = ["run.py", *argv]
         from experiments.run import main

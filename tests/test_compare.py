@@ -16,7 +16,7 @@ import yaml
 from conftest import FORKS, result_of
 from wandb_stub import WandbStub
 
-from experiments import compare, compare_pairs, compare_rows, compare_runs, compare_tables
+from experiments import compare, compare_pairs, compare_rows, compare_runs, compare_tables, compare_wandb
 from lightning_modules import wandb_local
 
 CLASSES = ["cat", "dog", "owl"]
@@ -607,14 +607,23 @@ def _compare_at(folder: str, env: dict[str, str], argv: list[str]) -> int:
     return compare.main(argv)
 
 
-def test_a_project_on_the_server_gives_the_same_table(launch, tmp_path):
+def test_a_project_on_the_server_gives_the_same_table_and_a_report(launch, tmp_path):
+    pytest.importorskip("wandb_workspaces")
     with WandbStub() as server:
         env = {**server.env, "WANDB_PROJECT": "pets", "HOME": str(tmp_path)}
         assert launch(f"{LINE} --name one", env=env).code == 0
+        ((name, run),) = server.runs.items()
+        logged, summary = {key for row in server.history(name) for key in row}, {*run["summary"]}
         server._run("r2", "pets").update(displayName="two", config={"model": {"value": "vit_nano4"}, "epochs": {"value": 2}, "lr": {"value": 5e-4}},
-                                         history={0: json.dumps({"_step": 0, "trainer/global_step": 3, "epoch": 0, "val/acc1": 0.25})})
-        code, said = apart(tmp_path, _compare_at, str(tmp_path), env, ["stub/pets", "--out", "out"])
+                                         history={0: json.dumps({"_step": 0, "trainer/global_step": 3, "epoch": 0, "val/acc1": 0.25, "train/loss":
+                                                                 float("nan")})})
+        code, said = apart(tmp_path, _compare_at, str(tmp_path), env, ["stub/pets", "--out", "out", "--report"])
         assert code == 0 and not server.unknown, (said, server.unknown)
+        assert "report: http" in said and "workspace: http" in said, said
+        code, said = apart(tmp_path, _report, env, compare_tables.Comparison("oof/acc1", False, [], [], [], [], []))
+        assert code == 0 and len(server.views) == 4, said
+        for view in server.views:
+            _assert_panels_have_data(view, logged, summary)
         code, empty = apart(tmp_path, _compare_at, str(tmp_path), env, ["stub/nothing", "--out", "none"])
         assert code == 2 and "no run in it" in empty and "Traceback" not in empty
         server.fail_with = 401
@@ -627,15 +636,11 @@ def test_a_project_on_the_server_gives_the_same_table(launch, tmp_path):
     assert {file.name for file in (tmp_path / "out").iterdir()} == FILES
 
 
-def test_a_report_and_a_workspace_are_saved(tmp_path):
-    pytest.importorskip("wandb_workspaces")
-    with WandbStub() as server:
-        env = {**server.env, "HOME": str(tmp_path)}
-        server._run("r1", "pets", "stub")
-        fake = compare_tables.Comparison("val/acc1", False, [], [], [], [], [])
-        code, said = apart(tmp_path, _report, env, fake)
-        assert code == 0 and "report: http" in said and "workspace: http" in said, said
-        assert len(server.views) >= 2 and not server.unknown
+def test_what_the_server_has_no_number_for_is_read_from_its_word():
+    rows = [{wandb_local.STEP: 4, "train/loss": "NaN", "optim/grad_norm": "Infinity", "word": "NaNs"}]
+    found = compare_wandb._record("one", {}, {"best": "-Infinity", "data": "digits", "finished": True}, rows, "finished", "stub/pets/1")
+    assert math.isnan(found.history[0].pop("train/loss")) and found.history == [{"optim/grad_norm": math.inf, "step": 4}]
+    assert found.result == {"best": -math.inf, "data": "digits", "finished": True}
 
 
 def _report(env: dict[str, str], found) -> int:
@@ -643,6 +648,26 @@ def _report(env: dict[str, str], found) -> int:
     from experiments import compare_report
     print("\n".join(compare_report.save("stub/pets", found)))
     return 0
+
+
+def _panels(spec) -> list[tuple[str, dict]]:
+    """(kind, config) of the panels anywhere in what W&B was given."""
+    if isinstance(spec, list):
+        return [panel for each in spec for panel in _panels(each)]
+    if not isinstance(spec, dict):
+        return []
+    return [(spec["viewType"], spec["config"])] if "viewType" in spec and "config" in spec else _panels([*spec.values()])
+
+
+def _assert_panels_have_data(view: dict, logged: set[str], summary: set[str]) -> None:
+    panels = _panels(json.loads(view["spec"]))
+    assert {kind for kind, _ in panels} == {"Run History Line Plot", "Bar Chart", "Run Comparer", "Scatter Plot"} and len(panels) == 8
+    for kind, config in panels:
+        if kind == "Run History Line Plot":
+            assert {config["xAxis"], *config["metrics"]} <= logged
+        elif kind != "Run Comparer":
+            shown = config.get("metrics") or [config[axis].removeprefix("summary:") for axis in ("xAxis", "yAxis")]
+            assert {*shown} <= summary
 
 
 def test_its_help_tells_the_flags(capsys):

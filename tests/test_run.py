@@ -1,6 +1,5 @@
 """The main job from the command line: run directory, resume after kill -9, two processes, mistakes."""
 import csv
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -235,18 +234,6 @@ def test_early_stopping_and_test_of_the_best(pics, launch):
     assert ended.code == 0, ended.out
     result = result_of(pics / "runs" / "still")
     assert result["stopped_epoch"] == 2 and result["epochs"] == 30
-
-
-def test_offline_wandb_keeps_one_run_over_a_resume(pics, launch):
-    line = f"{TINY.replace('--logger csv', '--logger wandb')} --epochs 2 --name tracked"
-    assert launch(line, kill_at_step=5).code == -9
-    ended = launch(line)
-    assert ended.code == 0, ended.out
-    folder = pics / "runs" / "tracked" / "wandb"
-    identity = (folder / "run_id.txt").read_text()
-    runs = list(folder.glob("offline-run-*"))
-    assert len(runs) == 2 and all(run.name.endswith(identity) for run in runs)
-    assert json.loads((pics / "runs" / "tracked" / "result.json").read_text())["finished"]
 
 
 def test_two_ranks_score_the_batch_norm_that_is_saved(tmp_path, launch):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 def hurry() -> None:
     """For `launch(..., before=hurry)`: little patience with a server."""
-    tracking.INIT_SECONDS, tracking.FINISH_SECONDS, tracking.UPLOAD_SECONDS = 2, 2, 2
+    tracking.INIT_SECONDS, tracking.ASK_SECONDS = 2, 2
 
 
 def at_step(step: int, act) -> None:
@@ -89,7 +89,7 @@ def sync(folder: Path, server: WandbStub) -> None:
     """`wandb sync` of all that lies in a run directory."""
     parts = sorted(map(str, (folder / "wandb").glob("*run-*")))
     ended = subprocess.run([Path(sys.executable).with_name("wandb"), "sync", "--yes", "--include-online", *parts], env={**os.environ, **server.env},
-                           capture_output=True, text=True, timeout=60)
+                           cwd=folder, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
@@ -103,6 +103,7 @@ def clean(monkeypatch, tmp_path):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED", "WANDB_BASE_URL", "NETRC", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
     return monkeypatch
 
 
@@ -151,6 +152,15 @@ def test_the_id_is_the_directorys_and_an_agents_wins(clean, tmp_path):
     assert tracking.persistent_id(tmp_path) == "shell"  # the trial, resumed by hand
 
 
+def test_each_run_keeps_pictures_in_its_own_directory_unless_told(clean, tmp_path):
+    clean.setenv("WANDB_MODE", "offline")
+    for told in (str(tmp_path / "wandb-data"), ""):
+        clean.setenv("WANDB_DATA_DIR", told)
+        for name in ("one", "two"):
+            tracking.SafeWandbLogger(tmp_path / name, config={})
+            assert os.environ["WANDB_DATA_DIR"] == (told or str(tmp_path / name / "wandb" / "data"))
+
+
 def test_neither_lightning_nor_torch_is_imported_to_look_for_a_key(tmp_path):
     code = "import sys; from experiments import compare_wandb; print(sorted({'torch', 'lightning', 'wandb'} & {*sys.modules}))"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -162,7 +172,7 @@ def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, 
     with WandbStub() as server:
         assert launch(f"{LINE} --tags a,b --notes first", env=server.env, kill_at_step=6).code == -9
         line = f"{LINE} --notes second --logger_args.checkpoint true"
-        ended = launch(line + " --tags b,c,b", env=server.env)
+        ended = launch(line + " --tags b,ü,b", env=server.env)
         assert ended.code == 0, ended.out
         assert not server.unknown and len(server.runs) == 1
         ((name, run),) = server.runs.items()
@@ -171,7 +181,7 @@ def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, 
         again = launch(line, env=server.env)
         assert again.code == 0 and "already finished" in again.out and len(server.requests) == before
     result = result_of(folder)
-    assert (run["state"], run["tags"], run["notes"], run["displayName"], run["project"]) == ("finished", ["b", "c"], "second", "tracked", "vitlab")
+    assert (run["state"], run["tags"], run["notes"], run["displayName"], run["project"]) == ("finished", ["b", "ü"], "second", "tracked", "vitlab")
     assert all(run["summary"][key] == value for key, value in result.items() if value is not None)
     config = {key: value["value"] for key, value in run["config"].items() if not key.startswith("_")}
     assert config["model"] == "vit_nano4" and config["model_args"]["depth"] == 2 and config["seed"] == 0 and config["params"] == result["params"]
@@ -190,8 +200,9 @@ def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, 
 
 def test_an_offline_run_killed_and_resumed_is_read_back_and_synced_whole(launch, tmp_path):
     folder = tmp_path / "runs" / "tracked"
-    assert launch(LINE, kill_at_step=4).code == -9  # the moment after an epoch's row and its checkpoint
-    ended = launch(LINE)
+    for step in (2, 4):  # the second is the moment after an epoch's row and its checkpoint
+        assert launch(LINE, kill_at_step=step).code == -9
+    ended = launch(LINE, env={"WANDB_DATA_DIR": ""})
     assert ended.code == 0 and "resumed" in ended.out, ended.out
     (read,) = compare_runs.find([str(folder / "wandb")])
     assert read.state == "finished"
@@ -201,15 +212,22 @@ def test_an_offline_run_killed_and_resumed_is_read_back_and_synced_whole(launch,
         ((name, run),) = server.runs.items()
         assert name == (folder / "wandb" / "run_id.txt").read_text() and run["state"] == "finished"
         assert_as_in_metrics_csv(server.history(name), folder)
+    pictures = [file.read_bytes() for file in (folder / "wandb" / "data").rglob("*") if file.is_file()]  # of a table, kept until it is uploaded
+    assert pictures and {body for (_, file), body in server.storage.items() if file.endswith(".jpg")} <= {*pictures}
+    assert sum(file.endswith(".jpg") for _, file in server.storage) == 32
+    assert any(file.startswith("media/images/best/confusion") for file in run["files"])
 
 
-def test_two_ranks_are_one_run(launch, tmp_path):
+def test_two_ranks_are_one_run_and_the_environment_is_heard(launch, tmp_path):
+    said = {"WANDB_NAME": "named", "WANDB_TAGS": "x,y", "WANDB_RUN_GROUP": "these", "WANDB_NOTES": "why", "WANDB_PROJECT": "pets",
+            "WANDB_ENTITY": "us"}
     with WandbStub() as server:
-        ended = launch(f"{LINE} --devices 2 --accelerator cpu", ranks=2, env=server.env)
+        ended = launch(f"{LINE} --devices 2 --accelerator cpu", ranks=2, env={**server.env, **said})
         assert ended.code == 0, ended.outs
         ((name, run),) = server.runs.items()
         assert_as_in_metrics_csv(server.history(name), tmp_path / "runs" / "tracked")
     assert run["state"] == "finished" and run["summary"]["world_size"] == 2 and run["upserts"] <= 3
+    assert [run[key] for key in ("displayName", "tags", "group", "notes", "project", "entity")] == ["named", ["x", "y"], "these", "why", "pets", "us"]
 
 
 @pytest.mark.slow
@@ -224,7 +242,6 @@ def test_two_ranks_of_lightnings_launcher_are_one_run(tmp_path):
     assert run["state"] == "finished" and run["summary"]["world_size"] == 2
 
 
-@pytest.mark.slow  # wandb asks twice for 20 s whether it may log a table
 def test_an_outage_in_mid_run_costs_nothing_that_sync_does_not_bring_back(launch, tmp_path):
     folder = tmp_path / "runs" / "tracked"
 
@@ -234,16 +251,16 @@ def test_an_outage_in_mid_run_costs_nothing_that_sync_does_not_bring_back(launch
             time.sleep(0.01)
         server.fail_with = 503
     with WandbStub() as server:
-        began = time.monotonic()
-        ended = launch(LINE, env=server.env, before=hurry, watch=cut_off)
-        assert ended.code == 0 and result_of(folder)["finished"] and time.monotonic() - began < 100, ended.out
-        assert "wandb sync --include-online" in ended.out
+        ended = launch(f"{LINE} --logger_args.checkpoint true", env=server.env, before=hurry, watch=cut_off)
+        assert ended.code == 0 and result_of(folder)["finished"] and time.time() - (folder / "result.json").stat().st_mtime < 15, ended.out
+        assert ended.out.count("W&B does not answer any more") == 1 and "wandb sync --include-online" in ended.out, ended.out
         ((name, run),) = server.runs.items()
         assert len(server.history(name)) < 4 and run["state"] == "running"
         server.fail_with = None
         sync(folder, server)
         assert_as_in_metrics_csv(server.history(name), folder)
         assert server.runs.keys() == {name} and server.runs[name]["state"] == "finished"
+        assert any(file.startswith("media/images/best/confusion") for file in run["files"])
 
 
 @pytest.mark.parametrize("answer", [401, None, *(pytest.param(code, marks=pytest.mark.slow) for code in (403, 503))])
@@ -264,13 +281,13 @@ def test_the_state_tells_how_a_run_ended(launch, tmp_path):
         assert failed.code == 1 and "what a bug does" in failed.out, failed.out
         ((name, run),) = server.runs.items()
         assert (run["state"], run["exitcode"], run["preempting"]) == ("failed", 1, False)
-        stopped = launch(LINE, env=server.env, before=partial(at_step, 5, terminate))
+        stopped = launch(f"{LINE} --name failed --overwrite", env=server.env, before=partial(at_step, 5, terminate))  # a new run, there as here
         assert stopped.code == 75, stopped.out
         (other,) = server.runs.keys() - {name}
         assert (server.runs[other]["state"], server.runs[other]["exitcode"]) == ("preempted", 75)
-        assert launch(LINE, env=server.env).code == 0
-        assert len(server.runs) == 2 and server.runs[other]["state"] == "finished"
-        assert_as_in_metrics_csv(server.history(other), tmp_path / "runs" / "tracked")
+        assert launch(f"{LINE} --name failed", env=server.env).code == 0
+        assert {each["state"] for each in (run, server.runs[other])} == {"failed", "finished"} and len(server.runs) == 2
+        assert_as_in_metrics_csv(server.history(other), tmp_path / "runs" / "failed")
 
 
 def test_a_service_killed_in_mid_run_costs_a_warning(launch, tmp_path):
@@ -292,6 +309,22 @@ def test_a_service_that_does_not_answer_is_not_waited_for_at_the_end(clean, tmp_
         logger.close(3)
         logger.close(3)  # it is closed
     assert registered == [(tracking._leave, 3)] * 2
+
+
+@pytest.mark.parametrize("ask", [lambda timeout: 1 / 0, lambda timeout: time.sleep(5)])
+def test_a_server_that_does_not_answer_is_asked_once_and_gets_no_table(clean, tmp_path, ask):
+    clean.setenv("WANDB_API_KEY", "0" * 40)
+    clean.setattr(tracking, "ASK_SECONDS", -0.9)
+    asked = []
+    clean.setattr(tracking.wandb, "Api", lambda timeout: asked.append(timeout) or ask(timeout))
+    clean.setattr(tracking.wandb, "finish", lambda exit_code: None)
+    logger = tracking.SafeWandbLogger(tmp_path, config={})
+    logger._experiment = SimpleNamespace(id="x", log=lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="in the run directory alone") as said:
+        logger.log_table("one", ["a"], [[1]], step=1)
+        logger.log_table("two", ["a"], [[1]], step=1)
+        logger.upload(tmp_path / "none", {})
+    assert len(asked) == 1 and sum("alone" in str(each.message) for each in said) == 1 and len(said) == 1
 
 
 def test_weights_that_are_not_taken_cost_a_warning(clean, tmp_path):

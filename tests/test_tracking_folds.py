@@ -53,8 +53,8 @@ def test_a_merge_without_a_server_is_a_merge(comp, launch):  # noqa: F811
 
 
 def test_a_fold_is_no_trial_of_an_agent(monkeypatch):
-    for variable in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_PROJECT"):
+    for variable in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_NAME", "WANDB_PROJECT"):
         monkeypatch.setenv(variable, "x")
     monkeypatch.setattr(children.subprocess, "Popen", lambda argv, env, **_: env)
-    assert {key for key in children.start([], {}, None) if key.startswith("WANDB_") and key in children.OF_AGENT} == set()
+    assert {key for key in children.start([], {}, None) if key.startswith("WANDB_") and key in children.OF_ONE_RUN} == set()
     assert children.start([], {"TOLD": "1"}, None)["WANDB_PROJECT"] == "x"
