@@ -185,7 +185,9 @@ def test_names_are_only_text(recwarn):
         "\n".join(str(row[0]) for row in table.rows).encode()
         assert len(table.rows[0][0]) <= 100 and run_media_figures.confused(scored).ndim == 3
         assert run_media_figures.sheet(run_media.examples(scored, {}, opener)).shape[1] > 1000
-    assert run_media.words("a\nb\x00c") == "a?b?c" and not [each for each in recwarn if "Glyph" in str(each.message)]
+    assert run_media.words("a\nb\x00c") == "a?b?c" and run_media.words("abcdefghij", 10) == "abcdefghij"
+    assert [run_media.words("animals_birds_" + end, 12) for end in ("owl", "jay")] == ["anima..._owl", "anima..._jay"]  # told apart
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
 
 
 def test_figures_of_little():
@@ -194,6 +196,13 @@ def test_figures_of_little():
     for scored in (right, classes(3, 5), labels(2, 1), values(["a"], 1)):
         picture = run_media_figures.confused(scored)
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.std() > 0
+
+
+def test_a_long_name_is_not_cut_by_the_pictures_edge():
+    figure = run_media_figures._targets(values(["W" * 60], 9000))
+    run_media_figures.pixels(figure)
+    box = figure.axes[0].title.get_window_extent()
+    assert box.x0 > 0 and box.x1 < figure.bbox.x1
 
 
 def test_the_matrix_is_coloured_by_the_share_of_the_row():

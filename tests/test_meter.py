@@ -236,6 +236,5 @@ def test_leaving_between_an_epochs_last_step_and_its_row_loses_nothing_of_it(pic
     whole = rows_of(pics)
     assert launch(f"{line} --overwrite", before=leave_in_validation).code == 75
     assert launch(line, before=partial(count_time, 0.25, 2.0)).code == 0
-    apart = ("perf/memory_mb", "perf/hours_left")
-    assert [{key: row[key] for key in row if key not in apart} for row in rows_of(pics)] == \
-        [{key: row[key] for key in row if key not in apart} for row in whole]
+    for row, other in zip(rows_of(pics), whole, strict=True):
+        assert row | {"perf/memory_mb": 0} == pytest.approx(other | {"perf/memory_mb": 0})
