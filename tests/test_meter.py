@@ -183,6 +183,15 @@ def test_the_benchmark_times_both_sides_and_what_lies_between(tmp_path, monkeypa
     assert share > 0 and len(re.findall(r"ms a step without, [\d.]+ ms with: [\d.]+ \(quartiles", said)) == 2
 
 
+@pytest.mark.parametrize("line, words", [("--model vit_nan4", "--model: no model named 'vit_nan4'; did you mean vit_nano4"),
+                                         ("--log_every_steps 0", "--log_every_steps must be at least 1")])
+def test_a_wrong_benchmark_is_one_line(capsys, line, words):
+    from experiments import benchmark
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["tracking", *line.split()])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 def note_reads() -> None:
     """reads.txt: for each call of the meter's hooks in a step, how many numbers it has read from the device, and whether it told a row."""
     told, counts = [], []
