@@ -79,7 +79,7 @@ class Meter(Callback):
         if trainer.is_global_zero:
             if shape not in self.known_flops:
                 began, self.known_flops[shape] = time.monotonic(), 0.0
-                with spared("perf/mfu"):
+                with spared("perf/tflops_per_device"):
                     self.known_flops[shape] = self.flops(*(value[:2] for value in inputs(batch)))
                 self.mark += time.monotonic() - began
             self.operations += self.known_flops[shape] * len(batch["image"])

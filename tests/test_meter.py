@@ -131,6 +131,18 @@ def test_counting_leaves_a_network_as_it_was(name):
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def count_nothing() -> None:
+    def fail(*given: object) -> float:
+        raise NotImplementedError("no such operation on meta")
+    cost.training_flops = fail
+
+
+def test_a_network_that_cannot_be_counted_costs_a_warning(pics, launch):
+    ended = launch(f"{TINY} --epochs 1 --log_every_steps 2", before=count_nothing)
+    assert ended.code == 0 and ended.out.count("perf/tflops_per_device could not be made: NotImplementedError") == 1, ended.out
+    assert all("perf/images_per_sec" in row and "perf/tflops_per_device" not in row for row in rows_of(pics))
+
+
 def test_what_is_frozen_costs_no_gradient():
     network = models.create("vit_nano4", 10, 32).train()
     whole = cost.training_flops(network, torch.zeros(2, 3, 32, 32))
