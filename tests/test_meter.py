@@ -131,6 +131,13 @@ def test_counting_leaves_a_network_as_it_was(name):
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
+def test_what_is_computed_anew_is_not_counted():
+    network, pictures = models.create("vit_nano4", 10), torch.zeros(2, 3, 32, 32)
+    counted = cost.training_flops(network, pictures)
+    network.set_grad_checkpointing()
+    assert cost.training_flops(network, pictures) == counted and network.grad_checkpointing
+
+
 def count_nothing() -> None:
     def fail(*given: object) -> float:
         raise NotImplementedError("no such operation on meta")
