@@ -147,6 +147,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.batch < 1 or args.rounds < 2:
         parser.error("--batch must be at least 1 and --rounds at least 2")
+    if args.verb == "tracking" and args.log_every_steps < 1:
+        parser.error("--log_every_steps must be at least 1")
+    try:
+        for flag in {"model", "student", "teacher"} & vars(args).keys():
+            models.check_name(getattr(args, flag))
+    except ValueError as error:
+        parser.error(f"--{flag}: {error}")
     if args.verb == "data":
         return _data(args)
     if args.verb == "tracking":

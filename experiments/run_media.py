@@ -26,9 +26,11 @@ class Table:
 
 
 def words(value: Any, most: int = 100) -> str:
-    """What a person has named, as text that any file takes: what cannot be printed becomes `?`, what is longer is cut, as `abc...`."""
+    """What a person has named, as text that any file takes: what cannot be printed becomes `?`, what is longer loses its middle, as `abc...xyz`:
+    long names often differ at their ends alone."""
     told = "".join(letter if letter.isprintable() else "?" for letter in str(value))
-    return told if len(told) <= most else told[:most - 3] + "..."
+    kept = most - 3
+    return told if len(told) <= most else told[:kept - kept // 2] + "..." + told[-(kept // 2):]
 
 
 def per_class(scored: Scored) -> Table:

@@ -89,7 +89,7 @@ def _targets(scored: Scored) -> Figure:
         _against(axes, scored.target[::step, t], scored.prediction[::step, t])
         error = float(np.sqrt(((scored.prediction[:, t] - scored.target[:, t]) ** 2).mean()))
         shown = f"{len(scored.target[::step]):,} of " * (step > 1)
-        axes.set_title(f"{words(name, 40)}: RMSE {error:.4g}, {shown}{len(scored.target):,} rows", fontsize=9, parse_math=False)
+        axes.set_title(f"{words(name, 36)}\nRMSE {error:.4g}, {shown}{len(scored.target):,} rows", fontsize=9, parse_math=False)
     return figure
 
 

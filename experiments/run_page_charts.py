@@ -178,7 +178,7 @@ def scatter(title: str, true: np.ndarray, predicted: np.ndarray) -> str:
     frame, step = Frame(ends, ends), -(-len(true) // 1500)
     points = "".join(f"M{frame.at(x, y)}h0" for x, y in zip(true[::step], predicted[::step]))
     line = f'<path class="axis" d="M{frame.at(ends[0], ends[0])}L{frame.at(ends[1], ends[1])}"/>'
-    drawing = f'{frame.grid("true", "predicted")}<path class="cloud" d="{points}"/>{line}'
+    drawing = f'{frame.grid("true", "predicted")}<path class="cloud{" few" * (len(true) <= 100)}" d="{points}"/>{line}'
     return figure(title, drawing, f"{len(true[::step]):,} of {len(true):,} pictures")
 
 

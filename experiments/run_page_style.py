@@ -21,12 +21,14 @@ figure { margin: 0 } .chart { background: var(--card); border-radius: 8px; paddi
   vertical-align: middle }
 .key.raw { background: var(--raw) } .key.ema { background: var(--ema) } .key.train, .key.range { background: var(--train) }
 .key.mark { background: var(--good) } .key.bar, .key.band { background: var(--raw); opacity: .5; height: 9px }
-svg { display: block; width: 100%; height: auto } svg text { font: 11px system-ui, sans-serif; fill: var(--ink) } svg text.soft { fill: var(--soft) }
+svg { display: block; width: 100%; height: auto; overflow: visible }
+svg text { font: 11px system-ui, sans-serif; fill: var(--ink) } svg text.soft { fill: var(--soft) }
 .grid { stroke: var(--line); fill: none } .axis { stroke: var(--soft); stroke-dasharray: 4 3; fill: none } .mark { stroke: var(--good); fill: none }
 .line { fill: none; stroke-width: 1.7; stroke-linejoin: round } .line.raw { stroke: var(--raw) } .line.ema { stroke: var(--ema) }
 .line.train { stroke: var(--train) } .dot.raw { fill: var(--raw) } .dot.ema { fill: var(--ema) } .dot.train { fill: var(--train) }
 .range { stroke: var(--train); stroke-width: 3; fill: none } .bar { fill: var(--raw) } .band { fill: var(--raw); opacity: .15 }
 .cloud { stroke: var(--raw); stroke-width: 3; stroke-linecap: round; opacity: .45; fill: none }
+.few { stroke-width: 5; opacity: .8 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .86rem; margin: 4px 0 12px; font-variant-numeric: tabular-nums }
 th, td { padding: 3px 9px 3px 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top }
 thead th { color: var(--soft); font-weight: 500 }

@@ -18,7 +18,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)} (--help lists them all)"
+            message = f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)} (--help lists them all)" if unknown[1].startswith("-") else \
+                f"{unknown[1]}: one word too many (--help tells what it takes)"
         message = re.sub(r"invalid choice: (.*) \(choose from (.*)\)", r"invalid choice \1: one of \2", message).replace("'", "")
         print(f"{self.prog}: {message.removeprefix('argument ').replace('the following arguments are required:', 'missing:')}", file=sys.stderr)
         raise SystemExit(2)

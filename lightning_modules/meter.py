@@ -79,7 +79,7 @@ class Meter(Callback):
         if trainer.is_global_zero:
             if shape not in self.known_flops:
                 began, self.known_flops[shape] = time.monotonic(), 0.0
-                with spared("perf/mfu"):
+                with spared("perf/tflops_per_device"):
                     self.known_flops[shape] = self.flops(*(value[:2] for value in inputs(batch)))
                 self.mark += time.monotonic() - began
             self.operations += self.known_flops[shape] * len(batch["image"])
@@ -143,9 +143,10 @@ class Meter(Callback):
         return row
 
     def seconds_left(self, trainer: L.Trainer) -> float:
-        """Of the training and its validations, at the pace since this start."""
-        done = trainer.global_step
-        return (time.monotonic() - self.start) / max(1, done - self.start_step) * (self.total_steps - done)
+        """Of the training and its validations, at the pace since this start; before its first step at that of the training so far."""
+        done, since = trainer.global_step, trainer.global_step - self.start_step
+        pace = (time.monotonic() - self.start) / since if since else self.train_seconds / max(1, done)
+        return pace * (self.total_steps - done)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, metrics: dict[str, float]) -> None:
         lr, scales = pl_module.lr_used, {group.get("lr_scale", 1.0) for group in trainer.optimizers[0].param_groups}

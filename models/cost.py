@@ -1,4 +1,5 @@
 """What a network costs: parameters, multiply-accumulates, activation memory. Counted on `meta`: no weights, no arithmetic."""
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -28,11 +29,13 @@ def training_flops(model: nn.Module, *given: torch.Tensor) -> float:
         model: on any device, trainable as it will be trained; it is left as it is, gradients included.
         given: its inputs, each (B, ...); of them only the shape counts.
     """
-    state = {name: value.detach().to("meta").requires_grad_(value.requires_grad) for name, value in model.named_parameters()}
-    state |= {name: value.to("meta") for name, value in model.named_buffers()}
+    memo = {id(value): nn.Parameter(value.detach().to("meta"), value.requires_grad) for value in model.parameters()}
+    network = copy.deepcopy(model, memo | {id(value): value.to("meta") for value in model.buffers()})  # without a copy of any weight
+    if hasattr(network, "set_grad_checkpointing"):
+        network.set_grad_checkpointing(False)  # what is computed anew is no work done
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward}) as counter:
         meta = tuple(torch.empty_like(value, device="meta", dtype=torch.float32) for value in given)
-        output = torch.func.functional_call(model, state, meta, tie_weights=False)  # tied, a module that others share is left on meta
+        output = network(*meta)
         sum(part.sum() for part in (output if isinstance(output, tuple) else (output,))).backward()
     return counter.get_total_flops() / len(given[0])
 

@@ -236,7 +236,7 @@ def test_from_the_command_line(pics, launch, capsys, monkeypatch):
     (pics / "no.jpg").write_bytes(b"no picture")
     for line, words in (("attention nowhere", "no weights at nowhere"), ("attention runs/one --count 0", "from 1 on"),
                         ("attention runs/one --images no.jpg --out x.png", "cannot read picture no.jpg"),
-                        ("attentio runs/one", "did you mean attention"),
+                        ("attentio runs/one", "did you mean attention"), ("attention runs/one runs/two", "runs/two: one word too many"),
                         ("attention runs/one --out folder", "ends in .png"), ("attention runs/one --images a --data_dir b", "not allowed with"),
                         ("attention runs/one --data_dir gone --out x.png", "gone"), ("attention", "missing: RUN")):
         code, told = drawn_by(line.split(), capsys)

@@ -184,8 +184,10 @@ def test_names_are_only_text(recwarn):
         json.dumps(table.rows, allow_nan=False)
         "\n".join(str(row[0]) for row in table.rows).encode()
         assert len(table.rows[0][0]) <= 100 and run_media_figures.confused(scored).ndim == 3
-        assert run_media_figures.sheet(run_media.examples(scored, {}, opener)).shape[1] > 1000
-    assert run_media.words("a\nb\x00c") == "a?b?c" and not [each for each in recwarn if "Glyph" in str(each.message)]
+        assert run_media_figures.sheet(run_media.examples(scored, {}, opener, 16)).shape[1] > 1000
+    assert run_media.words("a\nb\x00c") == "a?b?c" and run_media.words("abcdefghij", 10) == "abcdefghij"
+    assert [run_media.words("animals_birds_" + end, 12) for end in ("owl", "jay")] == ["anima..._owl", "anima..._jay"]  # told apart
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
 
 
 def test_figures_of_little():
@@ -194,6 +196,13 @@ def test_figures_of_little():
     for scored in (right, classes(3, 5), labels(2, 1), values(["a"], 1)):
         picture = run_media_figures.confused(scored)
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3 and picture.std() > 0
+
+
+def test_a_long_name_is_not_cut_by_the_pictures_edge():
+    figure = run_media_figures._targets(values(["W" * 60], 9000))
+    run_media_figures.pixels(figure)
+    box = figure.axes[0].title.get_window_extent()
+    assert box.x0 > 0 and box.x1 < figure.bbox.x1
 
 
 def test_the_matrix_is_coloured_by_the_share_of_the_row():
@@ -230,6 +239,12 @@ def staged(tmp_path):
         content = file.read_bytes()
         found += [Image.open(io.BytesIO(content))] if content[:3] == b"\xff\xd8\xff" else []
     return found
+
+
+def boards(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
 
 
 def accuracy(folder):
@@ -270,9 +285,18 @@ def test_a_run_without_test_pictures_leaves_the_rows_of_val_and_tells_wandb(pics
                           np.asarray(Image.open(folder / "attention.png").convert("RGB")))
 
 
-def test_two_ranks_another_network_and_seed_show_the_same_rows(pics, launch):
+def test_the_server_receives_it_and_two_ranks_another_network_and_seed_show_the_same_rows(pics, launch):
     line = f"{TINY} --epochs 1 --accelerator cpu"
-    assert launch(f"{line} --name one").code == 0
+    with WandbStub() as server:
+        ended = launch(f"{line} --name one", env=server.env)
+        assert ended.code == 0 and "could not be made" not in ended.out, ended.out
+        ((name, run),) = server.runs.items()
+        rows = {key: row[key] for row in server.history(name) for key in row if key.startswith("best/")}
+        assert not server.unknown, server.unknown
+    assert {*rows} == {"best/per_class", "best/confusion", "best/predictions"} and run["exitcode"] == 0
+    assert json.loads(run["files"][rows["best/per_class"]["path"]])["columns"][0] == "class"
+    assert Image.open(io.BytesIO(run["files"][rows["best/confusion"]["filenames"][0]])).width > 300
+
     ended = launch(f"{line} --model_args.depth 1 --seed 3 --devices 2 --name two", ranks=2)
     assert ended.code == 0, ended.out
     assert launch("--eval_only --init runs/one --name again").code == 0
@@ -306,18 +330,6 @@ def test_of_more_classes_than_the_table_has_columns_the_five_likeliest_are_told(
     assert matrix.shape[0] > 1000  # 30 of the 101
 
 
-def test_the_server_receives_it(pics, launch):
-    with WandbStub() as server:
-        ended = launch(f"{TINY} --epochs 1 --name one", env=server.env)
-        assert ended.code == 0 and "could not be made" not in ended.out, ended.out
-        ((name, run),) = server.runs.items()
-        rows = {key: row[key] for row in server.history(name) for key in row if key.startswith("best/")}
-        assert not server.unknown, server.unknown
-    assert {*rows} == {"best/per_class", "best/confusion", "best/predictions"} and run["exitcode"] == 0
-    assert json.loads(run["files"][rows["best/per_class"]["path"]])["columns"][0] == "class"
-    assert Image.open(io.BytesIO(run["files"][rows["best/confusion"]["filenames"][0]])).width > 300
-
-
 def broken_media():
     def fail(*arguments):
         raise MemoryError("no room")
@@ -325,10 +337,10 @@ def broken_media():
 
 
 def test_what_fails_is_a_warning_and_the_rest_is_told(pics, launch):
-    ended = launch(f"{TINY} --epochs 1 --name one", before=broken_media)
+    ended = launch(f"{TINY} --epochs 1 --logger tensorboard --name one", before=broken_media)
     assert ended.code == 0 and result_of(pics / "runs" / "one")["finished"] and "Traceback" not in ended.out
     assert "best/per_class could not be made: MemoryError" in ended.out and "best/confusion could not" in ended.out
-    assert {*media(pics / "runs" / "one")[0]} == {"best/predictions"}
+    assert {*boards(pics / "runs" / "one" / "tensorboard").Tags()["images"]} == {"best/predictions"}
 
 
 def test_a_regression_from_a_table(tmp_path, launch):
@@ -358,8 +370,7 @@ def test_tensorboard_has_the_pictures(tmp_path):
     run_media_log.log_picture([logger], "best/predictions", run_media_figures.sheet(table), 17)
     run_media_log.log_table([logger], "best/per_class", table, 17)
     logger.finalize("success")
-    events = EventAccumulator(logger.log_dir)
-    events.Reload()
+    events = boards(logger.log_dir)
     assert {*events.Tags()["images"]} == {"best/confusion", "best/predictions"}
     (event,) = events.Images("best/confusion")
     assert event.step == 17 and np.array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string)).convert("RGB")), drawn)

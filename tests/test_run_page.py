@@ -343,6 +343,7 @@ def test_regression(tmp_path, name):
     means = error.groupby(pd.qcut(target, 10, labels=False)).mean()
     assert [cells[2].values()[0] for _, cells in page.table("deciles")] == pytest.approx(list(means))
     assert page.ids["regression"].all("path", "cloud")[0].attributes["d"].count("M") == 200
+    assert ['cloud few"' in charts.scatter("", target[:count], target[:count]) for count in (100, 101)] == [True, False]
 
 
 def test_several_targets_of_a_regression(tmp_path):
