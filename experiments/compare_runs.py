@@ -82,6 +82,11 @@ class Record:
         return found if number(found) else None
 
 
+def of_place(key: str) -> bool:
+    """Whether a knob, or a key of its dictionary, is no part of what a run is."""
+    return key.split(".")[0] in PLACE
+
+
 def number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -195,7 +200,7 @@ def _folded(made: Record) -> Record:
 def _gathered(records: list[Record]) -> list[Record]:
     """Runs of single folds (--folds K --fold I) that lie side by side become one run over all folds, or part of the one that merged them."""
     def identity(each: Record) -> str:
-        return json.dumps({key: value for key, value in each.knobs().items() if key not in PLACE | {"fold"}}, sort_keys=True, default=str)
+        return json.dumps({key: value for key, value in each.knobs().items() if not of_place(key) and key != "fold"}, sort_keys=True, default=str)
     folded = [each for each in records if number(each.config.get("folds"))]
     sets: dict[str, list[Record]] = {}
     for each in folded:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.compare_runs import FINISHED, PLACE, Record, number
+from experiments.compare_runs import FINISHED, Record, number, of_place
 from experiments.usage import UsageError, did_you_mean
 
 SMALLER = {"loss", "log_loss", "rmse", "mse", "mae", "mape", "error", "nll", "brier", "ece", "params", "gmacs", "train_seconds", "peak_memory_mb"}
@@ -132,7 +132,7 @@ def _smaller(metric: str, records: list[Record], notes: list[str]) -> bool:
 def _differing(records: list[Record]) -> list[str]:
     """Config keys in which the runs differ, in their order, those of dictionaries last."""
     known = [each.knobs() for each in records if each.config]
-    keys = dict.fromkeys(key for each in known for key in each if key not in PLACE or key in SHOWN_PLACES)
+    keys = dict.fromkeys(key for each in known for key in each if not of_place(key) or key in SHOWN_PLACES)
     return sorted((key for key in keys if len({_text(each.get(key)) for each in known}) > 1), key=lambda key: "." in key)
 
 
@@ -142,7 +142,7 @@ def _text(value: Any) -> str:
 
 def _groups(records: list[Record], differing: list[str], metric: str, smaller: bool) -> list[Group]:
     """Runs equal but for seed, fold and place, best mean first; a run without a config is a group of its own."""
-    keys = [key for key in differing if key not in EACH_RUN | PLACE]
+    keys = [key for key in differing if key not in EACH_RUN and not of_place(key)]
     members: dict[str, list[Record]] = {}
     for each in records:
         knobs = each.knobs()

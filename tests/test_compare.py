@@ -113,7 +113,8 @@ def test_numbers_are_those_of_result_json_and_rows_are_sorted(tmp_path, capsys, 
 
 def test_only_knobs_that_differ_are_columns_and_defaults_fill_what_is_younger_than_a_run(tmp_path):
     fake_run(tmp_path, "old", model_args={"depth": 2}, devices=1)
-    fake_run(tmp_path, "new", loss_args={}, bad_images="error", model_args={"depth": 4}, devices=2, workers=3, runs_dir="x", lr=1e-3)
+    fake_run(tmp_path, "new", loss_args={}, bad_images="error", model_args={"depth": 4}, devices=2, workers=3, runs_dir="x", lr=1e-3,
+             tags="a,b", logger_args={"attention": True})
     fake_run(tmp_path, "seed", seed=1, model_args={"depth": 4})
     found = compare_tables.compare(compare_runs.find([str(tmp_path)]))
     assert found.differing == ["seed", "devices", "model_args.depth"]
