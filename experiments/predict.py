@@ -28,7 +28,7 @@ from datamodules.decode import PictureError
 from experiments import inference
 from experiments.inference import How, Source
 from experiments.prediction_rows import Rows, rows_of_folder, rows_of_table
-from experiments.usage import Parser
+from experiments.usage import Parser, positive
 
 CONFIG, PREDICTIONS = "config.yaml", "predictions.csv"
 START = "spawn"  # of processes: a fork would carry over the GPU's and the threads' state
@@ -278,9 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["auto", *inference.PRECISIONS], default="auto", help="auto: bf16 where the GPU has it, else fp16 "
                         "(T4), on CPU fp32")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="auto: the GPU where it can be used")
-    parser.add_argument("--devices", type=_positive, default=1, help="processes, each on a GPU of its own or on the CPU")
-    parser.add_argument("--batch_size", type=_positive, default=32, help="pictures at a time in each process")
-    parser.add_argument("--workers", type=partial(_positive, least=0), help="processes that read pictures; left out: what the machine has")
+    parser.add_argument("--devices", type=positive, default=1, help="processes, each on a GPU of its own or on the CPU")
+    parser.add_argument("--batch_size", type=positive, default=32, help="pictures at a time in each process")
+    parser.add_argument("--workers", type=partial(positive, least=0), help="processes that read pictures; left out: what the machine has")
     return parser
 
 
@@ -288,12 +288,6 @@ def _boolean(text: str) -> bool:
     if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text == "true"
-
-
-def _positive(text: str, least: int = 1) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ import argparse
 import sys
 
 from experiments.config import read
-from experiments.usage import did_you_mean
+from experiments.usage import dispatch, positive
 from lightning_modules.signals import listening
 
 
@@ -14,10 +14,10 @@ def teacher(argv: list[str]) -> int:
                                      epilog="The other flags are those of the run that will use it (run.py --help), --teacher among them. "
                                             "The same command again goes on where it was stopped.")
     parser.add_argument("--out", required=True, help="folder of the cache")
-    parser.add_argument("--topk", type=_positive, default=10, help="likeliest classes to keep of each picture; as many as there are keeps all")
+    parser.add_argument("--topk", type=positive, default=10, help="likeliest classes to keep of each picture; as many as there are keeps all")
     parser.add_argument("--view", choices=["fixed"], help="fixed: the teacher sees each picture once, as for evaluation; left out: the very "
                         "pictures of training, epoch by epoch, and once where training never changes them")
-    parser.add_argument("--check_cache", type=_positive, metavar="N",
+    parser.add_argument("--check_cache", type=positive, metavar="N",
                         help="write nothing: run the teacher again on N pictures, tell how far the cache is from it, exit 1 if far")
     args, flags = parser.parse_known_args(argv)
     command = read([*flags, "--runs_dir", args.out, "--dry_run"], "prepare.py")
@@ -66,20 +66,7 @@ VERBS = {"teacher": teacher, "cache": cache, "duplicates": duplicates}
 @listening()
 def main(argv: list[str] | None = None) -> int:
     """Run the verb that the first word names. Returns the exit code."""
-    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if verb in ("-h", "--help"):
-        print("usage: prepare.py VERB ... (VERB --help tells its flags)\n\n" + "\n".join(f"{name:<12}{do.__doc__}" for name, do in VERBS.items()))
-        return 0
-    if verb not in VERBS:
-        print(f"prepare.py: there is no {verb!r}{did_you_mean(verb, [*VERBS])} (there are {', '.join(VERBS)})", file=sys.stderr)
-        return 2
-    return VERBS[verb](rest)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
+    return dispatch("prepare.py", VERBS, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments import children, config, fold_runs, sweep_space
 from experiments.sweep_space import OURS, Space
-from experiments.usage import Parser, UsageError
+from experiments.usage import Parser, UsageError, positive
 from lightning_modules.signals import ORDER, exit_code, listening, notice
 
 KNOBS = {knob.name for knob in fields(config.Config)}
@@ -32,9 +32,9 @@ def _parser() -> Parser:
     parser = Parser(prog="sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                     usage="sweep.py FILE [--trials N] [--hours H] [--parallel P] [--name NAME] [--runs_dir DIR] [--seed S] [-- <flags of run.py>]")
     parser.add_argument("file", metavar="FILE", type=Path, help="the space, as experiments/sweep.yaml")
-    parser.add_argument("--trials", type=_positive, metavar="N", help=f"trials in all; left out: run_cap of FILE, else a whole grid, else {TRIALS}")
+    parser.add_argument("--trials", type=positive, metavar="N", help=f"trials in all; left out: run_cap of FILE, else a whole grid, else {TRIALS}")
     parser.add_argument("--hours", type=_hours, metavar="H", help="time that this command may take; trials that run then are saved, to go on")
-    parser.add_argument("--parallel", type=_positive, default=1, metavar="P",
+    parser.add_argument("--parallel", type=positive, default=1, metavar="P",
                         help="trials at once, each on --devices GPUs of its own, or on a share of the CPU")
     parser.add_argument("--name", help="of the sweep's directory; left out: the name that FILE says, else its own")
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the sweep's directory; left out: runs")
@@ -160,12 +160,6 @@ def _hours(text: str) -> float:
     if not text.replace(".", "", 1).isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of hours, as 12 or 0.5")
     return float(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import NoReturn
 
@@ -28,6 +29,25 @@ class Parser(argparse.ArgumentParser):
 def did_you_mean(word: str, known: list[str]) -> str:
     near = get_close_matches(word, known, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def dispatch(prog: str, verbs: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:
+    """Run the verb that the first word names, or print what there are. Returns the exit code."""
+    verb, *rest = argv or ["--help"]
+    if verb in ("-h", "--help"):
+        print(f"usage: {prog} VERB ... (VERB --help tells its flags)\n\n" + "\n".join(f"{name:<12}{do.__doc__}" for name, do in verbs.items()))
+        return 0
+    if verb not in verbs:
+        print(f"{prog}: there is no {verb!r}{did_you_mean(verb, [*verbs])} (there are {', '.join(verbs)})", file=sys.stderr)
+        return 2
+    return verbs[verb](rest)
+
+
+def positive(text: str, least: int = 1) -> int:
+    """A flag's whole number from `least` on, for argparse."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
+    return int(text)
 
 
 def size(text: int | str | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.usage import Parser, did_you_mean
+from experiments.usage import Parser, dispatch, positive
 from lightning_modules.signals import listening
 
 
@@ -16,7 +16,7 @@ def attention(argv: list[str]) -> int:
                     epilog="The pictures are those of the run's test split, or val: the same ones for every run on these data, and those of "
                            "--logger_args.attention.")
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, or exported file")
-    parser.add_argument("--count", type=_positive, default=8, help="pictures to draw")
+    parser.add_argument("--count", type=positive, default=8, help="pictures to draw")
     parser.add_argument("--out", help="PNG to write; left out: attention.png in the run directory")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--images", nargs="+", metavar="F", help="files of pictures, instead of the split's")
@@ -66,26 +66,13 @@ def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
     return build.datamodule(replace(cfg, data_dir=data_dir) if data_dir else cfg)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 VERBS = {"attention": attention}
 
 
 @listening()
 def main(argv: list[str] | None = None) -> int:
     """Draw what the first word names. Returns the exit code."""
-    verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if verb in ("-h", "--help"):
-        print("usage: visualize.py VERB ... (VERB --help tells its flags)\n\n" + "\n".join(f"{name:<12}{do.__doc__}" for name, do in VERBS.items()))
-        return 0
-    if verb not in VERBS:
-        print(f"visualize.py: there is no {verb!r}{did_you_mean(verb, [*VERBS])} (there are {', '.join(VERBS)})", file=sys.stderr)
-        return 2
-    return VERBS[verb](rest)
+    return dispatch("visualize.py", VERBS, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
