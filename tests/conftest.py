@@ -77,6 +77,16 @@ def _kill_before(step: int) -> None:
     Task.training_step = training_step
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Put back what a command run in this process writes into its environment, such as the launcher's decision for its ranks."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture
 def launch(tmp_path: Path):
     """launch("--model vit_nano4 ...", ranks=2, kill_at_step=5) -> Finished. With ranks, the processes are started as torchrun would.

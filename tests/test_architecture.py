@@ -15,16 +15,12 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way_and_rooms_stay_small(path):
+def test_imports_point_one_way(path):
     room, tree = path.relative_to(ROOT).parts[0], ast.parse(path.read_text())
     rooms = imported(tree) & MAY_IMPORT.keys() - {room}
     assert rooms <= MAY_IMPORT[room], f"{room} imports {rooms}"
     if room == "models":
         assert not imported(tree) & {"lightning", "wandb", "torchmetrics", "pandas"}
-    assert path.read_text().count("\n") <= 300
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 50, f"{node.name} is longer than 50 lines"
 
 
 def test_the_entry_fits_one_screen():
