@@ -112,6 +112,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
     preflight.check_network(meta, cfg, data)
     cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
+    cfg, alone, more = preflight.with_layer_decay(cfg, alone, meta, "layer_decay" in command.chosen)
     cfg = replace(cfg, cache_side=data.cache_side)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
@@ -122,7 +123,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     if isinstance(guide, CachedTeacher):
         guide.check(seen_by_teacher(cfg, data))
         identity = {**identity, "teacher_digest": guide.digest}
-    for note in () if TOLD in os.environ else (*command.notes, *notes, *([line] if line else []), *preflight.advice(cfg, data)):
+    for note in () if TOLD in os.environ else (*command.notes, *notes, *more, *([line] if line else []), *preflight.advice(cfg, data)):
         print(note)
     if cfg.dry_run:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, identity)

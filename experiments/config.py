@@ -91,7 +91,8 @@ class Config:
     optimizer: Literal["adamw", "lamb", "sgd", "muon"] = knob("adamw", "timm's; muon takes AdamW for what is no hidden matrix")
     optimizer_args: dict[str, Any] = knob(dict, "its own keywords, as --optimizer_args.betas [0.9,0.95]")
     weight_decay: float = knob(0.05, "none on norms, biases, tokens and positions")
-    layer_decay: float | None = knob(None, "factor of the learning rate for each layer further from the head, as 0.75")
+    layer_decay: float | None = knob(None, "factor of the learning rate for each layer further from the head, as 0.75; ConvNeXt has 12 layers "
+                                    "between stem and head, as published, other networks one a block")
     head_lr_scale: float = knob(1.0, "factor of the head's learning rate")
     freeze: str | None = knob(None, "what stays as it is: backbone, or the first share of the layers, as 0.5")
     clip_grad: float | None = knob(1.0, "largest gradient; null does not clip")
@@ -145,12 +146,14 @@ class Config:
 
 @dataclass(frozen=True)
 class Command:
-    """What was typed: the config, the values of its recipe alone (run names tell the difference), a line on each derived choice."""
+    """What was typed: the config, the values of its recipe alone (run names tell the difference), a line on each derived choice, and the
+    names of the knobs that flags and config file give."""
 
     config: Config
     recipe_alone: Config
     notes: tuple[str, ...]
     argv: tuple[str, ...]
+    chosen: frozenset[str] = frozenset()
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -201,7 +204,7 @@ def _read(argv: list[str]) -> Command:
         alone |= {key: values[key] for key in ("lr", "min_lr", "warmup_lr") if key not in chosen}
     config, recipe_alone = (Config(**{key: layer[key] for key in known} | {"recipe": recipe}) for layer in (values, alone))
     check_teacher(config)
-    return Command(config, recipe_alone, tuple(notes), tuple(argv))
+    return Command(config, recipe_alone, tuple(notes), tuple(argv), frozenset(chosen))
 
 
 def _shorten_warmup(values: dict[str, Any], alone: dict[str, Any], chosen: set[str], notes: list[str]) -> None:

@@ -15,9 +15,11 @@ from datamodules.base import PictureData
 from experiments import attention_picture
 from experiments.config import Config
 from experiments.keywords import check_values
+from experiments.recipe import recipe_model
 from experiments.usage import UsageError, did_you_mean, size
 from lightning_modules import distill_losses, losses, metrics, teacher_cache
 from lightning_modules.ema import uses_ema
+from lightning_modules.layer_decay import PLAIN_DEPTH, for_depth
 from lightning_modules.optim import check_optimizer
 
 
@@ -124,6 +126,18 @@ def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config,
         raise UsageError(f"--warmup_steps {cfg.warmup_steps} is more than the run's {steps} steps")
     note = f"warm-up: the recipe's {cfg.warmup_steps} steps are more than the run's {steps}; a tenth of the epochs instead"
     return replace(cfg, warmup_steps=None), replace(alone, warmup_steps=None), [note]
+
+
+def with_layer_decay(cfg: Config, alone: Config, model: nn.Module, given: bool) -> tuple[Config, Config, list[str]]:
+    """The layer decay of a recipe for any model suits 12 blocks; in a deeper network its stem would hardly learn. The factor follows the depth,
+    with a note. One that is `given` by flag or file, or belongs to a recipe for one model, stays."""
+    if alone.layer_decay is None or recipe_model(cfg.recipe):
+        return cfg, alone, []
+    factor, layers = for_depth(alone.layer_decay, model)
+    if factor == alone.layer_decay:
+        return cfg, alone, []
+    note = f"layer_decay {factor:.4g}: the recipe's {alone.layer_decay:g} is for {PLAIN_DEPTH} layers and {cfg.model} has {layers}"
+    return cfg if given else replace(cfg, layer_decay=factor), replace(alone, layer_decay=factor), [] if given else [note]
 
 
 def advice(cfg: Config, data: L.LightningDataModule) -> list[str]:

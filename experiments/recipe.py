@@ -33,8 +33,18 @@ def choose_recipe(given: dict[str, Any], asked: bool) -> tuple[str, str]:
 
 def recipe_data(name: str | None) -> str | None:
     """The data set that a recipe is for, if it names one."""
+    return _content(name).get("data")
+
+
+def recipe_model(name: str | None) -> str | None:
+    """The network that a recipe is for, if it names one."""
+    return _content(name).get("model")
+
+
+def _content(name: str | None) -> dict[str, Any]:
+    """The keys of a recipe; none where there is no such recipe."""
     file = RECIPES / f"{name}.yaml"
-    return (yaml.safe_load(file.read_text()) or {}).get("data") if name and file.is_file() else None
+    return yaml.safe_load(file.read_text()) or {} if name and file.is_file() else {}
 
 
 def yaml_keys(file: Path, name: str, known: list[str]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_class, param_groups_weight_decay
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_modules.layer_decay import layer_ids
 from models.pretrained import head_keys
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # where timm's factory would give something else than the optimizer's own authors
@@ -38,7 +39,7 @@ def optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float, la
 
     Args:
         lr: the rate of a group is this times its `lr_scale`.
-        layer_decay: factor per layer from the head down to the input (timm's `param_groups_layer_decay`).
+        layer_decay: factor per layer from the head down to the input (`layer_decay.layer_ids`).
         head_lr_scale: factor for the classifiers.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
@@ -49,20 +50,24 @@ def optimizer(model: nn.Module, name: str, *, lr: float, weight_decay: float, la
     if not groups:
         raise ValueError("no parameter is left to train: --freeze froze them all")
     if head_lr_scale != 1:
-        groups = scale_apart(groups, model, head_lr_scale)
+        groups = scaled(groups, model, dict.fromkeys(head_keys(model), head_lr_scale))
     made = create_optimizer_v2(groups, name, lr=lr, **DEFAULTS[name] | optimizer_args)
     set_lr(made, lr)
     return made
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None, *, muon: bool = False) -> list[dict[str, Any]]:
-    """timm's groups of the trainable parameters: by decay, or by layer and decay; for Muon also by `use_fallback`."""
+    """timm's groups of the trainable parameters by weight decay, for Muon also by `use_fallback`, and by layer where `layer_decay` is given."""
     settings = {"weight_decay": weight_decay, "no_weight_decay_list": model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()}
     if muon:
         settings["fallback_list"] = not_hidden(model)
+    groups = param_groups_weight_decay(model, **settings)
     if layer_decay is None:
-        return param_groups_weight_decay(model, **settings)
-    return param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
+        return groups
+    layers = layer_ids(model)
+    head, place = max(layers.values()), {id(parameter): at for at, parameter in enumerate(model.parameters())}
+    groups = scaled(groups, model, {name: layer_decay ** (head - layer) for name, layer in layers.items()})
+    return sorted(groups, key=lambda group: place[id(group["params"][0])])  # timm's order, so that optimizer states stay in place
 
 
 def not_hidden(model: nn.Module) -> set[str]:
@@ -72,14 +77,14 @@ def not_hidden(model: nn.Module) -> set[str]:
     return set(layers[0]) | head_keys(model) | set(exempt)
 
 
-def scale_apart(groups: list[dict[str, Any]], model: nn.Module, scale: float) -> list[dict[str, Any]]:
-    """Split each group into the rest and the classifiers' parameters, whose `lr_scale` is multiplied."""
-    names, split = head_keys(model), []
-    heads = {id(parameter) for name, parameter in model.named_parameters() if name in names}
+def scaled(groups: list[dict[str, Any]], model: nn.Module, factors: dict[str, float]) -> list[dict[str, Any]]:
+    """Split each group by the factor that its parameters have by name (1 where none is given), which multiplies the group's `lr_scale`."""
+    by_parameter, split = {id(parameter): factors.get(name, 1.0) for name, parameter in model.named_parameters()}, []
     for group in groups:
-        for part, factor in ((False, 1.0), (True, scale)):
-            if parameters := [p for p in group["params"] if (id(p) in heads) == part]:
-                split.append({**group, "params": parameters, "lr_scale": group.get("lr_scale", 1.0) * factor})
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            parts.setdefault(by_parameter[id(parameter)], []).append(parameter)
+        split += [{**group, "params": parameters, "lr_scale": group.get("lr_scale", 1.0) * factor} for factor, parameters in parts.items()]
     return split
 
 

@@ -1,5 +1,7 @@
 """Optimizers against written-out formulas and timm, decay and layer groups against the authors' counts, and metrics against scikit-learn."""
 import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 import models
 from lightning_modules.evaluation import Metrics
+from lightning_modules.layer_decay import layer_ids
 from lightning_modules.optim import check_optimizer, optimizer, set_lr
 
 
@@ -43,7 +46,7 @@ def test_decay_groups_equal_the_authors_and_timms(name, counts, elements):
     assert by_name(model, ours) == theirs
 
 
-@pytest.mark.parametrize("name, count", [("deit_ti16_distilled", 28), ("swin_t", 28), ("convnext_t", 40)])
+@pytest.mark.parametrize("name, count", [("deit_ti16_distilled", 28), ("vit_b16", 28), ("deit3_s16", 28)])
 def test_layer_decay_groups_equal_timms(name, count):
     model, twin = meta(models.create, name), meta(timm.create_model, models.REGISTRY[name].timm)
     ours = optimizer(model, "adamw", lr=2.0, weight_decay=0.05, layer_decay=0.75).param_groups
@@ -53,6 +56,20 @@ def test_layer_decay_groups_equal_timms(name, count):
         (len(g["params"]), g["weight_decay"], g["lr_scale"]) for g in theirs]
     assert by_name(model, ours) == by_name(twin, theirs)
     assert all(group["lr"] == 2.0 * group["lr_scale"] for group in ours) and ours[-1]["lr_scale"] == 1
+
+
+@pytest.mark.parametrize("name", ["convnext_t", "convnext_s", "swin_t", "swin_s"])
+def test_layers_of_convnext_and_swin_are_the_published_ones(name):
+    """Their own functions on their own names (tests/fixtures/layer_decay.json), which `adapt_state_dict` turns into ours."""
+    published = json.loads((Path(__file__).parent / "fixtures" / "layer_decay.json").read_text())[name]
+    model, twin = meta(models.create, name), meta(timm.create_model, models.REGISTRY[name].timm)
+    layers = layer_ids(model)
+    renamed = model.adapt_state_dict({official: torch.tensor(layer) for official, layer in published.items()})
+    assert len(renamed) == len(published) and {key: layers[key] for key in renamed} == {key: int(layer) for key, layer in renamed.items()}
+    assert {*published.values()} == {*layers.values()} and layers == layer_ids(twin)
+    made = optimizer(model, "adamw", lr=1.0, weight_decay=0.05, layer_decay=0.7).param_groups
+    assert {key: value[1] for key, value in by_name(model, made).items()} == {
+        key: pytest.approx(0.7 ** (max(layers.values()) - layer)) for key, layer in layers.items()}
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])

@@ -11,6 +11,7 @@ import models
 from experiments import recipe
 from experiments.config import Config, parse
 from experiments.recipe import RECIPES, recipe_names
+from experiments.run import main
 from experiments.usage import size
 
 RAND = "rand-m9-mstd0.5-inc1"
@@ -173,3 +174,25 @@ def test_recipe_trains_two_steps(name, tmp_path, launch):
     wanted = parse(["--recipe", name, *TEACHER.get(name, [])]).filled(loss="cross_entropy")
     for key in ("loss", "optimizer", "schedule", "rand_augment", "repeated_augment", "mixup", "ema_decay"):
         assert stored[key] == getattr(wanted, key)
+
+
+def test_convnexts_stem_learns_at_the_published_share_of_the_rate(pics, monkeypatch):
+    """0.7 over 12 groups of layers (facebookresearch/ConvNeXt optim_factory.py), where a layer a block would leave 0.7 ** 37."""
+    monkeypatch.chdir(pics)
+    line = "--recipe convnext_b_384 --init null --data_dir pics --image_size 32 --model_args.dims [4,4,4,4] --model_args.depths [1,1,27,1] " \
+           "--epochs 1 --workers 0 --logger csv --name tuned --global_batch_size 16 --log_every_steps 1"
+    assert main(line.split()) == 0
+    with open(pics / "runs" / "tuned" / "metrics.csv") as file:
+        shares = {float(key.removeprefix("lr/x")) for key in csv.DictReader(file).fieldnames if key.startswith("lr/x")}
+    assert min(shares) == pytest.approx(0.7 ** 13, rel=1e-3) and len(shares) == 13
+
+
+def test_layer_decay_of_finetune_follows_the_depth(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    deep = "--model swin_s --recipe finetune --data digits --image_size 32 --model_args.embed_dim 12 --model_args.num_heads [1,1,1,1] " \
+           "--model_args.window_size 2 --epochs 1 --workers 0 --dry_run"
+    assert main(deep.split()) == 0
+    assert "layer_decay 0.8611: the recipe's 0.75 is for 12 layers and swin_s has 24" in capsys.readouterr().out
+    for given in ("--layer_decay 0.75", "--model vit_nano4"):
+        assert main([*deep.split(), *given.split()] if "decay" in given else f"{given} --recipe finetune --data digits --dry_run".split()) == 0
+        assert "0.8611" not in capsys.readouterr().out
