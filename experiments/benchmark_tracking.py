@@ -77,7 +77,7 @@ class Blocks(Callback):
 
     def _begin(self) -> None:
         self.meter.on = self.order.pop(0)
-        self.meter._forget()
+        self.meter.forget()
         self.meter.inside = 0.0
         self.meter.mark, self.wall, self.processor = time.monotonic(), time.perf_counter(), time.process_time()
 

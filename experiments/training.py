@@ -13,10 +13,11 @@ from lightning_modules.aux_targets import Aux
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from lightning_modules.distiller import Distill
-from lightning_modules.meter import Meter, Progress, Waits
+from lightning_modules.meter import Meter, Waits
 from lightning_modules.optim import optimizer
 from lightning_modules.predictions import Predictions
 from lightning_modules.preemption import Preemption
+from lightning_modules.progress import Progress
 from lightning_modules.schedules import SCHEDULES
 from lightning_modules.seen import Seen
 from lightning_modules.task import Task

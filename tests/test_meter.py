@@ -18,7 +18,7 @@ from timm.optim import param_groups_layer_decay
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from lightning_modules import meter
+from lightning_modules import meter, progress
 from lightning_modules.history import read_history
 from lightning_modules.peak import peak_flops
 from lightning_modules.task import Task
@@ -57,6 +57,36 @@ def test_norms_are_those_of_the_rows_last_step_before_clipping(pics, launch, ran
     for row in rows:
         assert [row["optim/grad_norm"], row["optim/param_norm"]] == pytest.approx(steps[int(row["step"]) - 1], rel=1e-5)
     assert min(row["optim/grad_norm"] for row in rows) > 0.1  # clipped it is 0.01
+
+
+def tell_losses() -> None:
+    """Each pass's epoch, loss and accuracy into losses.jsonl, of all ranks; every step is due for a line."""
+    losses, progress.LINE_SECONDS = Task.losses, 0.0
+
+    def spy(self: Task, batch: dict) -> dict:
+        told = losses(self, batch)
+        with open("losses.jsonl", "a") as file:
+            print(json.dumps([self.current_epoch, told["loss"].item(), told["acc1"].item()]), file=file)
+        return told
+    Task.losses = spy
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_epochs_row_and_line_are_of_the_whole_epoch_also_over_a_resume(pics, launch, ranks):
+    line = f"{TINY} --log_every_steps 3 --micro_batch_size 2 --save_every_steps 1 --devices {ranks}"
+    if ranks == 1:
+        assert launch(line, before=tell_losses, kill_at_step=6).code == -9
+    ended = launch(line, before=tell_losses, ranks=ranks)
+    assert ended.code == 0, ended.out
+    told = [json.loads(each) for each in (pics / "losses.jsonl").read_text().splitlines()]
+    assert len(told) == 2 * 4 * 4  # epochs, steps, passes over all ranks
+    for epoch, row in enumerate(row for row in rows_of(pics) if "val/acc1" in row):
+        loss, right = (sum(each[k] for each in told if each[0] == epoch) / 16 for k in (1, 2))
+        assert row["epoch"] == epoch and [row["train/loss"], row["train/acc1"]] == pytest.approx([loss, right], rel=1e-6)
+        if ranks > 1 or epoch:
+            assert f"epoch {epoch + 1}/2 | loss {loss:.4f} | train/acc1 {100 * right:.2f} %" in ended.out, ended.out
+    steps = re.findall(r"^epoch [12]/2 \| step (\d)/8 \|(?: loss [\d.]+ \|)? [\d.]+ images/s \| \d+:\d\d left$", ended.out, re.MULTILINE)
+    assert steps == [*"12345678"[6 * (ranks == 1):]] and "epoch 2/2 | validation, batch 1/" in ended.out, ended.out
 
 
 def count_time(a_picture: float, a_pass: float, peak: float | None = None) -> None:
@@ -212,8 +242,8 @@ def test_a_wrong_benchmark_is_one_line(capsys, line, words):
 
 
 def note_reads() -> None:
-    """reads.txt: for each call of the meter's hooks in a step, how many numbers it has read from the device, and whether it told a row."""
-    told, counts = [], []
+    """reads.txt: for each call of the hooks in a step, how many numbers it has read from the device, and whether it told a row."""
+    told, counts, progress.LINE_SECONDS = [], [], 0.0
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -224,8 +254,8 @@ def note_reads() -> None:
     log = meter.Meter._log
     meter.Meter._log = lambda self, *given: (told.append(1), log(self, *given))[1]
 
-    def watch(name: str) -> None:
-        original = getattr(meter.Meter, name)
+    def watch(kind: type, name: str) -> None:
+        original = getattr(kind, name)
 
         def hook(self: Any, *given: Any) -> None:
             told.clear(), counts.clear()
@@ -233,16 +263,17 @@ def note_reads() -> None:
                 original(self, *given)
             with open("reads.txt", "a") as file:
                 print(name, len(counts), bool(told), file=file)
-        setattr(meter.Meter, name, hook)
+        setattr(kind, name, hook)
     for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
-        watch(name)
+        watch(meter.Meter, name)
+    watch(progress.Progress, "on_train_batch_end")
 
 
 def test_a_step_without_a_row_reads_nothing_from_the_device(pics, launch):
     ended = launch(f"{TINY} --log_every_steps 3", before=note_reads)
     assert ended.code == 0, ended.out
     calls = [line.split() for line in (pics / "reads.txt").read_text().splitlines()]
-    assert len(calls) == 3 * 8 and {read for _, read, told in calls if told == "False"} == {"0"}
+    assert len(calls) == 4 * 8 and {read for _, read, told in calls if told == "False"} == {"0"}
     assert {name for name, read, told in calls if told == "True" and int(read) > 0} == {"on_train_batch_end"}
 
 
