@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,7 +26,7 @@ from datamodules.workers import loader, worker_count
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PictureData(L.LightningDataModule):
-    """Subclasses implement `read`; a knob of their own is a dataclass field more. Needs `Trainer(use_distributed_sampler=False)`.
+    """Subclasses implement `read`; a knob of their own is a dataclass field more. Works in a Trainer with default flags on any number of ranks.
 
     Args:
         image_size: pixels, side or (height, width).
@@ -205,12 +206,11 @@ class PictureData(L.LightningDataModule):
         if "train" not in self.splits:
             raise ValueError("there is no train folder: these data can only be evaluated (--eval_only)")
         self._check_global_batch()
-        passes, asked = self.accumulation(self._world_size), getattr(self.trainer, "accumulate_grad_batches", None)
-        if asked not in (None, passes):
-            raise ValueError(f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes} (data.accumulation)")
+        passes = self.accumulation(self._world_size)
+        self._accumulate(passes)
         epoch, start = self._resume or (getattr(self.trainer, "current_epoch", 0), 0)
         self._resume = None
-        place = dict(rank=self._rank, world_size=self._world_size, epoch=epoch, start=start)
+        place = dict(**self._place, epoch=epoch, start=start)
         repeats, batch = self.repeated_augment, self.global_batch_size
         sampler = TrainSampler(self.sizes["train"], global_batch_size=batch, seed=self.seed, repeats=repeats, **place)
         transforms = {size: self.training_view(size) for size in set(self.train_sizes)}
@@ -271,10 +271,25 @@ class PictureData(L.LightningDataModule):
     def _world_size(self) -> int:
         return getattr(self.trainer, "world_size", 1)
 
+    @property
+    def _place(self) -> dict[str, int | None]:
+        """Of a sampler; without a Trainer what the process group says when the loader is used."""
+        return dict(rank=None, world_size=None) if self.trainer is None else dict(rank=self._rank, world_size=self._world_size)
+
+    def _accumulate(self, passes: int) -> None:
+        """Make a Trainer with the default accumulate_grad_batches accumulate `passes`. Raises ValueError for another number given to it."""
+        asked = getattr(self.trainer, "accumulate_grad_batches", passes)
+        if asked not in (1, passes):
+            raise ValueError(f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes}: leave it out")
+        if asked != passes:
+            rank_zero_info(f"{passes} passes of each process make one optimizer step of {self.global_batch_size} pictures "
+                           f"(accumulate_grad_batches={passes})")
+            self.trainer.accumulate_grad_batches = passes
+
     def _eval_loader(self, split: str) -> DataLoader:
         if split not in self.splits:
             raise ValueError(f"these data have no {split} split (sizes: {self.sizes})")
-        sampler = EvalSampler(len(self.splits[split]), rank=self._rank, world_size=self._world_size)
+        sampler = EvalSampler(len(self.splits[split]), **self._place)
         pictures = EvalPictures(self._served(split), self.eval_transform())
         per_rank = -(-self.global_batch_size // self._world_size)
         return self._loader(pictures, sampler, min(per_rank, self.micro_batch_size or per_rank))

@@ -42,6 +42,8 @@ class Split:
 class TrainPictures(Dataset):
     """Key (index, epoch) or (index, epoch, copy) -> image (3, H, W) uint8, target, index; a function of seed and key alone.
 
+    A bare index, as of the sampler that Lightning puts in place of ours for `overfit_batches`, is of epoch 0.
+
     Args:
         transforms: of each epoch; the last holds for all later ones.
         boxes: decides from the image where the device will erase it; the sample then has `erase`, an int64 tensor.
@@ -61,11 +63,12 @@ class TrainPictures(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, ...]) -> dict:
-        return self._sample(key)
+    def __getitem__(self, key: tuple[int, ...] | int) -> dict:
+        return self._sample(_whole(key, 0))
 
-    def __getitems__(self, keys: list[tuple[int, ...]]) -> list[dict]:
+    def __getitems__(self, keys: list[tuple[int, ...] | int]) -> list[dict]:
         """Of one batch, for a DataLoader: cached pictures stand side by side in memory, and `collate` need not copy them."""
+        keys = [_whole(key, 0) for key in keys]
         transform = self._transform(keys[0][1])
         if not (hasattr(self.split.open, "pixels") and getattr(transform, "plain", False)):
             return [self._sample(key) for key in keys]
@@ -88,7 +91,7 @@ class TrainPictures(Dataset):
 
 
 class EvalPictures(Dataset):
-    """Key (index, valid) -> image (3, H, W) uint8, target, index, valid."""
+    """Key (index, valid), or a bare index of a valid one -> image (3, H, W) uint8, target, index, valid."""
 
     def __init__(self, split: Split, transform: Transform) -> None:
         self.split, self.transform = split, transform
@@ -96,11 +99,15 @@ class EvalPictures(Dataset):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: tuple[int, bool]) -> dict:
-        index, valid = key
+    def __getitem__(self, key: tuple[int, bool] | int) -> dict:
+        index, valid = _whole(key, True)
         image = shown(self.split, index, self.transform)()
         label = {"target": torch.as_tensor(self.split.targets[index]), "index": index, "valid": valid}
         return {"image": image, **label, **self.split.beside(index)}
+
+
+def _whole(key: tuple[int, ...] | int, rest: int | bool) -> tuple[int, ...]:
+    return key if isinstance(key, tuple) else (int(key), rest)
 
 
 def shown(split: Split, index: int, transform: Transform) -> Callable[[], torch.Tensor]:

@@ -3,10 +3,30 @@
 from collections.abc import Iterator
 
 import numpy as np
-from torch.utils.data import Sampler
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
 
 
-class TrainSampler(Sampler[tuple[int, ...]]):
+class RankSampler(DistributedSampler):
+    """Base of the samplers that divide `size` samples among ranks themselves.
+
+    A `DistributedSampler`, because Lightning wraps any other sampler in one more division by the ranks. `world_size` None means
+    the process group's at the time of use: of a loader that is made before there is one.
+    """
+
+    def __init__(self, size: int, rank: int | None, world_size: int | None) -> None:
+        super().__init__(range(size), num_replicas=world_size or 1, rank=rank or 0, shuffle=False)
+        self.size, self._given = size, None if world_size is None else (rank, world_size)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(rank, world size)."""
+        if self._given is not None:
+            return self._given
+        return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+class TrainSampler(RankSampler):
     """Items (index, epoch) of one rank: positions rank, rank + world_size, ... of the epoch's permutation.
 
     Each `global_batch_size` consecutive positions are one optimizer step whatever the number of ranks or the split into
@@ -22,16 +42,17 @@ class TrainSampler(Sampler[tuple[int, ...]]):
         *,
         global_batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = 0,
+        world_size: int | None = 1,
         epoch: int = 0,
         start: int = 0,
         repeats: int = 1,
     ) -> None:
-        if global_batch_size % world_size or start % world_size:
-            raise ValueError(f"global_batch_size {global_batch_size} and start {start} must be multiples of world_size {world_size}")
-        self.size, self.used = size, size // global_batch_size * global_batch_size
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        super().__init__(size, rank, world_size)
+        ranks = self.place[1]
+        if global_batch_size % ranks or start % ranks:
+            raise ValueError(f"global_batch_size {global_batch_size} and start {start} must be multiples of world_size {ranks}")
+        self.used, self.seed = size // global_batch_size * global_batch_size, seed
         self.epoch, self.start, self.repeats = epoch, start, repeats
 
     def set_epoch(self, epoch: int) -> None:
@@ -40,34 +61,35 @@ class TrainSampler(Sampler[tuple[int, ...]]):
             self.epoch, self.start = epoch, 0
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        order = epoch_order(self.size, self.seed, self.epoch)
+        order, (rank, world_size) = epoch_order(self.size, self.seed, self.epoch), self.place
         epoch, start, self.start = self.epoch, self.start, 0
-        for position in range(start + self.rank, self.used, self.world_size):
+        for position in range(start + rank, self.used, world_size):
             place, copy = divmod(position, self.repeats)
             index = int(order[place])
             yield (index, epoch, copy) if copy else (index, epoch)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch; Lightning counts from the epoch's beginning after a resume too."""
-        return self.used // self.world_size
+        return self.used // self.place[1]
 
 
-class EvalSampler(Sampler[tuple[int, bool]]):
+class EvalSampler(RankSampler):
     """Items (index, valid) of one rank: each sample once over the ranks, each rank the same number.
 
     Padding repeats index 0 with valid False.
     """
 
-    def __init__(self, size: int, *, rank: int = 0, world_size: int = 1) -> None:
-        self.size, self.rank, self.world_size = size, rank, world_size
+    def __init__(self, size: int, *, rank: int | None = 0, world_size: int | None = 1) -> None:
+        super().__init__(size, rank, world_size)
 
     def __iter__(self) -> Iterator[tuple[int, bool]]:
-        for position in range(self.rank, len(self) * self.world_size, self.world_size):
+        rank, world_size = self.place
+        for position in range(rank, len(self) * world_size, world_size):
             valid = position < self.size
             yield (position if valid else 0), valid
 
     def __len__(self) -> int:
-        return -(-self.size // self.world_size)
+        return -(-self.size // self.place[1])
 
 
 def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:

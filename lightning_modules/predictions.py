@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
 from lightning_modules.columns import fixed_rows, table, write
 from lightning_modules.targets import predict
@@ -25,11 +26,15 @@ class Predictions(Callback):
         self.shown: dict[str, np.ndarray] = {}
 
     def on_test_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *place: int) -> None:
-        valid = batch["valid"].cpu().numpy()
-        rows = (batch["index"], batch["target"], predict(outputs, self.spec))
-        self.parts.append(tuple(values.cpu().numpy()[valid] for values in rows))
+        self._collect(batch, outputs[batch["valid"]])
 
-    on_predict_batch_end = on_test_batch_end
+    def on_predict_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *place: int) -> None:
+        self._collect(batch, outputs)
+
+    def _collect(self, batch: dict[str, Tensor], logits: Tensor) -> None:
+        """Keep the rows of a batch; `logits` (V, O) are those of its valid rows."""
+        rows = (batch["index"][batch["valid"]], batch["target"][batch["valid"]], predict(logits, self.spec))
+        self.parts.append(tuple(values.cpu().numpy() for values in rows))
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *place: int) -> None:
         if trainer.state.fn == "validate":

@@ -108,7 +108,8 @@ class Task(L.LightningModule):
         return self._evaluate(self.model, batch, "test", self.test_metrics)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.model(*inputs(batch))
+        """Logits of the batch's rows, (V, num_outputs); padding left out."""
+        return self.model(*inputs(batch))[batch["valid"]]
 
     def _evaluate(self, network: nn.Module, batch: dict[str, Tensor], stage: str, metrics: Metrics) -> Tensor:
         """Count the batch and return its logits (B, num_outputs)."""

@@ -221,9 +221,3 @@ def test_resume_refuses_another_order(uninterrupted, tmp_path):
         fit(tmp_path, digits(seed=4, micro_batch_size=128), folder / "step=5.ckpt")
     with pytest.raises(ValueError, match="fingerprint was"):
         fit(tmp_path, digits(split_seed=4, micro_batch_size=128), folder / "step=5.ckpt")
-
-
-def test_trainer_must_accumulate_as_the_batch_needs():
-    trainer = L.Trainer(max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", devices=1)
-    with pytest.raises(ValueError, match=r"accumulate_grad_batches=1\), but .* need 2"):
-        trainer.fit(Recorder(), datamodule=digits(micro_batch_size=128))
