@@ -139,6 +139,7 @@ def finished(run: Run) -> int:
     """Say that there is nothing left to do, and the result."""
     print(f"already finished: {run.folder} (--overwrite starts it again)\n{(run.folder / rundir.RESULT).read_text().strip()}")
     run_page.refresh(run)
+    trackers.tell_agent(run)
     return 0
 
 

@@ -1,19 +1,20 @@
 """Where a run's rows go: metrics.csv always, and the tracker of --logger."""
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from experiments import build, export, fold_dirs, plan, rundir
 from experiments.build import Run
 from experiments.checks import tags
 from lightning_modules.history import History
 from lightning_modules.signals import PREEMPTED
-from lightning_modules.tracking import SafeWandbLogger
+from lightning_modules.tracking import SafeWandbLogger, id_of_agent, own_id
 from models import cost
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "wandb", "numpy")
@@ -22,12 +23,29 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "wandb"
 def loggers(run: Run) -> list[Any]:
     cfg, found = run.cfg, [History(run.folder / "metrics.csv")]
     if cfg.logger == "wandb":
-        name, group = fold_dirs.name_and_group(run.folder, cfg)
-        found.append(SafeWandbLogger(run.folder, config=about(run), name=name, group=group, tags=tags(cfg.tags), notes=cfg.notes))
+        found.append(_wandb(run))
     elif cfg.logger == "tensorboard":
         from lightning_modules.tensorboard import TensorBoard  # its package is an extra
         found.append(TensorBoard(run.folder, about(run)))
     return found
+
+
+def _wandb(run: Run, identity: str | None = None) -> SafeWandbLogger:
+    name, group = fold_dirs.name_and_group(run.folder, run.cfg)
+    return SafeWandbLogger(run.folder, identity=identity, config=about(run), name=name, group=group, tags=tags(run.cfg.tags), notes=run.cfg.notes)
+
+
+def tell_agent(run: Run) -> None:
+    """Write a finished run into the W&B run of a sweep's agent that asked for the same again: its rows and its result. The run directory keeps
+    the W&B run that it was trained under."""
+    identity = id_of_agent()
+    if run.cfg.logger != "wandb" or rank_zero_only.rank or identity in (None, own_id(run.folder)):
+        return
+    print(f"the sweep's run {identity} in W&B is told its rows and result", flush=True)
+    tracker = _wandb(run, identity)
+    tracker.cut(sys.maxsize)
+    tracker.summarise(rundir.result(run.folder))
+    tracker.close(0)
 
 
 def about(run: Run) -> dict[str, Any]:

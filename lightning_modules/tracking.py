@@ -46,13 +46,18 @@ def id_of_agent() -> str | None:
     return os.getenv("WANDB_RUN_ID") if os.getenv("WANDB_SWEEP_ID") else None
 
 
+def own_id(run_dir: Path) -> str | None:
+    """The W&B id that a run directory has; None before its first start with W&B."""
+    file = run_dir / "wandb" / "run_id.txt"
+    return file.read_text().strip() if file.is_file() else None
+
+
 def persistent_id(run_dir: Path) -> str:
     """The W&B id of a run directory, made once or given by a sweep's agent; every resume, rank and node of the run shares it."""
-    file, given = run_dir / "wandb" / "run_id.txt", id_of_agent()
-    if file.is_file() and given in (None, file.read_text().strip()):
-        return file.read_text().strip()
-    identity = given or uuid.uuid4().hex[:8]
-    if rank_zero_only.rank == 0:
+    own, given = own_id(run_dir), id_of_agent()
+    identity = given or own or uuid.uuid4().hex[:8]
+    if rank_zero_only.rank == 0 and identity != own:
+        file = run_dir / "wandb" / "run_id.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(identity)
     return identity
@@ -62,19 +67,20 @@ class SafeWandbLogger(WandbLogger):
     """WandbLogger for one run directory that falls back to offline instead of blocking or killing the job; what fails later is a warning.
 
     Args:
+        identity: the W&B run; None is the directory's own.
         group: of runs that belong together, as the folds of one.
         job_type, tags, notes: as wandb.init has them. None leaves those of the environment (WANDB_TAGS) or of a resumed run.
     """
 
-    def __init__(self, run_dir: Path, *, config: dict[str, Any], name: str | None = None, group: str | None = None, job_type: str | None = None,
-                 tags: list[str] | None = None, notes: str | None = None):
+    def __init__(self, run_dir: Path, *, config: dict[str, Any], identity: str | None = None, name: str | None = None, group: str | None = None,
+                 job_type: str | None = None, tags: list[str] | None = None, notes: str | None = None):
         wanted = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "x_transaction_log_flush_interval": FLUSH_SECONDS}
         settings = wandb.Settings(**{key: value for key, value in wanted.items() if key in wandb.Settings.model_fields})
         super().__init__(mode=wandb_mode(), save_dir=run_dir, name=os.getenv("WANDB_NAME") or name or run_dir.name, group=group, job_type=job_type,
-                         tags=tags, notes=notes, id=persistent_id(run_dir), config=config, settings=settings,
+                         tags=tags, notes=notes, id=identity or persistent_id(run_dir), config=config, settings=settings,
                          project=os.getenv("WANDB_PROJECT") or "vitlab")
         self._warned: set[str] = set()
-        self._away = False
+        self._away, self._known = False, -1.0
         _stage_in(run_dir / "wandb" / "data")
         self._wandb_init.pop("anonymous", None)  # a deprecated setting that Lightning passes
         if id_of_agent():
@@ -96,26 +102,28 @@ class SafeWandbLogger(WandbLogger):
 
     @rank_zero_only
     def cut(self, step: int) -> None:
-        """At a resume from optimizer step `step`: log the rows of metrics.csv up to it that a kill or an outage has kept from W&B."""
+        """At the start from optimizer step `step`: log the rows of metrics.csv up to it that a kill or an outage has kept from W&B. Rows of later
+        steps that W&B has already are left out when they come again: a run goes on to the byte, and W&B takes nothing back."""
         with self._sparing():
-            rows = [row for row in read_history(Path(self.save_dir) / "metrics.csv") if row["step"] <= step]
-            known = self._last_step() if rows else 0
-            for row in rows:
-                if row["step"] > known:
+            self._known = self._last_step()
+            for row in read_history(Path(self.save_dir) / "metrics.csv"):
+                if row["step"] <= step:
                     self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
 
     def _last_step(self) -> float:
-        """The last step W&B has of this run: the server's or, offline, of the files here; -1 for none."""
-        summary = self.experiment.summary  # first: it may fall back to offline
+        """The last step W&B has of this run: the server's or, offline, of its files here; -1 for none."""
+        summary, identity = self.experiment.summary, self.experiment.id  # first: it may fall back to offline
         if self._wandb_init["mode"] == "online":
             return summary.get(STEP, -1)
         parts = [read(file) for file in (Path(self.save_dir) / "wandb").glob("*run-*/*.wandb")]
-        return max((row[STEP] for part in parts if part for row in part["rows"] if STEP in row), default=-1)
+        return max((row[STEP] for part in parts if part and part["id"] == identity for row in part["rows"] if STEP in row), default=-1)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log a row; one of numbers at a step that W&B had at the start is there already."""
         with self._sparing():
-            super().log_metrics(metrics, step)
+            if step is None or step > self._known or not all(isinstance(value, int | float) for value in metrics.values()):
+                super().log_metrics(metrics, step)
 
     @rank_zero_only
     def log_table(self, key: str, columns: list[str] | None = None, data: list[list[Any]] | None = None, dataframe: Any = None,

@@ -69,7 +69,7 @@ def _parent_and_name(place: Path) -> tuple[int, str]:
 
 
 def by_step(rows: list[dict], name: str) -> dict[int, dict[str, float]]:
-    """Numbers of each step; of a step that was done twice, the last. Pictures and tables have rows of their own."""
+    """Numbers of each step. Pictures and tables have rows of their own."""
     found: dict[int, dict[str, float]] = {}
     for row in rows:
         found.setdefault(int(row[name]), {}).update({key: value for key, value in row.items() if isinstance(value, int | float)})
@@ -79,9 +79,11 @@ def by_step(rows: list[dict], name: str) -> dict[int, dict[str, float]]:
 def assert_as_in_metrics_csv(rows: list[dict], folder: Path) -> None:
     name = wandb_local.STEP if wandb_local.STEP in rows[0] else "step"
     found, written = by_step(rows, name), by_step(read_history(folder / "metrics.csv"), "step")
-    assert sorted(found) == sorted(written) and len(written) >= 4
+    trained = [row[name] for row in rows if "train/loss" in row]
+    assert sorted(found) == sorted(written) == sorted(trained) and len(written) >= 4  # each step once
     for step, row in written.items():
-        row = {key: value for key, value in row.items() if key != "step"}
+        assert row.keys() - {"step"} <= found[step].keys()
+        row = {key: value for key, value in row.items() if key != "step" and not key.startswith("perf/")}  # a step done twice took other times
         assert {key: found[step].get(key) for key in row} == pytest.approx(row, rel=1e-9)  # metrics.csv has ten digits
 
 
@@ -200,7 +202,7 @@ def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, 
 
 def test_an_offline_run_killed_and_resumed_is_read_back_and_synced_whole(launch, tmp_path):
     folder = tmp_path / "runs" / "tracked"
-    for step in (2, 4):  # the second is the moment after an epoch's row and its checkpoint
+    for step in (2, 4, 6):  # before any checkpoint; the moment after an epoch's row and its checkpoint; steps after one
         assert launch(LINE, kill_at_step=step).code == -9
     ended = launch(LINE, env={"WANDB_DATA_DIR": ""})
     assert ended.code == 0 and "resumed" in ended.out, ended.out
@@ -216,6 +218,24 @@ def test_an_offline_run_killed_and_resumed_is_read_back_and_synced_whole(launch,
     assert pictures and {body for (_, file), body in server.storage.items() if file.endswith(".jpg")} <= {*pictures}
     assert sum(file.endswith(".jpg") for _, file in server.storage) == 32
     assert any(file.startswith("media/images/best/confusion") for file in run["files"])
+
+
+def test_a_finished_run_is_told_to_the_sweeps_run_that_asks_for_it_again(launch, tmp_path):
+    folder = tmp_path / "runs" / "tracked"
+    with WandbStub() as server:
+        for name in ("aaaa1111", "bbbb2222", "bbbb2222"):
+            ended = launch(LINE, env={**server.env, "WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": name})
+            assert ended.code == 0, ended.out
+        assert "already finished" in ended.out and server.runs.keys() == {"aaaa1111", "bbbb2222"}
+        for name, run in server.runs.items():
+            assert_as_in_metrics_csv(server.history(name), folder)
+            assert run["state"] == "finished" and run["summary"]["best"] == result_of(folder)["best"]
+    assert (folder / "wandb" / "run_id.txt").read_text() == "aaaa1111"
+    assert launch(LINE, env={"WANDB_SWEEP_ID": "s2", "WANDB_RUN_ID": "cccc3333"}).code == 0
+    (file,) = (folder / "wandb").glob("offline-run-*-cccc3333/*.wandb")
+    told = wandb_local.read(file)
+    assert_as_in_metrics_csv(told["rows"], folder)
+    assert told["exit_code"] == 0 and told["summary"]["best"] == result_of(folder)["best"]
 
 
 def test_two_ranks_are_one_run_and_the_environment_is_heard(launch, tmp_path):
