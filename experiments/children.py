@@ -12,7 +12,9 @@ from typing import Any
 
 from lightning_modules.signals import ORDER, PR_SET_PDEATHSIG, notice
 
-OF_ONE_RUN = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_NAME")  # that over others: the trial of a W&B sweep, a name
+OF_ONE_RUN = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_NAME",  # that over others: the trial of a W&B sweep, a name
+              "MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+              "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "TORCHELASTIC_RUN_ID")  # its place among processes: others meet on a port of their own
 POLL_SECONDS = 0.2  # between two looks at them
 MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 

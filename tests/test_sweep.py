@@ -31,6 +31,7 @@ from lightning_modules.signals import ORDER
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "experiments" / "sweep.yaml"
 TINY = {"recipe": "none", "model": "vit_nano4", "data": "digits", "epochs": 4, "logger": "csv", "accelerator": "cpu"}
+START = children.start
 LOAD = functools.cache(alembic.util.load_python_file)  # its scripts, which are most of the time that a study takes to open
 
 
@@ -488,6 +489,20 @@ def test_several_at_once_have_slots_of_their_own(acted, tmp_path, monkeypatch):
     assert [env["CUDA_VISIBLE_DEVICES"] for _, env in started] in (["3,5", "6,7", "3,5"], ["3,5", "6,7", "6,7"])
     with pytest.raises(UsageError, match="--parallel 3 with --devices 2 takes 6 GPUs, and there are 4"):
         sweep._slots(config.parse(["--devices", "2"]), 3)
+
+
+def test_trials_meet_on_ports_of_their_own(acted, tmp_path, monkeypatch):
+    """A person's or a launcher's MASTER_PORT is one port, and two trials of several devices would both listen on it."""
+    acted()
+    monkeypatch.setattr(children, "start", START)
+    given = []
+    monkeypatch.setattr(children.subprocess, "Popen", lambda line, env, **_: (given.append(env), Acted(line[2:], env, tmp_path / "log"))[1])
+    for variable in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "CALLED"):
+        monkeypatch.setenv(variable, "1")
+    assert sweep.main([str(write(tmp_path)), "--trials", "2", "--parallel", "2", "--", "--devices", "2"]) == 0
+    assert len(given) == 2
+    for env in given:
+        assert {key for key in env if key.startswith(("MASTER_", "TORCHELASTIC_")) or "RANK" in key or "WORLD" in key} == set() and env["CALLED"] == "1"
 
 
 def test_under_torchrun_it_is_refused(acted, tmp_path, monkeypatch, capsys):
