@@ -77,7 +77,8 @@ def resolve(command: Command) -> Run:
 
 def quiet() -> None:
     """Silence what Lightning says of itself."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")  # lightning 2.6 with newer torch
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no val split: said by --dry_run
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # ours is: its position is in the checkpoint

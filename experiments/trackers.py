@@ -7,12 +7,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from experiments import build, export, fold_dirs, plan, rundir
 from experiments.build import Run
 from experiments.checks import tags
 from lightning_modules.history import History
+from lightning_modules.messages import warn
 from lightning_modules.signals import PREEMPTED
 from lightning_modules.tracking import SafeWandbLogger, id_of_agent, own_id
 from models import cost
@@ -64,7 +65,7 @@ def conclude(run: Run, trainer: L.Trainer, values: dict[str, Any]) -> None:
             try:
                 weights = export.export(run.folder, use_ema=run.cfg.use_ema)
             except (OSError, ValueError, RuntimeError) as error:
-                rank_zero_warn(f"the weights are not uploaded: {error}")
+                warn(f"the weights are not uploaded: {error}")
                 continue
             tracker.upload(weights, values)
 
@@ -86,4 +87,4 @@ def over_folds(folder: Path, values: dict[str, Any]) -> None:
         tracker.summarise(values)
         tracker.close(0 if values["finished"] else PREEMPTED)
     except Exception as error:  # the folds are merged, whatever a tracker says
-        rank_zero_warn(f"W&B has no run over all folds ({type(error).__name__}: {str(error)[:120]})")
+        warn(f"W&B has no run over all folds ({type(error).__name__}: {str(error)[:120]})")

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_modules.messages import warn
 from models.pretrained import LAST, SEAL, read_checkpoint
 
 DATA = "DataModule"  # the class of every data set: the name under which Lightning keeps its state
@@ -44,7 +44,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             self.failures += 1
             self.error = f"{path} could not be saved at step {checkpoint.get('global_step')}: {error.strerror or error}"
-            rank_zero_warn(f"{self.error}. Training goes on; it is tried again at the next save.")
+            warn(f"{self.error}. Training goes on; it is tried again at the next save.")
 
     def load_checkpoint(self, path: str | os.PathLike, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Always with weights_only=True, and to the CPU. Raises ValueError for a damaged or unsafe file, and for an address."""

@@ -3,9 +3,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from timm.utils import ModelEmaV3
 from torch import Tensor
+
+from lightning_modules.messages import warn
 
 STAGE = "val_ema"  # under which the averaged weights are scored
 
@@ -57,7 +58,7 @@ class Ema(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.restored = checkpoint.get("ema_state_dict")
         if self.restored is None:
-            rank_zero_warn("the checkpoint keeps no averaged weights (EMA): the average starts at its raw ones")
+            warn("the checkpoint keeps no averaged weights (EMA): the average starts at its raw ones")
 
     def state(self) -> dict[str, Tensor]:
         """The averaged weights under the names they have in a checkpoint."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_modules.messages import warn
 
 FIRST = ["epoch", "step"]
 
@@ -64,8 +66,9 @@ class History(Logger):
                     csv.DictWriter(file, self.columns).writerow(_text(row))
             self.behind = False
         except OSError as error:
+            if not self.behind:
+                warn(f"{self.path} could not be written: {error.strerror or error}. Training goes on; its rows are kept for the next try.")
             self.behind = True
-            rank_zero_warn(f"{self.path} could not be written: {error.strerror or error}. Training goes on; its rows are kept for the next try.")
 
     def _rewrite(self) -> None:
         self.columns = FIRST + [key for key in dict.fromkeys(key for row in self.rows for key in row) if key not in FIRST]

@@ -9,8 +9,9 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from lightning_modules.messages import warn
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,4 @@ def spared(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
-        rank_zero_warn(f"{what} could not be made: {type(error).__name__}: {reason}. The run is not touched by it.")
+        warn(f"{what} could not be made: {type(error).__name__}: {reason}. The run is not touched by it.")

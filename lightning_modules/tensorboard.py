@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from lightning_modules.messages import warn
 
 
 class TensorBoard(TensorBoardLogger):
@@ -15,7 +17,7 @@ class TensorBoard(TensorBoardLogger):
 
     def __init__(self, run_dir: Path, config: dict[str, Any]):
         super().__init__(run_dir, name="", version="tensorboard", default_hp_metric=False)
-        self.config = config
+        self.config, self.failed = config, False
 
     @rank_zero_only
     def cut(self, step: int) -> None:
@@ -54,4 +56,6 @@ class TensorBoard(TensorBoardLogger):
         try:
             yield
         except Exception as error:
-            rank_zero_warn(f"TensorBoard's files take nothing more ({type(error).__name__}: {str(error)[:120]}); metrics.csv goes on")
+            if not self.failed:
+                warn(f"TensorBoard's files take nothing more ({type(error).__name__}: {str(error)[:120]}); metrics.csv goes on")
+            self.failed = True

@@ -14,9 +14,10 @@ import wandb
 from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_modules.history import read_history
+from lightning_modules.messages import note, warn
 from lightning_modules.signals import PREEMPTED
 from lightning_modules.wandb_local import STEP, has_credentials, read
 
@@ -36,7 +37,7 @@ def wandb_mode() -> str:
     mode = os.getenv("WANDB_MODE", "online")
     mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
     if mode == "online" and not has_credentials():
-        rank_zero_warn("no W&B key found: logging offline (wandb login once, or upload later with wandb sync)")
+        note("no W&B key found: logging offline (wandb login once, or upload later with wandb sync)")
         return "offline"
     return mode
 
@@ -94,7 +95,7 @@ class SafeWandbLogger(WandbLogger):
         except Exception as error:  # no network, a wrong key, a server that fails; a disk that takes nothing
             mode = self._wandb_init["mode"]
             after = "logging offline, upload with wandb sync" if mode in ONLINE else "this run is not tracked"
-            rank_zero_warn(f"W&B is out of reach ({_said(error)}): {after}")
+            warn(f"W&B is out of reach ({_said(error)}): {after}")
             with suppress(Exception):
                 wandb.teardown()  # else "run ID is in use"
             self._wandb_init["mode"], self._experiment = ("offline", None) if mode in ONLINE else ("disabled", _DummyExperiment())
@@ -141,7 +142,7 @@ class SafeWandbLogger(WandbLogger):
         asking.join(ASK_SECONDS + 1)
         if not answered.is_set():
             self._away = True
-            rank_zero_warn(f"W&B does not answer any more ({ASK_SECONDS} s): the tables and weights that it lacks are in the run directory alone")
+            warn(f"W&B does not answer any more ({ASK_SECONDS} s): the tables and weights that it lacks are in the run directory alone")
         return not self._away
 
     @rank_zero_only
@@ -170,7 +171,7 @@ class SafeWandbLogger(WandbLogger):
             yield
         except Exception as error:
             if (said := _said(error)) not in self._warned:
-                rank_zero_warn(f"W&B takes nothing ({said}): {without}")
+                warn(f"W&B takes nothing ({said}): {without}")
             self._warned.add(said)
 
     @rank_zero_only
@@ -185,7 +186,7 @@ class SafeWandbLogger(WandbLogger):
         finish.join(seconds + 30 if seconds == FINISH_SECONDS else seconds)  # it keeps to FINISH_SECONDS itself, where the service answers
         self._experiment = None
         if time.monotonic() - began >= seconds:
-            rank_zero_warn("W&B has not ended in time: wandb sync --include-online uploads what is missing")
+            warn("W&B has not ended in time: wandb sync --include-online uploads what is missing")
         if not ended.is_set():
             atexit.register(_leave, exit_code)  # before wandb's own, which waits without end for a service that hangs
 
