@@ -12,7 +12,7 @@ from experiments.build import Run
 from experiments.children import gpu_names
 from experiments.config import Command, read
 from experiments.fold_runs import APART
-from experiments.usage import UsageError
+from experiments.usage import UsageError, invocation
 from lightning_modules import metrics
 from lightning_modules.seen import spared
 
@@ -70,7 +70,8 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
         "global_batch_size": cfg["global_batch_size"], "train_seconds": round(sum(_values(results, "train_seconds")), 2),
         "seconds_per_epoch": _mean(results, "seconds_per_epoch", 3), "images_per_sec": _mean(results, "images_per_sec", 1),
         "peak_memory_mb": max(_values(results, "peak_memory_mb"), default=None), "fold_seconds": [round(each, 1) for each in seconds],
-        "seed": cfg["seed"], "split_seed": cfg["split_seed"], "commit": rundir.commit(), "data_fingerprint": known["fingerprint"],
+        "seed": cfg["seed"], "split_seed": cfg["split_seed"], "commit": rundir.commit(), "version": rundir.version(),
+        "data_fingerprint": known["fingerprint"],
         "finished": whole and len(places) == cfg["folds"]}
     rundir.write_result(folder, values)
     with spared("report.html"):
@@ -85,7 +86,7 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
     print(f"{folder / fold_merge.OOF}" + f", {folder / fold_merge.PREDICTIONS} ({merged['test_rows']:,} rows, the mean of {len(places)} folds)"
           * bool(merged["test_rows"]) + f"; result in {folder / rundir.RESULT}", flush=True)
     if merged["test_rows"] and len(places) == cfg["folds"]:
-        print(f"next: python experiments/submit.py {folder}", flush=True)
+        print(f"next: {invocation('submit')} {folder}", flush=True)
     trackers.over_folds(folder, values)
 
 

@@ -77,7 +77,7 @@ def sources(runs: list[str]) -> tuple[list[Source], dict[str, Any], list[str]]:
         for file in files:
             about = pretrained.read_about(file)
             if not about:
-                raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec (experiments/export.py writes files that have them)")
+                raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec (export.py writes files that have them)")
             first, config = first or (str(file), about["spec"]), config or about["config"]
             order = order_of(about["spec"], str(file), first[1], first[0])
             found.append(Source(str(file), about["spec"], 1 / len(runs) / len(files), order))

@@ -89,7 +89,7 @@ def _check_distill(cfg: Config, task: str) -> None:
     if entry.on_features and len(sources) > 1:
         raise ValueError(f"--distill {cfg.distill} compares the features of one teacher, not of several")
     if caches and len(sources) > 1:
-        raise ValueError(f"--teacher {caches[0]} is a cache and stands alone: experiments/prepare.py teacher makes one of several teachers together")
+        raise ValueError(f"--teacher {caches[0]} is a cache and stands alone: prepare.py teacher makes one of several teachers together")
     if caches and entry.on_features:
         raise ValueError(f"--distill {cfg.distill} compares features, and the cache {caches[0]} holds logits: give the teacher itself")
     if caches and cfg.teacher_init:

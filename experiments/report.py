@@ -202,7 +202,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         **scores, "epochs": 0 if cfg.eval_only else cfg.epochs, "steps": steps, "lr": cfg.lr,
         "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
-        "commit": rundir.commit(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures,
+        "commit": rundir.commit(), "version": rundir.version(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures,
         "skipped_images": len(getattr(run.data, "skipped", ())), "finished": True}
     try:
         rundir.write_result(run.folder, values)

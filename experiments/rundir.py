@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +271,32 @@ def write_skipped(folder: Path, skipped: Any) -> None:
 
 
 def commit() -> str | None:
-    """The git commit of this code, with `+` when files differ from it; None outside a checkout."""
+    """The git commit of this code, with `+` when files differ from it; of an installed copy the one that pip took it from, None where no
+    commit is known. A checkout around the installed copy is somebody else's."""
     import subprocess
+    home = Path(__file__).resolve().parents[1]
+
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(home), *words], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == home:
+            return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
+        pass
+    installed = json.loads(_metadata("direct_url.json") or "{}")  # PEP 610
+    return installed.get("vcs_info", {}).get("commit_id", "")[:12] or None
+
+
+def version() -> str | None:
+    """The version of vitlab that is installed; None where it runs from a checkout that is not."""
+    try:
+        return metadata.version("vitlab")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _metadata(file: str) -> str | None:
+    try:
+        return metadata.distribution("vitlab").read_text(file)
+    except metadata.PackageNotFoundError:
         return None

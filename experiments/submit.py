@@ -13,7 +13,7 @@ from typing import Any
 from datamodules.table import read_table
 from datamodules.table_scheme import FILES
 from experiments.submission import KINDS, Options, submission
-from experiments.usage import Parser
+from experiments.usage import Parser, invocation
 
 PREDICTIONS = "predictions.csv"
 
@@ -70,7 +70,7 @@ def predicting(run: str, sample: str, again: str) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         runs = [run]
     words = ["--csv", sample] if again == "sample" else ["--data_dir", os.path.dirname(sample) or "."]
-    return shlex.join(["python", "experiments/predict.py", *runs, *words, *(["--bad_images", "fill"] if again == "some" else [])])
+    return f"{invocation('predict')} {shlex.join([*runs, *words, *(['--bad_images', 'fill'] if again == 'some' else [])])}"
 
 
 def _inputs(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], str]:
@@ -87,7 +87,7 @@ def _inputs(args: argparse.Namespace) -> tuple[str, str, dict[str, Any], str]:
     if args.run and not os.path.isdir(args.run):
         raise FileNotFoundError(f"there is no run directory {args.run}" + "; a table of predictions is --predictions" * os.path.exists(args.run))
     if not predictions.is_file():
-        raise FileNotFoundError(f"there is no {predictions}" + (f"; experiments/predict.py {args.run} --data_dir DIR leaves a directory that has "
+        raise FileNotFoundError(f"there is no {predictions}" + (f"; {invocation('predict')} {args.run} --data_dir DIR leaves a directory that has "
                                                                 "one" if args.run else ""))
     spec, folder = about(predictions.parent)
     sample = args.sample or next((str(file) for name in FILES["sample"] if folder and (file := Path(folder) / name).is_file()), None)

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from experiments import children, sweep_trials
 from experiments.sweep_space import flags
 from experiments.sweep_trials import PRUNE, SECONDS, WHY, Trials
-from experiments.usage import UsageError
+from experiments.usage import UsageError, invocation
 from lightning_modules.signals import INTERRUPTED, PREEMPTED, notice
 
 IN_A_ROW = 3  # failures that stop a sweep
@@ -219,10 +219,10 @@ class Runs:
         print(f"\n{sweep_trials.table(self.trials.rows(), self.space)}\n")
         if best := self.trials.best():
             print(f"best: trial {best.number}, {children.score(self.space.metric, best.value)}; alone, it is\n"
-                  f"  python experiments/run.py {shlex.join(self._argv(best))}")
+                  f"  {invocation('run')} {shlex.join(self._argv(best))}")
         if found := self.trials.importance():
             print("importance by Optuna: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
-        print(f"{self.folder / 'trials.csv'} has a row of each; compare: python experiments/compare.py {self.folder}", flush=True)
+        print(f"{self.folder / 'trials.csv'} has a row of each; compare: {invocation('compare')} {self.folder}", flush=True)
         left = max(0, self.total - self.trials.count()) + self.trials.count(TrialState.RUNNING)
         if self.asked and left:
             print(f"{left} of {self.total} trials are left; the same command goes on", flush=True)

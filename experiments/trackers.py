@@ -52,7 +52,8 @@ def tell_agent(run: Run) -> None:
 def about(run: Run) -> dict[str, Any]:
     """What a tracker is told of a run once: its config, what the network costs, on what code and machine it runs."""
     cfg = run.cfg
-    return {**rundir.plain(cfg), "params": cost.parameters(run.model), "gmacs": round(build.gmacs(run), 4), "commit": rundir.commit(),
+    return {**rundir.plain(cfg), "params": cost.parameters(run.model), "gmacs": round(build.gmacs(run), 4),
+            "commit": rundir.commit(), "version": rundir.version(),
             "world_size": plan.world_size(cfg), "device": torch.cuda.get_device_name() if plan.on_gpu(cfg) else platform.processor() or "cpu",
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}}
 

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NoReturn
 
 TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
@@ -29,6 +30,15 @@ class Parser(argparse.ArgumentParser):
 def did_you_mean(word: str, known: list[str]) -> str:
     near = get_close_matches(word, known, n=2, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def invocation(verb: str) -> str:
+    """How a person starts another verb: as they started this one, by the console command or by the file in its folder."""
+    script = Path(sys.argv[0])
+    folder = script.parent if script.parent.name == "experiments" else Path("experiments")
+    if script.stem == "vitlab" or script == folder / "__main__.py":
+        return f"vitlab {verb}"
+    return f"python {folder / verb}.py"
 
 
 def dispatch(prog: str, verbs: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:

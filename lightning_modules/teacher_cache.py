@@ -1,4 +1,4 @@
-"""A teacher's answers, written down once (experiments/prepare.py teacher) and read in the teacher's place.
+"""A teacher's answers, written down once (prepare.py teacher) and read in the teacher's place.
 
 A cache is a folder with cache.json, which says what it is valid for, and shards: one for each epoch and rank, or, where the teacher saw one
 fixed view of each picture, one for each rank. Legend: B pictures, C outputs, K of them stored, n rows of a shard; row = index * copies + copy.
@@ -150,7 +150,7 @@ def read_shard(file: Path, digest: str) -> dict[str, Tensor]:
     return tensors
 
 
-AGAIN = "the command that made the cache (experiments/prepare.py teacher) writes what is missing"
+AGAIN = "the command that made the cache (prepare.py teacher) writes what is missing"
 
 
 def _sha256(tensors: dict[str, Tensor]) -> str:
@@ -197,7 +197,7 @@ class CachedTeacher:
                 apart.append(f"the teacher: {file} has changed since")
         if apart:
             raise ValueError(f"--teacher {self.folder} was made for another run:\n  " + "\n  ".join(apart)
-                             + "\nMake one for this run: experiments/prepare.py teacher --out ANOTHER, with the flags of this run")
+                             + "\nMake one for this run: prepare.py teacher --out ANOTHER, with the flags of this run")
         if gone := missing(self.folder, self.about, here["epochs"]):
             raise ValueError(f"--teacher {self.folder} is not complete: {len(gone)} shards are missing, the first is {gone[0].name}; {AGAIN}")
 
