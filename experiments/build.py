@@ -124,7 +124,7 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     if isinstance(guide, CachedTeacher):
         guide.check(seen_by_teacher(cfg, data))
         identity = {**identity, "teacher_digest": guide.digest}
-    for note in () if TOLD in os.environ else (*command.notes, *notes, *more, *([line] if line else []), *preflight.advice(cfg, data)):
+    for note in () if TOLD in os.environ else (*command.notes, *notes, *more, *([line] if line else []), *preflight.advice(cfg, data, meta)):
         print(note)
     if cfg.dry_run:
         folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, identity)

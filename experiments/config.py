@@ -40,7 +40,8 @@ class Config:
                               "the folder of prepare.py teacher")
     teacher_init: str | None = knob(None, "weights of a teacher given by name: a file or a run; left out: those timm publishes")
     distill: str | None = knob(None, "what is learned from the teacher: a name of --list losses; left out: hard, DeiT's (mse for regression)")
-    distill_args: dict[str, Any] = knob(dict, "its keywords, as --distill_args.tau 3; alpha: the teacher's share of the loss")
+    distill_args: dict[str, Any] = knob(dict, "its keywords, as --distill_args.tau 3; alpha: the teacher's share of the loss; "
+                                        "warmup_epochs: over which that term rises")
     # on what
     data: str | None = knob(None, "data set: a name of --list data; left out: what --data_dir looks like, else imagenet")
     data_dir: str | None = knob(None, "folder of the data", role="where")

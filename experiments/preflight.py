@@ -84,6 +84,7 @@ def _check_distill(cfg: Config, task: str) -> None:
     """Raises ValueError for a loss, a keyword of it or a value that cannot be."""
     entry, hyper = distill_losses.check_name(cfg.distill, task), dict(cfg.distill_args)
     distill_losses.weights(cfg.distill, hyper.pop("alpha", None))
+    distill_losses.check_warmup(hyper.pop("warmup_epochs", 0))
     sources = [source.strip() for source in cfg.teacher.split(",")]
     caches = [source for source in sources if teacher_cache.is_cache(source)]
     if entry.on_features and len(sources) > 1:
@@ -140,7 +141,7 @@ def with_layer_decay(cfg: Config, alone: Config, model: nn.Module, given: bool) 
     return cfg if given else replace(cfg, layer_decay=factor), replace(alone, layer_decay=factor), [] if given else [note]
 
 
-def advice(cfg: Config, data: L.LightningDataModule) -> list[str]:
+def advice(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> list[str]:
     """Lines on what is allowed but perhaps not meant."""
     if cfg.eval_only:
         return data.notes()
@@ -152,6 +153,7 @@ def advice(cfg: Config, data: L.LightningDataModule) -> list[str]:
         lines.append(f"average_checkpoints {cfg.average_checkpoints}: there are only {cfg.epochs} epochs, and all are averaged")
     if cfg.freeze and not cfg.init:
         lines.append(f"freeze {cfg.freeze}: without --init the frozen layers keep their random first values")
-    if cfg.model.endswith("_distilled") and not cfg.teacher:
-        lines.append(f"{cfg.model} without --teacher: the mean of its two heads learns the labels")
+    if isinstance(meta.get_classifier(), tuple) and (not cfg.teacher or distill_losses.LOSSES[cfg.distill].on_features):
+        how = f"--distill {cfg.distill} compares what lies before the heads" if cfg.teacher else f"{cfg.model} without --teacher"
+        lines.append(f"{how}: the mean of its two heads learns the labels")
     return lines

@@ -53,7 +53,7 @@ def listing(cfg: Config) -> int:
             print(f"--loss {name:<14}{', '.join(losses.tasks_of(name))}: {text}")
         for name in distill_losses.names():
             build = distill_losses.LOSSES[name].build
-            print(f"--distill {name:<10}{build.__doc__.splitlines()[0]} ({', '.join(['alpha', *distill_losses.keywords(name)])})")
+            print(f"--distill {name:<10}{build.__doc__.splitlines()[0]} ({', '.join([*distill_losses.SHARED, *distill_losses.keywords(name)])})")
         print("--loss_args.target_weights [1,2]: how much each label or target weighs, of multilabel and regression")
     elif cfg.list == "metrics":
         for name, entry in metrics.METRICS.items():

@@ -38,10 +38,11 @@ def task(run: Run) -> Task:
     if not cfg.eval_only and getattr(run.data, "aux", None):
         build = partial(Task, aux=Aux(run.model, len(run.data.aux), run.data.aux_weight))
     if run.teacher is not None:
-        hyper = {key: value for key, value in cfg.distill_args.items() if key != "alpha"}
+        hyper = {key: value for key, value in cfg.distill_args.items() if key not in distill_losses.SHARED}
         widths = (run.model.head_hidden_size, run.teacher.width) if distill_losses.LOSSES[cfg.distill].on_features else None
         build = partial(Distill, teacher=run.teacher, distill=distill_losses.create(cfg.distill, run.data.spec["task"], widths, **hyper),
-                        weights=distill_losses.weights(cfg.distill, cfg.distill_args.get("alpha")))
+                        weights=distill_losses.weights(cfg.distill, cfg.distill_args.get("alpha")),
+                        warmup_epochs=cfg.distill_args.get("warmup_epochs", 0))
     made = build(run.model, run.data.spec, rundir.plain(cfg), schedule=schedule, make_optimizer=make_optimizer, seed=cfg.seed, metric=metric(run),
                  loss=losses.create(cfg.loss or losses.default(run.data.task), run.data.spec, cfg.label_smoothing, **cfg.loss_args))
     made.monitor = monitor(run)

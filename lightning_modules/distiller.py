@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.distill_losses import Features
+from lightning_modules.distill_losses import Features, warmup
 from lightning_modules.task import Task
 from lightning_modules.teacher import Teacher, Teachers
 from lightning_modules.teacher_cache import CachedTeacher
@@ -14,22 +14,25 @@ from lightning_modules.teacher_cache import CachedTeacher
 class Distill(Task):
     """A task with a teacher: total = weights[0] x loss on the labels + weights[1] x loss on the teacher (DeiT's losses.py).
 
-    A student with two heads learns the labels by the first and the teacher by the second; with one, both by the same logits. The teacher
-    sees the batch as the student does, augmented and mixed. It is no part of the module: in no state dict, optimizer or EMA.
+    A student with two heads learns the labels by the first and the teacher by the second; with one, both by the same logits. `Features`
+    compare what lies before the heads: there the mean of both, which evaluation takes, learns the labels, as in timm's
+    FeatureDistillationTask. The teacher sees the batch as the student does, augmented and mixed. It is no part of the module: in no state
+    dict, optimizer or EMA.
 
     Args:
         teacher: pictures (B, 3, H, W) -> logits (B, K); a cached one answers by the rows of the batch instead.
         distill: (student's logits, teacher's, targets) -> scalar, or `Features` on pooled features.
         weights: of (loss on the labels, loss on the teacher).
+        warmup_epochs: over which the second weight rises (`distill_losses.warmup`).
         task: the rest, see Task.
     """
 
     def __init__(self, *task: Any, teacher: Teacher | Teachers | CachedTeacher, distill: Callable[..., Tensor], weights: tuple[float, float],
-                 **rest: Any):
+                 warmup_epochs: float = 0, **rest: Any):
         super().__init__(*task, **rest)
-        self.teacher, self.distill, self.weights = teacher, distill, weights
+        self.teacher, self.distill, self.weights, self.warmup_epochs = teacher, distill, weights, warmup_epochs
         if hasattr(self.model, "set_distilled_training"):
-            self.model.set_distilled_training(True)
+            self.model.set_distilled_training(not isinstance(distill, Features))
 
     def setup(self, stage: str) -> None:
         self.teacher.to(self.device)
@@ -53,7 +56,7 @@ class Distill(Task):
         logits = (output[0] if isinstance(output, tuple) else output).float()
         base = self.loss(logits, target)
         part = self.distill(seen, told) if isinstance(self.distill, Features) else self.distill(seen, told, target)
-        total = self.weights[0] * base + self.weights[1] * part
+        total = self.weights[0] * base + self.weights[1] * warmup(self.current_epoch, self.warmup_epochs) * part
         return {"loss": total, "base_loss": base.detach(), "distill_loss": part.detach(), **self.running(logits, target)}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
