@@ -1,13 +1,14 @@
 """Learning from a teacher, from the command line and in the task."""
 import pytest
 import torch
-from conftest import result_of, weights_of
+from conftest import result_of, weights_of, write_pictures
 from test_run import TINY, rows_of
 from timm.loss import SoftTargetCrossEntropy
 from torch import nn
 from torch.nn import functional as F
 
 import models
+from experiments import run
 from lightning_modules import distill_losses, losses
 from lightning_modules.distiller import Distill
 from lightning_modules.optim import optimizer
@@ -93,7 +94,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(pics, launch):
 
 def test_killed_twice_with_a_teacher_ends_as_if_nothing_had_happened(pics, launch):
     assert launch(f"{TINY} --epochs 2 --name teacher").code == 0
-    line = f"{TINY} --epochs 3 --save_every_steps 3 --teacher runs/teacher --model_args.dist_head true --mixup 0.8 --ema_decay 0.9"
+    line = f"{TINY} --epochs 3 --save_every_steps 3 --teacher runs/teacher --model_args.dist_head true --mixup 0.8 --ema_decay 0.9 " \
+           "--distill_args.warmup_epochs 2"
     assert launch(f"{line} --name whole").code == 0
     for step in (5, 7):
         assert launch(f"{line} --name killed", kill_at_step=step).code == -9
@@ -105,6 +107,21 @@ def test_killed_twice_with_a_teacher_ends_as_if_nothing_had_happened(pics, launc
     scored = launch("--eval_only --init runs/whole --logger csv --workers 0 --name scored")
     assert scored.code == 0, scored.out
     assert result_of(pics / "runs" / "scored")["test/acc1"] == result_of(pics / "runs" / "whole")["test/acc1"]
+
+
+def test_the_share_of_the_teacher_rises_over_its_warm_up(tmp_path, monkeypatch, capsys):
+    write_pictures(tmp_path / "pics" / "train", {"dark": 10, "light": 10})
+    monkeypatch.chdir(tmp_path)
+    line = f"{TINY} --accelerator cpu --lr 1e-2 --warmup_steps 0"
+    assert run.main(f"{line} --epochs 1 --name teacher".split()) == 0
+    taught = f"{line} --epochs 3 --teacher runs/teacher --distill dkd --distill_args.beta 8"
+    assert run.main(f"{taught} --name student --distill_args.warmup_epochs 2.5".split()) == 0
+    for row, factor in zip(rows_of(tmp_path / "runs" / "student"), (0.4, 0.8, 1.0), strict=True):  # mdistiller: min(epoch / warm-up, 1), from 1 on
+        base, part = float(row["train/base_loss"]), float(row["train/distill_loss"])
+        assert part > 1e-4 and float(row["train/loss"]) == pytest.approx(base + factor * part, rel=1e-5)
+    for value in ("-1", "true", "many"):
+        assert run.main(f"{taught} --name wrong --distill_args.warmup_epochs {value}".split()) == 2
+        assert f"warmup_epochs {value.replace('t', 'T') if value == 'true' else value}: must be" in capsys.readouterr().err
 
 
 def test_a_run_is_named_after_its_loss(pics, launch):
