@@ -132,7 +132,7 @@ def file_name(data: str, ids: Sequence[str], targets: np.ndarray, task: str, k: 
               *, stratified: bool = True) -> str:
     """`<data>-<fingerprint>-k<K>-s<seed>.csv`: another table, or another way to assign it, is another file."""
     digest = hashlib.sha256(f"{task} {stratified}\n".encode() + "\n".join(map(str, ids)).encode())
-    digest.update(np.ascontiguousarray(targets, np.float64).tobytes())
+    digest.update(np.asarray(targets).astype(np.float32 if task == "regression" else np.float64).astype(np.float64).tobytes())  # as files are named
     digest.update(b"" if groups is None else _numbered(np.asarray(groups)).astype(np.int64).tobytes())
     return f"{data}-{digest.hexdigest()[:8]}-k{k}-s{seed}.csv"
 

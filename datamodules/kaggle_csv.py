@@ -244,7 +244,7 @@ class DataModule(PictureData):
             lines.append(f"table skipped {counts}, listed in skipped.csv: {listed(self.skipped['file'] + ' ' + self.skipped['reason'])}"
                          + "; a submission needs a row for each: predict.py RUN --bad_images fill" * wanted)
         if self.task == "regression" and self._given["target_range"] is None:
-            spans = [f"{low:g} to {high:g}" for low, high in self.target_range]
+            spans = [f"{low:.15g} to {high:.15g}" for low, high in self.target_range]
             lines.append(f"table range {listed(spans)} (of the rows trained on; a known one: --data_args.target_range [0,100])")
         if numbers is not None:
             lines += table_split.notes(numbers, self.all_targets, self.task, self.class_names)

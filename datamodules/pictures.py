@@ -18,8 +18,8 @@ from datamodules.transforms import Transform
 
 @dataclass(frozen=True)
 class Split:
-    """`names` (N,) bytes, relative; `targets` (N,) int64 class indices, or of other tasks (N, K) float32; `open` turns a name into an RGB
-    picture; `ids` (N,) str are a table's own; `more` are values (N, ...) that a sample has under their names beside its picture."""
+    """`names` (N,) bytes, relative; `targets` (N,) int64 class indices, (N, K) float32 labels or (N, T) float64 values; `open` turns a name into an
+    RGB picture; `ids` (N,) str are a table's own; `more` are values (N, ...) that a sample has under their names beside its picture."""
 
     names: np.ndarray
     targets: np.ndarray
@@ -196,7 +196,13 @@ def fingerprint(splits: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     for name, split in sorted(splits.items()):
         if name != "predict":
-            digest.update(f"{name} {len(split)}\n".encode() + b"\n".join(split.names.tolist()) + split.targets.tobytes())
+            digest.update(f"{name} {len(split)}\n".encode() + b"\n".join(split.names.tolist()) + _digested(split.targets))
             for key, values in sorted(split.more.items()):
                 digest.update(key.encode() + values.tobytes())
     return digest.hexdigest()
+
+
+def _digested(targets: np.ndarray) -> bytes:
+    """Values of a regression as float32, which older runs keep the fingerprint of, unless that makes different ones equal."""
+    short = targets.astype(np.float32) if targets.dtype == np.float64 else targets
+    return (short if len(np.unique(short)) == len(np.unique(targets)) else targets).tobytes()

@@ -31,11 +31,11 @@ def check_use(names: list[str], scheme: dict[str, Any], flag: str) -> None:
 
 
 def read_columns(frame: pd.DataFrame, names: list[str], file: str, report: Report) -> np.ndarray:
-    """(N, C) float32 of numbers, or of what is true or false; a column that is missing and rows that are no number are reported, and 0."""
+    """(N, C) float64 of numbers, or of what is true or false; a column that is missing and rows that are no number are reported, and 0."""
     for name in names:
         if name not in frame:
             report.add(file, f"has no column {name!r}{near_miss(name, frame.columns)}")
-    values = np.zeros((len(frame), len(names)), np.float32)
+    values = np.zeros((len(frame), len(names)))
     for place, name in enumerate(names):
         if name in frame:
             text = frame[name].map(lambda cell: str(TRUTH.get(cell.lower(), cell)))
@@ -45,13 +45,13 @@ def read_columns(frame: pd.DataFrame, names: list[str], file: str, report: Repor
 
 def statistics(names: list[str], values: np.ndarray) -> dict[str, Any]:
     """names, mean and std of (N, C), as kept in `spec["columns"]`; plain values. The std of a constant is 1."""
-    mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    mean, std = values.mean(0), values.std(0)
     return {"names": list(names), "mean": mean.tolist(), "std": np.where(std > 0, std, 1.0).tolist()}
 
 
 def standardised(values: np.ndarray, columns: dict[str, Any]) -> np.ndarray:
     """(N, C) in own units -> (N, C) float32 of mean 0 and std 1 over the rows that `columns`, of `statistics`, are of."""
-    return ((values.astype(np.float64) - np.array(columns["mean"])) / np.array(columns["std"])).astype(np.float32)
+    return ((values - np.array(columns["mean"])) / np.array(columns["std"])).astype(np.float32)
 
 
 def ranged(values: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ MOST_SKIPPED = 0.5  # more rows without a picture than that: the template is wro
 @dataclass(frozen=True)
 class Rows:
     """`ids` (N,) str; `files` N paths relative to the data folder or None; `targets` (N, ...); `bad` rows: path and reason;
-    `more` (N, C) float32 of further columns."""
+    `more` (N, C) float64 of further columns."""
 
     name: str
     ids: np.ndarray
@@ -85,7 +85,7 @@ def _no_targets(count: int, scheme: dict[str, Any], names: list[str] | None) -> 
     """Zeros in the shape of the task's targets."""
     if scheme["task"] == "classification":
         return np.zeros(count, np.int64)
-    return np.zeros((count, len(names or scheme["targets"])), np.float32)
+    return np.zeros((count, len(names or scheme["targets"])), np.float64 if scheme["task"] == "regression" else np.float32)
 
 
 def _pictures(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme: dict[str, Any], report: Report,

@@ -40,7 +40,7 @@ def labels_of(text: str, separator: str) -> list[str]:
 
 def read_targets(frame: pd.DataFrame, scheme: dict[str, Any], names: list[str] | None, file: str, report: Report,
                  known: str) -> np.ndarray:
-    """(N,) int64 class indices, (N, K) float32 of 0 and 1, or (N, T) float32 in own units; what cannot be read is reported and left 0.
+    """(N,) int64 class indices, (N, K) float32 of 0 and 1, or (N, T) float64 in own units; what cannot be read is reported and left 0.
 
     Args:
         names: of the outputs, in index order; a label beyond them is reported as one that `known`, a file, does not have.
@@ -80,7 +80,7 @@ def _joined(text: pd.Series, column: str, separator: str, index: dict[str, int],
 
 
 def numbers(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
-    """(N,) float32 of a column of quantities."""
+    """(N,) float64 of a column of quantities."""
     text = frame[name]
     numbers = pd.to_numeric(text, errors="coerce").to_numpy(float)
     empty = text.str.lower().isin(["", "nan", "na", "none", "null", "n/a"]).to_numpy()
@@ -91,7 +91,7 @@ def numbers(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.nda
     report.rows(file, name, strange, f"no numbers{comma}", text.to_numpy())
     huge = np.isfinite(numbers) & (np.abs(numbers) > np.finfo(np.float32).max)
     report.rows(file, name, huge, "numbers too large for 32 bits", text.to_numpy())
-    return np.where(np.isfinite(numbers) & ~huge, numbers, 0).astype(np.float32)
+    return np.where(np.isfinite(numbers) & ~huge, numbers, 0.0)
 
 
 def _zero_or_one(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
@@ -117,7 +117,7 @@ def check_constant(targets: np.ndarray, scheme: dict[str, Any], names: list[str]
             report.add(file, f"column {', '.join(columns)}: every row has the same labels, nothing can be learned from them")
         return
     for place in np.flatnonzero(still):
-        report.add(file, f"column {columns[place]}: the constant {targets[0, place]:g}, nothing can be learned from it")
+        report.add(file, f"column {columns[place]}: the constant {targets[0, place]:.15g}, nothing can be learned from it")
 
 
 def read_range(given: Any, count: int) -> list[list[float]]:
@@ -136,4 +136,5 @@ def check_range(targets: np.ndarray, scheme: dict[str, Any], limits: list[list[f
     """Report quantities outside of a range that was given."""
     for place, (low, high) in enumerate(limits):
         outside = (targets[:, place] < low) | (targets[:, place] > high)
-        report.rows(file, scheme["targets"][place], outside, f"numbers outside of {low:g} to {high:g}", [f"{value:g}" for value in targets[:, place]])
+        report.rows(file, scheme["targets"][place], outside, f"numbers outside of {low:.15g} to {high:.15g}",
+                    [f"{value:.15g}" for value in targets[:, place]])

@@ -50,7 +50,7 @@ class Config:
     task: Literal["classification", "multilabel", "regression"] | None = knob(None, "of a table; left out: what the targets look like")
     image: str | None = knob(None, "of a table: where the pictures are, as {split}/{Id}.jpg; left out: what the folders tell")
     group: str | None = knob(None, "of a table: column whose equal values never lie on both sides of a split")
-    metric: str | None = knob(None, "what chooses the best epoch: a name of --list metrics, or my.py:function of (target, prediction)")
+    metric: str | None = knob(None, "chooses the best epoch (of equals the first): a name of --list metrics, or my.py:function")
     bad_images: Literal["error", "skip"] = knob("error", "of a table: pictures that are missing or cannot be read")
     folds: int | None = knob(None, "of a table: train on every fold in turn, each a process of its own, and merge")
     fold: int | None = knob(None, "of --folds: only this one, from 0 on")

@@ -34,7 +34,7 @@ def merge(folder: Path, places: dict[int, Path], spec: dict[str, Any], metric: s
               for k in range(_count(folder / FOLDS))]
     low, high, resamples = interval(lambda rows: metrics.score(chosen, target[rows], prediction[rows], spec), len(table), prediction.shape[1])
     columns.write(table, folder / OOF)
-    test = averaged(places, spec["id_column"])
+    test = averaged(places, spec)
     if test is not None:
         columns.write(test, folder / PREDICTIONS)
     return {"metric": f"oof/{chosen.name}", "overall": metrics.score(chosen, target, prediction, spec), "ci_low": low, "ci_high": high,
@@ -64,7 +64,7 @@ def whole(folds: Path, places: dict[int, Path], *, skipped: bool = False) -> pd.
     return together.loc[[each for each in order[column] if each in together.index]].reset_index(drop=True)
 
 
-def averaged(places: dict[int, Path], id_column: str) -> pd.DataFrame | None:
+def averaged(places: dict[int, Path], spec: dict[str, Any]) -> pd.DataFrame | None:
     """The mean of the folds' predictions of the test rows (of probabilities, or of values in own units), in the order of the first; None where
     no fold has any. Raises UsageError for files with other columns or ids."""
     files = [place / PREDICTIONS for _, place in sorted(places.items())]
@@ -73,14 +73,14 @@ def averaged(places: dict[int, Path], id_column: str) -> pd.DataFrame | None:
         return None
     if len(there) < len(files):
         raise UsageError(f"{next(file for file in files if file not in there)} is not there, and {there[0]} is: --overwrite starts all folds again")
-    tables = [_text(file).set_index(id_column) for file in files]
+    tables = [_text(file).set_index(spec["id_column"]) for file in files]
     for file, each in zip(files, tables):
         if not each.index.is_unique or [*each.columns] != [*tables[0].columns] or len(each) != len(tables[0]) \
                 or not each.index.isin(tables[0].index).all():
             raise UsageError(f"{file} has other ids or columns than {files[0]}, or an id twice: test.csv has changed in between; --overwrite starts "
                              "all folds again")
     names = [name for name in tables[0].columns if name == "prediction" or name.startswith("prediction_")]
-    mean = np.mean([each.loc[tables[0].index, names].to_numpy(np.float64) for each in tables], axis=0).astype(np.float32)
+    mean = np.mean([each.loc[tables[0].index, names].to_numpy(np.float64) for each in tables], axis=0).astype(columns.dtype(spec))
     return pd.concat([tables[0].drop(columns=names), pd.DataFrame(mean, tables[0].index, names)], axis=1).reset_index()
 
 

@@ -252,7 +252,7 @@ def predict(ensemble: Ensemble, root: str, names: np.ndarray, rows: np.ndarray, 
     columns: (N, I) of all rows, `ensemble.inputs` in own units.
     Raises PictureError for the first such picture with `bad_images` error.
     """
-    columns = np.zeros((len(names), 0), np.float32) if columns is None else columns
+    columns = np.zeros((len(names), 0)) if columns is None else columns
     how, problems, parts, start, told = ensemble.how, {}, [], time.monotonic(), time.monotonic()
     workers = min(worker_count(how.workers, False, local_ranks), -(-len(rows) // how.batch_size))
     loader = DataLoader(Pictures(root, names, rows, ensemble.views(), columns), batch_size=how.batch_size, num_workers=workers,

@@ -29,6 +29,7 @@ from experiments import inference
 from experiments.inference import How, Source
 from experiments.prediction_rows import Rows, rows_of_folder, rows_of_table
 from experiments.usage import Parser, positive
+from lightning_modules.columns import dtype
 
 CONFIG, PREDICTIONS = "config.yaml", "predictions.csv"
 START = "spawn"  # of processes: a fork would carry over the GPU's and the threads' state
@@ -95,7 +96,7 @@ def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
         for each in range(world if launched > 1 else 0):
             job.shard(each).unlink()
     _fill(values, problems | rows.bad, rows.ids)
-    _write_table(out, rows.ids, values, inference.outputs_of(spec) if values.shape[1] > 1 else None)
+    _write_table(out, rows.ids, values.astype(dtype(spec)), inference.outputs_of(spec) if values.shape[1] > 1 else None)
     if not args.out:
         _write_about(out.with_name(CONFIG), args, job, precision)
     seconds = time.monotonic() - start
@@ -214,7 +215,7 @@ def _fill(values: np.ndarray, problems: dict[int, str], ids: pd.Series) -> None:
 
 def _write_table(out: Path, ids: pd.Series, values: np.ndarray, outputs: list[str] | None) -> None:
     columns = ["prediction"] if outputs is None else [f"prediction_{name}" for name in outputs]
-    table = pd.concat([ids.reset_index(drop=True), pd.DataFrame(values.astype(np.float32), columns=columns)], axis=1)
+    table = pd.concat([ids.reset_index(drop=True), pd.DataFrame(values, columns=columns)], axis=1)
     partial = out.with_name(f".{out.name}.partial")
     table.to_csv(partial, index=False)
     os.replace(partial, out)

@@ -18,7 +18,7 @@ from datamodules.table_scheme import FILES
 @dataclass(frozen=True)
 class Rows:
     """`ids` (N,) under the name of their column; `names` (N,) bytes of the pictures relative to `root`, empty where `bad` says why;
-    `columns` (N, I) float32 in own units, that the networks take beside the picture."""
+    `columns` (N, I) float64 in own units, that the networks take beside the picture."""
 
     root: str
     ids: pd.Series

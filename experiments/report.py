@@ -111,7 +111,7 @@ def dry_run(run: Run) -> int:
 def _targets(spec: dict[str, Any]) -> str:
     if spec["task"] != "regression":
         return f"{spec['num_outputs']} {'classes' if spec['task'] == 'classification' else 'labels'}"
-    return ", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in zip(spec["target_names"], spec["target_range"]))
+    return ", ".join(f"{name} {low:.15g} to {high:.15g}" for name, (low, high) in zip(spec["target_names"], spec["target_range"]))
 
 
 def _recipe_rows(cfg: Config) -> list[tuple[str, str]]:

@@ -261,11 +261,17 @@ def _within(column: str, values: np.ndarray, predicted: Predicted, spec: dict[st
         return values
     wrong = (values < limits[0]) | (values > limits[1])
     if options.clip or not wrong.any():
-        outcome.facts += [f"{column}: {wrong.sum()} values cut to {limits[0]:g} to {limits[1]:g}"] * bool(wrong.any())
+        outcome.facts += [f"{column}: {wrong.sum()} values cut to {_shown(limits[0])} to {_shown(limits[1])}"] * bool(wrong.any())
         return values.clip(*limits)
-    outcome.problems.append(f"{column}: {wrong.sum()} values are outside of {limits[0]:g} to {limits[1]:g} ({whose}), from {values.min():.6g} to "
-                            f"{values.max():.6g}, ids {listed(predicted.ids[wrong])}: --clip cuts them, --limits LOW HIGH sets others")
+    outcome.problems.append(f"{column}: {wrong.sum()} values are outside of {_shown(limits[0])} to {_shown(limits[1])} ({whose}), from "
+                            f"{_shown(values.min())} to {_shown(values.max())}, ids {listed(predicted.ids[wrong])}: "
+                            "--clip cuts them, --limits LOW HIGH sets others")
     return values
+
+
+def _shown(value: float) -> str:
+    """Six digits, or all twelve of a large number, whose offset would hide the rest."""
+    return f"{value:.6g}" if abs(value) < 1e6 else f"{value:.12g}"
 
 
 def _tell(outcome: Outcome, sample: pd.DataFrame, cells: dict[str, Any]) -> None:
@@ -279,8 +285,8 @@ def _tell(outcome: Outcome, sample: pd.DataFrame, cells: dict[str, Any]) -> None
             outcome.warnings += [f"{column} is constant: {values[0]!r} in every row"] * (rows > 1 and len(counts) == 1)
             outcome.facts.append(f"{column}: {len(counts)} different cells, the most frequent {counts.index[0]!r} ({counts.iloc[0]} times)")
             continue
-        outcome.warnings += [f"{column} is constant: {values[0]:.6g} in every row"] * bool(rows > 1 and values.std() < CONSTANT)
+        outcome.warnings += [f"{column} is constant: {_shown(values[0])} in every row"] * bool(rows > 1 and values.std() < CONSTANT)
         if place < 5:
             theirs = sample[column].map(_number)
-            outcome.facts.append(f"{column}: mean {values.mean():.6g}, standard deviation {values.std():.4g}, {values.min():.6g} to "
-                                 f"{values.max():.6g}" + f"; the sample's mean is {theirs.mean():.6g}" * (not theirs.isna().any()))
+            outcome.facts.append(f"{column}: mean {_shown(values.mean())}, standard deviation {values.std():.4g}, {_shown(values.min())} to "
+                                 f"{_shown(values.max())}" + f"; the sample's mean is {_shown(theirs.mean())}" * (not theirs.isna().any()))

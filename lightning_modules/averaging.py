@@ -1,4 +1,5 @@
 """Checkpoint averaging: the mean of the weights after the last k epochs, or the best k, as the network a run ends with."""
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Averaging(Callback):
 
     Args:
         folder: of the checkpoints.
-        rule: `last-5`, `best-3`. Of equals the later is better; NaN is never among the best.
+        rule: `last-5`, `best-3`. Of equals the earlier is better; NaN and infinity are never among the best.
         monitor, mode: the metric of `best`, and whether `max` or `min` of it is.
         use_ema: average the EMA weights instead of the raw ones.
     """
@@ -62,8 +63,8 @@ class Averaging(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch
         value = epoch if self.kind == "last" else self.sign * float(trainer.callback_metrics.get(self.monitor, float("nan")))
-        if value == value:
-            after = dict(sorted({**self.kept, epoch: value}.items(), key=lambda item: (item[1], item[0]))[-self.count:])
+        if math.isfinite(value):
+            after = dict(sorted({**self.kept, epoch: value}.items(), key=lambda item: (item[1], -item[0]))[-self.count:])
             if epoch in after and self._write(trainer, pl_module, epoch):
                 self.fallen |= {out: epoch for out in self.kept.keys() - after.keys()}
                 self.kept = after

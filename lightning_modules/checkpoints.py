@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, sealed with their sha256, plain data; `best.ckpt` by the monitored metric, `last.ckpt` the last
 step saved, `last-1.ckpt` the one before it. A disk that takes none stops no training."""
 import hashlib
+import math
 import os
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
@@ -144,8 +145,8 @@ def save(trainer: L.Trainer, path: Path) -> bool:
 
 
 class BestCheckpoint(Checkpoint):
-    """`best.ckpt`: saved whenever the monitored validation metric is at least as good as in every epoch before: of equals the
-    latest, the further trained. NaN never wins; nor does an epoch that could not be saved."""
+    """`best.ckpt`: saved whenever the monitored validation metric is better than in every epoch before; of equals the first stays, as in timm
+    and Lightning. NaN and infinity never win; nor does an epoch that could not be saved."""
 
     def __init__(self, folder: Path, monitor: str, mode: str):
         self.path, self.monitor, self.sign = folder / "best.ckpt", monitor, {"max": 1, "min": -1}[mode]
@@ -155,7 +156,7 @@ class BestCheckpoint(Checkpoint):
         if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
             return
         value, before = float(trainer.callback_metrics.get(self.monitor, float("nan"))), self.best
-        if value == value and (before is None or self.sign * value >= self.sign * before):
+        if math.isfinite(value) and (before is None or self.sign * value > self.sign * before):
             self.best = value  # before saving, as it stands in the file
             if not save(trainer, self.path):
                 self.best = before

@@ -1,6 +1,7 @@
 """Predictions as a table and back: the columns of oof.csv and predictions.csv. No Lightning and no torch.
 
-Legend: N rows, K classes or labels, T targets. Numbers are float32; read back they are the same to the last bit, and so is their score.
+Legend: N rows, K classes or labels, T targets. Probabilities are float32, values of a regression float64; read back
+they are the same to the last bit, and so is their score.
 """
 import hashlib
 import os
@@ -42,7 +43,7 @@ def table(ids: Any, spec: dict[str, Any], prediction: np.ndarray, target: np.nda
 
 
 def arrays(content: pd.DataFrame, spec: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
-    """What `table` was made of, as `metrics.score` takes it: (targets, or None without them, and predictions float32).
+    """What `table` was made of, as `metrics.score` takes it: (targets, or None without them, and predictions), `dtype` of the spec.
 
     Raises ValueError for a column that is missing or a class that the spec does not have.
     """
@@ -50,15 +51,20 @@ def arrays(content: pd.DataFrame, spec: dict[str, Any]) -> tuple[np.ndarray | No
     predicted, answered = _named("prediction", names), ["target"] if spec["task"] == "classification" else _named("target", names)
     if missing := [key for key in predicted if key not in content]:
         raise ValueError(f"there is no column {missing[0]!r} ({len(missing)} of {len(predicted)} are missing)")
-    prediction = content[predicted].to_numpy(np.float64).astype(np.float32)
+    prediction = content[predicted].to_numpy(np.float64).astype(dtype(spec))
     if any(key not in content for key in answered):
         return None, prediction
     if spec["task"] != "classification":
-        return content[answered].to_numpy(np.float64).astype(np.float32), prediction
+        return content[answered].to_numpy(np.float64).astype(dtype(spec)), prediction
     target = pd.Index(names).get_indexer(content["target"].astype(str))
     if (target < 0).any():
         raise ValueError(f"column 'target' has {content['target'][target < 0].iloc[0]!r}, which is no class (there are {', '.join(names[:5])})")
     return target.astype(np.int64), prediction
+
+
+def dtype(spec: dict[str, Any]) -> type[np.floating]:
+    """Of predictions: float32 for probabilities, float64 for values in own units."""
+    return np.float64 if spec["task"] == "regression" else np.float32
 
 
 def _named(kind: str, names: list[str]) -> list[str]:

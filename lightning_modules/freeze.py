@@ -10,7 +10,7 @@ def freeze(model: nn.Module, what: str) -> list[str]:
 
     `backbone` leaves only the classifiers (linear probing). A fraction such as 0.5 freezes the first layer with positions and tokens,
     and that part of the blocks, from the input up in the order of `group_matcher`, rounded down. Call before the optimizer is made, and
-    `hold_frozen` after every `model.train()`. ValueError names the flag.
+    `hold_frozen` before training and after every `model.train()`. ValueError names the flag.
     """
     heads = head_keys(model)
     if not heads:

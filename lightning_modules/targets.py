@@ -19,14 +19,14 @@ def encoding_of(loss: str | None, bins: int = BINS) -> tuple[str, int]:
 
 
 def scale(target: Tensor, target_range: list[list[float]]) -> Tensor:
-    """(B, T) in own units -> 0-1 within each target's range; values outside of it go beyond 0-1."""
-    low, high = torch.tensor(target_range, dtype=torch.float32, device=target.device).T
-    return (target.float() - low) / (high - low)
+    """(B, T) in own units, float64 -> float32, 0-1 within each target's range; values outside of it go beyond 0-1."""
+    low, high = torch.tensor(target_range, dtype=torch.float64, device=target.device).T
+    return ((target - low) / (high - low)).float()
 
 
 def predict(logits: Tensor, spec: dict[str, Any]) -> Tensor:
-    """Logits (B, num_outputs) -> what a person reads, float32: classification (B, K) probabilities that sum to 1, multilabel (B, K)
-    probabilities, regression (B, T) in the targets' own units.
+    """Logits (B, num_outputs) -> what a person reads: classification (B, K) probabilities that sum to 1, multilabel (B, K) probabilities, both
+    float32; regression (B, T) in the targets' own units, float64 since 32 bits hold no more than 24 of an offset.
 
     Encodings of a regression: `sigmoid` and `linear` give the scaled target; `ordinal` the probabilities that it lies above each of N - 1
     evenly spaced thresholds; `bins` the distribution over N evenly spaced values, of which the mean is taken.
@@ -36,8 +36,8 @@ def predict(logits: Tensor, spec: dict[str, Any]) -> Tensor:
         return logits.softmax(1)
     if spec["task"] == "multilabel":
         return logits.sigmoid()
-    low, high = torch.tensor(spec["target_range"], dtype=torch.float32, device=logits.device).T  # (T,)
-    return low + expectation(logits, spec["encoding"], len(low)) * (high - low)
+    low, high = torch.tensor(spec["target_range"], dtype=torch.float64, device=logits.device).T  # (T,)
+    return torch.lerp(low, high, expectation(logits, spec["encoding"], len(low)).double())  # exact at both ends
 
 
 def expectation(logits: Tensor, encoding: str, targets: int) -> Tensor:

@@ -63,10 +63,16 @@ class Task(L.LightningModule):
         self.val_metrics, self.val_ema_metrics, self.test_metrics = (Metrics(spec, getattr(loss, "rows", None), self.metric) for _ in range(3))
 
     def train(self, mode: bool = True) -> "Task":
-        """As always, but what is frozen stays in evaluation mode."""
+        """Set the mode; what is frozen stays in evaluation mode."""
         super().train(mode)
         hold_frozen(self.model)
         return self
+
+    def on_train_start(self) -> None:
+        """Hold what is frozen: Lightning's fit does not call `train`, and after a validation puts back each module's mode from before."""
+        hold_frozen(self.model)
+
+    on_train_epoch_start = on_train_start
 
     def forward(self, *given: Tensor) -> Tensor:
         return self.model(*given)

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,21 @@ def _kill_before(step: int) -> None:
     Task.training_step = training_step
 
 
-@pytest.fixture(autouse=True)
-def same_environment():
+@contextmanager
+def kept_environment():
     """Put back what a command run in this process writes into its environment, such as the launcher's decision for its ranks."""
     before = dict(os.environ)
     yield
     if dict(os.environ) != before:
         os.environ.clear()
         os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """Keep the environment of each test; a fixture of a module uses `kept_environment` itself."""
+    with kept_environment():
+        yield
 
 
 @pytest.fixture

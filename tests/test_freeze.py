@@ -1,15 +1,22 @@
 """What is frozen stays as it was through training steps, in weights and in batch-norm statistics, and costs no gradient."""
 import copy
+from functools import partial
 
+import lightning as L
 import pytest
 import timm
 import torch
+from conftest import weights_of
 from torch import nn
 from torch.nn import functional as F
 
+import datamodules
 import models
+from experiments import run
+from lightning_modules import losses
 from lightning_modules.freeze import freeze, hold_frozen
 from lightning_modules.optim import optimizer
+from lightning_modules.task import Task
 
 
 def small(name):
@@ -89,6 +96,41 @@ def test_a_network_that_learns_whole_is_left_alone():
     model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
     hold_frozen(model)
     assert model[0].training
+
+
+LINE = "--data_dir pics --recipe none --image_size 32 --global_batch_size 8 --epochs 2 --workers 0 --logger csv --accelerator cpu"
+
+
+@pytest.mark.parametrize("what, still", [("backbone", ""), ("0.5", ("conv1", "bn1", "layer1", "layer2"))])
+def test_frozen_statistics_stay_through_a_run(pics, monkeypatch, what, still):
+    monkeypatch.chdir(pics)
+    line = f"{LINE} --model timm/resnet10t --lr 1e-2"
+    if not (pics / "runs" / "first").exists():
+        assert run.main(f"{line} --epochs 1 --name first".split()) == 0
+    assert run.main(f"{line} --init runs/first --freeze {what} --name {what}".split()) == 0
+    before, after = (weights_of(pics / "runs" / name / "checkpoints" / file) for name, file in (("first", "best.ckpt"), (what, "last.ckpt")))
+    statistics = [key for key in before if key.endswith("running_mean")]
+    held = [key for key in statistics if key.removeprefix("model.").startswith(still)]
+    assert len(statistics) == 14 and [key for key in statistics if torch.equal(before[key], after[key])] == held
+    assert len(held) == 14 if what == "backbone" else 0 < len(held) < 14
+
+
+@pytest.mark.parametrize("name, what, args", [
+    ("vit_nano4", "backbone", {"embed_dim": 32, "depth": 2, "dropout": 0.5, "drop_path": 0.5}), ("timm/resnet10t", "0.5", {"drop_rate": 0.5}),
+    ("timm/vit_tiny_patch16_224", "0.5", {"depth": 4, "embed_dim": 48, "img_size": 32, "drop_path_rate": 0.5, "proj_drop_rate": 0.5})])
+def test_frozen_parts_are_in_evaluation_mode_in_every_step_of_a_stock_trainer(tmp_path, name, what, args):
+    data = datamodules.create("digits", image_size=32, global_batch_size=256, workers=0)
+    model = models.create(name, num_outputs=10, **args)
+    frozen, expected = {*freeze(model, what)}, copy.deepcopy(model).train()
+    hold_frozen(expected)
+    task = Task(model, data.spec, {}, loss=losses.create("cross_entropy", data.spec), schedule=lambda step: 1e-3, seed=0,
+                make_optimizer=partial(optimizer, name="adamw", lr=1e-3, weight_decay=0.0))
+    modes, step = [], task.training_step
+    task.training_step = lambda *given: (modes.append([module.training for module in model.modules()]), step(*given))[1]
+    trainer = L.Trainer(max_epochs=2, limit_train_batches=2, limit_val_batches=1, logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, accelerator="cpu")
+    trainer.fit(task, data)
+    assert frozen and modes == [[module.training for module in expected.modules()]] * 4 and not all(modes[0])
 
 
 @pytest.mark.parametrize("what", ["head", "0", "1", "1.5", "-0.5", "nan", ""])

@@ -68,18 +68,18 @@ NUMBERS = NUMBER | {"target_names": ["x", "y"]}
     (LABELS, "image,fold,target_scab,target_rust,prediction_scab,prediction_rust"), (NUMBERS, "Id,fold,target_x,target_y,prediction_x,prediction_y")])
 def test_a_table_reads_back_to_the_last_bit(tmp_path, spec, expected):
     rng, width = np.random.default_rng(0), len(spec["class_names"] or spec["target_names"])
-    prediction = rng.random((50, width)).astype(np.float32) * (1 if spec["task"] != "regression" else 97.3)
+    prediction = rng.random((50, width)).astype(np.float32)
     target = rng.integers(0, 2, (50, width)).astype(np.float32)
     if spec["task"] == "classification":
         prediction, target = prediction / prediction.sum(1, keepdims=True), rng.integers(0, 3, 50)
     elif spec["task"] == "regression":
-        target = rng.normal(40, 20, (50, width)).astype(np.float32)
+        prediction, target = 1.7e9 + 97.3 * rng.random((50, width)), rng.normal(40, 20, (50, width))
     write(table([f"{n:03}" for n in range(50)], spec, prediction, target, 2), tmp_path / "oof.csv")
     content = pd.read_csv(tmp_path / "oof.csv", dtype=str)
     assert ",".join(content.columns) == expected and set(content["fold"]) == {"2"} and content.iloc[7, 0] == "007"
     assert [file.name for file in tmp_path.iterdir()] == ["oof.csv"]
     again, found = arrays(content, spec)
-    assert np.array_equal(found, prediction) and np.array_equal(again, target) and found.dtype == np.float32
+    assert np.array_equal(found, prediction) and np.array_equal(again, target) and found.dtype == prediction.dtype
     name = {"classification": "log_loss", "multilabel": "map", "regression": "rmse"}[spec["task"]]
     assert score(name, again, found, spec) == score(name, target, prediction, spec)
     assert arrays(table(["a"] * 50, spec, prediction), spec)[0] is None and "fold" not in table(["a"] * 50, spec, prediction)

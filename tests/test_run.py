@@ -123,6 +123,16 @@ def test_the_best_of_another_run_is_no_mark_to_beat(tmp_path):
     assert callback.best == 0.9
 
 
+def test_of_equal_scores_the_first_epoch_is_the_best_after_a_resume_too(pics, launch):
+    line = f"{TINY} --epochs 4 --lr 0 --name equal"
+    assert launch(line, kill_at_step=9).code == -9
+    ended = launch(line)
+    assert ended.code == 0 and "resumed from" in ended.out, ended.out
+    assert len({row["val/acc1"] for row in rows_of(pics / "runs" / "equal")}) == 1
+    assert result_of(pics / "runs" / "equal")["best_epoch"] == 0
+    assert torch.load(pics / "runs" / "equal" / "checkpoints" / "best.ckpt", weights_only=True)["epoch"] == 0
+
+
 def test_a_run_is_evaluated_as_it_was_trained_and_repeated_from_its_config(pics, launch):
     line = f"{TINY} --epochs 1 --mean [0.1,0.2,0.3] --crop_pct 0.7"
     assert launch(line).code == 0

@@ -29,7 +29,7 @@ def test_regression(comp):
     assert data.task == "regression" and data.spec["target_names"] == ["Score"] and data.spec["num_outputs"] == 1
     assert data.sizes == {"train": 36, "val": 4, "test": 0} and data.metric_name == "rmse"
     train = data.splits["train"]
-    assert train.targets.dtype == np.float32 and train.targets.shape == (36, 1)
+    assert train.targets.dtype == np.float64 and train.targets.shape == (36, 1)
     assert data.target_range == [[train.targets.min(), train.targets.max()]]
     assert dict(zip(train.ids, train.targets[:, 0])).items() <= dict(zip(ids(40), score)).items()
     assert train.names.tolist() == [f"train/{name}.jpg".encode() for name in train.ids]
