@@ -4,26 +4,24 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from torch import nn
 
 import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import plan, preflight, rundir
+from experiments import launched, plan, preflight, rendezvous, rundir
 from experiments.config import Command, Config, read
 from experiments.recipe import recipe_data
 from experiments.usage import TOLD, UsageError, size
 from lightning_modules import distill_losses, targets, teacher_cache
 from lightning_modules.freeze import freeze
-from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from lightning_modules.signals import notice
 from lightning_modules.teacher import Teacher, Teachers
 from lightning_modules.teacher_cache import CachedTeacher
@@ -51,28 +49,46 @@ def resolve(command: Command) -> Run:
     """Decide once, in the launching process; ranks take its result. Raises ValueError or FileNotFoundError for what a person must mend."""
     quiet()
     if DECISION in os.environ and "LOCAL_RANK" in os.environ:
-        return _build(Config(**_tuples(json.loads(os.environ[DECISION])["cfg"])), json.loads(os.environ[DECISION]))
-    environment = next((kind() for kind in (TorchElasticEnvironment, SLURMEnvironment) if kind.detect()), LightningEnvironment())
-    if not environment.creates_processes_externally or environment.world_size() == 1:
-        run, decision = decide(command)
-        os.environ[DECISION] = json.dumps(decision)
+        return _build(json.loads(os.environ[DECISION]))
+    place = plan.environment(command.config)
+    if not place.creates_processes_externally or place.world_size() == 1:
+        run = enter(decide(command))
+        os.environ[DECISION] = json.dumps(_decision(run))
         return run
-    if not dist.is_initialized():  # Lightning goes on with this group
-        backend = "cpu:gloo,cuda:nccl" if plan.on_gpu(command.config) else "gloo"
-        os.environ.setdefault("MASTER_ADDR", environment.main_address)
-        os.environ.setdefault("MASTER_PORT", str(environment.main_port))
-        dist.init_process_group(backend, rank=environment.global_rank(), world_size=environment.world_size(), timeout=COLLECTIVE_TIMEOUT)
-        notice.together = True  # from here on no rank leaves alone
-    run, shared = None, [None]
-    if environment.global_rank() == 0:
-        try:
-            run, shared[0] = decide(command)
-        except (ValueError, FileNotFoundError) as error:
-            shared[0] = str(error)
-    dist.broadcast_object_list(shared, device=torch.device("cpu"))
-    if isinstance(shared[0], str):
-        raise UsageError(shared[0])
-    return run or _build(Config(**_tuples(shared[0]["cfg"])), shared[0])
+    if problem := launched.problem(command.config):
+        raise UsageError(problem)
+    rendezvous.meet(place, command.config)
+    run = _resolve_together(command, first=place.global_rank() == 0)
+    notice.together = True  # from here on no rank leaves alone
+    return run
+
+
+def _resolve_together(command: Command, *, first: bool) -> Run:
+    """Rank 0 decides, all build what it decided, and it enters the directory once no rank has anything against it. Raises as `resolve`."""
+    run, problem = _attempt(decide, command) if first else (None, None)
+    decision = rendezvous.tell(run and _decision(run), problem)
+    if not first:
+        run, problem = _attempt(_build, decision)
+    rendezvous.agree(problem)
+    if not run.cfg.dry_run and not run.finished:
+        rendezvous.one_disk(run.cfg.runs_dir)
+    if first:
+        run, problem = _attempt(enter, run)
+    run.resume, run.finished = rendezvous.tell(run and (run.resume, run.finished), problem)
+    return run
+
+
+def _attempt(do: Callable[[Any], Run], given: Any) -> tuple[Run | None, Exception | None]:
+    try:
+        return do(given), None
+    except (ValueError, FileNotFoundError) as error:
+        return None, error
+
+
+def _decision(run: Run) -> dict[str, Any]:
+    """What other ranks need to build the same run, as plain data."""
+    return {"cfg": {key: getattr(run.cfg, key) for key in run.cfg.__dataclass_fields__}, "folder": str(run.folder), "resume": run.resume,
+            "finished": run.finished}
 
 
 def quiet() -> None:
@@ -84,8 +100,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # ours is: its position is in the checkpoint
 
 
-def decide(command: Command) -> tuple[Run, dict[str, Any]]:
-    """Check names, read the folder, fill what was left out, enter the run directory. Returns the run and its decision as plain data."""
+def decide(command: Command) -> Run:
+    """Check names, read the folder, fill what was left out, look into the run directory. Writes nothing; `enter` does."""
     command, saved = _with_saved(_with_data(_with_saved(command))), _saved(command.config)  # reading the line again forgets what was taken
     cfg, alone = command.config, command.recipe_alone
     preflight.check_names(cfg)
@@ -120,21 +136,28 @@ def decide(command: Command) -> tuple[Run, dict[str, Any]]:
     cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
-    guide, identity = teacher(cfg, data), data.identity
+    guide = teacher(cfg, data)
     if isinstance(guide, CachedTeacher):
         guide.check(seen_by_teacher(cfg, data))
-        identity = {**identity, "teacher_digest": guide.digest}
     for note in () if TOLD in os.environ else (*command.notes, *notes, *more, *([line] if line else []), *preflight.advice(cfg, data, meta)):
         print(note)
-    if cfg.dry_run:
-        folder, resume, finished = Path(cfg.runs_dir) / cfg.name, None, rundir.look(cfg, identity)
-    else:
-        folder, resume, finished = rundir.enter(cfg, data.spec, identity)
-        if cfg.folds:
-            data.keep_folds()
-    decision = {"cfg": {key: getattr(cfg, key) for key in cfg.__dataclass_fields__}, "folder": str(folder), "resume": resume,
-                "finished": finished}
-    return Run(cfg, folder, resume, finished, data, network, guide), decision
+    run = Run(cfg, Path(cfg.runs_dir) / cfg.name, None, False, data, network, guide)
+    run.finished = rundir.look(cfg, _identity(run))
+    return run
+
+
+def enter(run: Run) -> Run:
+    """Make or re-enter the directory of a run that is decided, unless only a plan is asked for. Raises UsageError (`rundir.enter`)."""
+    if not run.cfg.dry_run:
+        run.folder, run.resume, run.finished = rundir.enter(run.cfg, run.data.spec, _identity(run))
+        if run.cfg.folds:
+            run.data.keep_folds()
+    return run
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must be equal for a resume (`PictureData.identity`, and a cached teacher's answers)."""
+    return run.data.identity | ({"teacher_digest": run.teacher.digest} if isinstance(run.teacher, CachedTeacher) else {})
 
 
 def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> int:
@@ -191,7 +214,8 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _build(cfg: Config, decision: dict[str, Any]) -> Run:
+def _build(decision: dict[str, Any]) -> Run:
+    cfg = Config(**_tuples(decision["cfg"]))
     data = datamodule(cfg)
     return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, model(cfg, data)[0], teacher(cfg, data))
 

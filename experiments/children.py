@@ -49,12 +49,6 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def tasks() -> int:
-    """Processes that torchrun or srun has started beside this one, itself included; 1 without them."""
-    launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) if launched else 1
-
-
 def gpu_names(count: int) -> list[str]:
     """The names of the `count` GPUs that this process may use, for CUDA_VISIBLE_DEVICES of others."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from experiments import children
+from experiments import children, launched
 from experiments.config import Command, Config, read
 from experiments.usage import TOLD, UsageError
 from lightning_modules.signals import ORDER, PREEMPTED, exit_code, notice
@@ -43,7 +43,7 @@ def main(command: Command) -> int:
 
 
 def _refuse(cfg: Config) -> None:
-    if children.tasks() > 1:
+    if launched.tasks() > 1:
         raise UsageError(f"--folds {cfg.folds} starts processes of its own: under torchrun or srun give one fold, --fold I (0 to {cfg.folds - 1}); "
                          f"afterwards --folds {cfg.folds} alone, in one process, merges them")
     for key in ("resume", "eval_only"):

@@ -5,10 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from experiments import launched
 from experiments.config import Config
 from experiments.usage import UsageError, size
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
@@ -20,11 +22,8 @@ FREE_SHARE = 0.8  # of the memory found; the rest is for the framework, buffers 
 def device_problem(cfg: Config) -> str | None:
     """Why this machine cannot give the devices asked for, with the flag that helps; None when it can."""
     gpus = torch.cuda.device_count()
-    launched = os.environ.get("WORLD_SIZE")
-    if launched and int(launched) != world_size(cfg):
-        return f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes {cfg.num_nodes} are {world_size(cfg)}"
-    if cfg.num_nodes > 1 and not launched and "SLURM_NTASKS" not in os.environ:
-        return f"--num_nodes {cfg.num_nodes}: torchrun or srun starts a run on several machines, as experiments/launch/ does"
+    if started := launched.problem(cfg):
+        return started
     if cfg.precision == "16-mixed" and not on_gpu(cfg):
         return "--precision 16-mixed needs a GPU; on CPU it is 32-true or bf16-mixed"
     if cfg.accelerator == "cpu":
@@ -41,7 +40,8 @@ def device_problem(cfg: Config) -> str | None:
 def _lightning_problem(cfg: Config) -> str | None:
     """What Lightning says against strategy, precision and devices together, before anything is written."""
     try:
-        L.Trainer(**placement(cfg), logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        L.Trainer(**placement(cfg), plugins=[environment(cfg)], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                  enable_model_summary=False)
     except (ValueError, MisconfigurationException) as error:
         return f"--strategy {cfg.strategy} --precision {cfg.precision}: {error}"
     return None
@@ -53,6 +53,18 @@ def placement(cfg: Config) -> dict[str, Any]:
     strategy = DDPStrategy(timeout=COLLECTIVE_TIMEOUT) if ddp else cfg.strategy
     return {"accelerator": "gpu" if on_gpu(cfg) else "cpu", "devices": cfg.devices, "num_nodes": cfg.num_nodes, "strategy": strategy,
             "precision": precision(cfg) if cfg.precision == "auto" else cfg.precision}
+
+
+def environment(cfg: Config) -> ClusterEnvironment:
+    """Who has started the ranks. A single task of SLURM, or a shell in an interactive job, starts its ranks itself."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if launched.srun_tasks() == 1:
+        return LightningEnvironment()
+    os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(cfg.devices))  # Lightning wants it; srun --ntasks alone does not set it
+    job, step = (int(os.environ.get(key) or 0) for key in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    os.environ.setdefault("MASTER_PORT", str(15000 + (10 * job + step) % 17000))  # two steps of one job do not meet; below what Linux gives clients
+    return SLURMEnvironment(auto_requeue=False)  # Preemption does it, at a step's end
 
 
 def world_size(cfg: Config) -> int:

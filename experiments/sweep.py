@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from experiments import children, config, fold_runs, sweep_space
+from experiments import children, config, fold_runs, launched, sweep_space
 from experiments.sweep_space import OURS, Space
 from experiments.usage import Parser, UsageError, positive
 from lightning_modules.signals import ORDER, exit_code, listening, notice
@@ -76,7 +76,7 @@ def _sweep(args: argparse.Namespace, own: list[str]) -> int:
     name = args.name or space.name
     if not re.fullmatch(r"\w[\w.+=-]*", name):
         raise UsageError(f"--name {name}: letters, digits and . _ + = - only")
-    if children.tasks() > 1:
+    if launched.tasks() > 1:
         raise UsageError("it starts processes of its own: run it alone, not under torchrun or srun")
     slots, folder = _slots(cfg, args.parallel), args.runs_dir / name
     with _alone(folder) as new, sweep_trials.stored(folder):

@@ -3,7 +3,6 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 
 from experiments import plan, run_page, rundir, trackers
@@ -79,9 +78,7 @@ def trainer(run: Run) -> L.Trainer:
     world, passes = plan.world_size(cfg), 1
     if not cfg.eval_only:
         passes = run.data.accumulation(world)
-    plugins: list[Any] = [AtomicCheckpointIO(passes)]
-    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Preemption does it, at a step's end
+    plugins: list[Any] = [AtomicCheckpointIO(passes), plan.environment(cfg)]
     return L.Trainer(
         **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad,
         gradient_clip_algorithm=cfg.clip_mode, logger=trackers.loggers(run), callbacks=callbacks, plugins=plugins, profiler=waits,

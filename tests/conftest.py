@@ -39,7 +39,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def hear_signals() -> None:
+    """Give this process, which a test has started, the usual signals back: the tests may run where they are ignored (nohup, a job in the
+    background of a shell), and a command that is started so goes on ignoring them."""
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(each, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def heard():
+    """Signals as a command in the foreground hears them, for one that runs in the tests' own process."""
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)}
+    hear_signals()
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
+
 def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_step: int | None, before: Callable[[], None] | None) -> None:
+    hear_signals()
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process from a shell; a forkserver's child would
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # start them from another forkserver, and they would outlive a kill
     for stream in (1, 2):

@@ -421,7 +421,7 @@ def test_a_metric_of_the_result_alone(acted, tmp_path, metric, says, value):
     assert [float(row[0]) for row in trials_of(tmp_path / "runs" / "space", "value")] == [value] * 2
 
 
-def test_a_signal_and_the_end_of_the_time_leave_it_to_go_on(acted, tmp_path, capsys):
+def test_a_signal_and_the_end_of_the_time_leave_it_to_go_on(acted, tmp_path, capsys, heard):
     acted()
     file, early = write(tmp_path, method="bayes"), {"type": "hyperband", "min_iter": 1, "eta": 2}
     assert sweep.main([str(write(tmp_path, "whole.yaml", method="bayes", early_terminate=early)), "--trials", "14"]) == 0

@@ -150,7 +150,7 @@ def test_killed_while_writing(taught, launch, ranks):
 
 
 def decided(line: str) -> build.Run:
-    return build.decide(read(f"{TINY} {line} --dry_run".split()))[0]
+    return build.decide(read(f"{TINY} {line} --dry_run".split()))
 
 
 def seen(run: build.Run) -> dict:

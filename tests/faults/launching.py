@@ -91,8 +91,8 @@ def torchrun_env(rank: int, ranks: int, nodes: int, port: int) -> dict[str, str]
 
 
 def start(folder: Path, line: str, *, ranks: int = 1, nodes: int = 1, fault: Fault | None = None, timeout: float = 100,
-          env: Callable[[int, int], dict[str, str]] | None = None) -> Ended:
-    """Run the command line in `folder` on `ranks` processes; `env(rank, port)` instead of torchrun's variables."""
+          env: Callable[[int, int], dict[str, str]] | None = None, places: list[Path] | None = None) -> Ended:
+    """Run the command line in `folder` on `ranks` processes; `env(rank, port)` instead of torchrun's variables, each in one of `places`."""
     port, children, logs = conftest.free_port(), [], []
     (folder / "struck").unlink(missing_ok=True)
     for rank in range(ranks):
@@ -100,7 +100,8 @@ def start(folder: Path, line: str, *, ranks: int = 1, nodes: int = 1, fault: Fau
         place |= {"WANDB_DATA_DIR": str(folder / "wandb-data"), "WANDB_CACHE_DIR": str(folder / "wandb-cache")}
         logs.append(folder / f"launch-{port}-{rank}.log")
         planted = fault if fault and rank in fault.ranks else None
-        children.append(conftest.FORKS.Process(target=_rank, args=(line.split(), place, str(folder), str(logs[-1]), planted)))
+        where = str(places[rank] if places else folder)
+        children.append(conftest.FORKS.Process(target=_rank, args=(line.split(), place, where, str(logs[-1]), planted)))
         children[-1].start()
     deadline = time.monotonic() + timeout
     while (left := [child.sentinel for child in children if child.is_alive()]) and time.monotonic() < deadline:

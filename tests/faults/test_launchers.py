@@ -34,6 +34,7 @@ pytestmark = pytest.mark.fault
 
 def open_command(folder, command, log, **env):
     return subprocess.Popen(list(map(str, command)), cwd=folder, start_new_session=True, stdout=open(folder / log, "w"), stderr=subprocess.STDOUT,
+                            preexec_fn=conftest.hear_signals,
                             env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | env)
 
 

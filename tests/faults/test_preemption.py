@@ -97,7 +97,7 @@ def test_row8_sigusr1_under_slurm_saves_at_a_step_and_requeues_once(pics, ranks)
     def slurm(rank, port):
         return {"PATH": f"{fake.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": str(ranks),
                 "SLURM_NTASKS_PER_NODE": str(ranks), "SLURM_NNODES": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
-                "SLURM_NODEID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                "SLURM_NODEID": "0", "SLURM_STEP_ID": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     line = f"{LINE} --devices {ranks}"
     fault = Fault("step", 5, (USR1,), ranks=tuple(range(ranks)))
     ended = start(pics, f"{line} --name told", ranks=ranks, env=slurm, fault=fault)
