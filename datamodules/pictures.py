@@ -190,6 +190,11 @@ def at_most(split: Split, per_class: int, seed: int) -> Split:
     return split.take(np.sort(np.concatenate(kept)))
 
 
+def spread(split: Split, count: int) -> Split:
+    """At most `count` samples, evenly spaced, so that a split in the order of its classes keeps their shares."""
+    return split if count >= len(split) else split.take(np.linspace(0, len(split) - 1, count).round().astype(np.int64))
+
+
 def fingerprint(splits: dict[str, Split]) -> str:
     """sha256 over split, relative names and targets: changes when a sample moves, comes, goes or is relabelled; pixels do not count, nor
     what has no targets."""

@@ -1,8 +1,11 @@
 """Names -> objects: the one place that knows all rooms."""
+import atexit
 import json
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +32,7 @@ from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
 TABLE = ("target", "task", "image", "group", "bad_images", "folds", "fold")  # knobs of data sets that are tables
+TRIED_PICTURES = 16  # of val and of test, in --fast_dev_run
 PREPARATION = ("image_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
@@ -103,7 +107,7 @@ def quiet() -> None:
 def decide(command: Command) -> Run:
     """Check names, read the folder, fill what was left out, look into the run directory. Writes nothing; `enter` does."""
     command, saved = _with_saved(_with_data(_with_saved(command))), _saved(command.config)  # reading the line again forgets what was taken
-    cfg, alone = command.config, command.recipe_alone
+    cfg, alone = _tried(command.config), command.recipe_alone
     preflight.check_names(cfg)
     problems = [plan.device_problem(cfg)]
     left_out = _left_out(cfg, saved)
@@ -158,6 +162,16 @@ def enter(run: Run) -> Run:
 def _identity(run: Run) -> dict[str, Any]:
     """What must be equal for a resume (`PictureData.identity`, and a cached teacher's answers)."""
     return run.data.identity | ({"teacher_digest": run.teacher.digest} if isinstance(run.teacher, CachedTeacher) else {})
+
+
+def _tried(cfg: Config) -> Config:
+    """The config of --fast_dev_run: few pictures to score, no tracker, in a folder that goes with this process; any other as it is."""
+    if not cfg.fast_dev_run or cfg.dry_run:
+        return cfg
+    folder = tempfile.mkdtemp(prefix="vitlab-fast-dev-run-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    few = {key: min(getattr(cfg, key) or TRIED_PICTURES, TRIED_PICTURES) for key in ("limit_val", "limit_test")}
+    return replace(cfg, **few, runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
 
 
 def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> int:
@@ -275,7 +289,8 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         repeated_augment=cfg.repeated_augment, mixup=cfg.mixup, cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing,
         augment_args=cfg.augment_args, own_augment=cfg.augment, train_size=cfg.train_size, epochs=cfg.epochs, split_seed=cfg.split_seed,
         seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size, workers=cfg.workers,
-        cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, **names, **cfg.data_args)
+        cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, limit_val=cfg.limit_val, limit_test=cfg.limit_test,
+        **names, **cfg.data_args)
     if saved and data.target_range:
         data.target_range = saved["spec"].get("target_range") or data.target_range
     if saved and "columns" in saved["spec"] | data.spec:

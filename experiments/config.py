@@ -129,7 +129,11 @@ class Config:
     notes: str | None = knob(None, "on the run in W&B", role="place")
     logger_args: dict[str, Any] = knob(dict, "rarer: checkpoint (true uploads the best weights at the end), attention (true: maps of 8 pictures); "
                                        "as --logger_args.checkpoint true", role="place")
-    # instead of training
+    # less, or something else, than training
+    limit_val: int | None = knob(None, "pictures of val that are scored, evenly spaced over the split; left out: all")
+    limit_test: int | None = knob(None, "pictures of test that are scored, as --limit_val")
+    fast_dev_run: bool = knob(False, "try everything in a temporary directory that is deleted: two optimizer steps, 16 pictures of val "
+                                     "and of test, checkpoints, predictions, report", role="place")
     eval_only: bool = knob(False, "score the test split if there is one, else val")
     dry_run: bool = knob(False, "print the plan, the memory and a time forecast; train nothing, write nothing", role="place")
     list: Literal["models", "data", "recipes", "losses", "metrics"] | None = knob(None, "print what there is and stop", role="place")
@@ -247,7 +251,7 @@ def _check_flags(argv: list[str]) -> None:
 
 def plain(cfg: Config) -> dict[str, Any]:
     """The config as YAML writes it: no tuples, and without what belongs to one launch (its name and place, whether it resumes)."""
-    left_out = ("name", "runs_dir", "overwrite", "resume", "list", "dry_run")
+    left_out = ("name", "runs_dir", "overwrite", "resume", "list", "dry_run", "fast_dev_run")
     return {key: _plain(value) for key, value in asdict(cfg).items() if key not in left_out}
 
 

@@ -216,7 +216,10 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     shown = ", ".join(metrics.shown(key, value) for key, value in values.items()
                       if value is not None and key.endswith(("/acc1", "/acc5", f"/{task.metric.name}")))
     took = f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s" if steps else ""
-    print(f"{shown}{took}\nresult in {run.folder / rundir.RESULT}, a page on it in report.html beside it")
+    kept = f"result in {run.folder / rundir.RESULT}, a page on it in report.html beside it"
+    if cfg.fast_dev_run:
+        kept = f"fast_dev_run: {steps} steps, {run.data.sizes['val']} pictures of val and {run.data.sizes['test']} of test; nothing is kept"
+    print(f"{shown}{took}\n{kept}")
     if saving.failures:
         print(f"{saving.failures} saves of checkpoints failed on the way (the warnings say which and why); the last step is saved")
     run_page.write(run, "finished")

@@ -79,8 +79,9 @@ def trainer(run: Run) -> L.Trainer:
     if not cfg.eval_only:
         passes = run.data.accumulation(world)
     plugins: list[Any] = [AtomicCheckpointIO(passes), plan.environment(cfg)]
+    few = {"limit_train_batches": 2 * passes, "max_steps": 2} if cfg.fast_dev_run else {}
     return L.Trainer(
         **plan.placement(cfg), max_epochs=cfg.epochs, accumulate_grad_batches=passes, gradient_clip_val=cfg.clip_grad,
         gradient_clip_algorithm=cfg.clip_mode, logger=trackers.loggers(run), callbacks=callbacks, plugins=plugins, profiler=waits,
         default_root_dir=run.folder, num_sanity_val_steps=0, use_distributed_sampler=False, enable_progress_bar=False,
-        enable_model_summary=False, log_every_n_steps=1)  # the Meter decides when
+        enable_model_summary=False, log_every_n_steps=1, **few)  # the Meter decides when

@@ -1,7 +1,9 @@
 """The main job from the command line: run directory, resume after kill -9, two processes, mistakes."""
+import atexit
 import csv
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -279,3 +281,28 @@ def test_another_runs_state_is_refused_with_another_optimizer(pics, launch):
     assert launch(f"{TINY} --epochs 1 --name one").code == 0
     ended = launch(f"{TINY} --epochs 2 --resume runs/one --weight_decay 0.9 --optimizer sgd --name two")
     assert ended.code == 2 and "weight_decay 0.05 -> 0.9" in ended.out and "optimizer adamw -> sgd" in ended.out, ended.out
+
+
+def test_few_rows_are_scored_evenly_over_the_split(pics, monkeypatch):
+    monkeypatch.chdir(pics)
+    line = "--data_dir pics --model vit_nano4 --model_args.depth 1 --image_size 16 --global_batch_size 20 --epochs 1 --workers 0 --logger csv"
+    assert run.main(f"{line} --limit_val 2 --limit_test 3 --name few".split()) == 0
+    with open(pics / "runs" / "few" / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["target"] for row in rows] == ["dark", "grey", "light"]
+    assert result_of(pics / "runs" / "few")["test/acc1"] * 3 % 1 == pytest.approx(0, abs=1e-6)
+
+
+def test_a_fast_dev_run_goes_through_everything_and_keeps_nothing(pics, monkeypatch, capsys):
+    monkeypatch.chdir(pics)
+    monkeypatch.setattr(tempfile, "tempdir", str(pics))
+    monkeypatch.setattr(atexit, "register", lambda remove, folder, **words: leave.append((folder, remove)))
+    leave = []
+    line = "--data_dir pics --model vit_nano4 --model_args.depth 1 --image_size 16 --global_batch_size 4 --epochs 30 --workers 0 --fast_dev_run"
+    assert run.main(line.split()) == 0
+    assert "fast_dev_run: 2 steps, 4 pictures of val and 13 of test; nothing is kept" in capsys.readouterr().out
+    (folder, remove), = leave
+    left, = Path(folder).iterdir()
+    assert {"result.json", "report.html", "predictions.csv", "checkpoints"} <= {file.name for file in left.iterdir()}
+    remove(folder)
+    assert not Path(folder).exists() and not (pics / "runs").exists()
