@@ -44,7 +44,7 @@ class PictureData(L.LightningDataModule):
         micro_batch_size: largest number of pictures in one pass of one rank.
         workers: processes per loader and rank; None chooses from the machine.
         cache_dir, cache_side: where pictures are kept decoded with that shorter side (datamodules/cache.py); None: what evaluation resizes to.
-        limit_val, limit_test: samples that are scored of a split, evenly spaced over it.
+        limit_val: samples of val, and of test, that are scored, evenly spaced over each.
         class_names: fixes the index order, e.g. from a checkpoint.
         encoding, outputs_per_target: how a network gives the targets of a regression (lightning_modules/targets.py).
         eval_only: nothing is trained, so the global batch may be larger than the training set.
@@ -83,7 +83,6 @@ class PictureData(L.LightningDataModule):
     cache_dir: str | None = None
     cache_side: int | None = None
     limit_val: int | None = None
-    limit_test: int | None = None
     class_names: list[str] | None = None
     encoding: str = "sigmoid"
     outputs_per_target: int = 1
@@ -99,9 +98,8 @@ class PictureData(L.LightningDataModule):
         self.train_sizes = training_sizes(self.train_size, self.image_size, self.epochs)
         self.task, self.target_names, self.target_range, self.id_column = "classification", None, None, None  # what `read` may change
         self.class_names, self.splits = self.read()
-        for name, count in (("val", self.limit_val), ("test", self.limit_test)):
-            if name in self.splits and count is not None:
-                self.splits[name] = spread(self.splits[name], count)
+        if self.limit_val is not None:
+            self.splits |= {name: spread(self.splits[name], self.limit_val) for name in self.splits.keys() & {"val", "test"}}
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
             self.training_view(self.image_size)  # raises for one that cannot be used

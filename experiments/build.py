@@ -170,8 +170,7 @@ def _tried(cfg: Config) -> Config:
         return cfg
     folder = tempfile.mkdtemp(prefix="vitlab-fast-dev-run-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    few = {key: min(getattr(cfg, key) or TRIED_PICTURES, TRIED_PICTURES) for key in ("limit_val", "limit_test")}
-    return replace(cfg, **few, runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
+    return replace(cfg, limit_val=min(cfg.limit_val or TRIED_PICTURES, TRIED_PICTURES), runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
 
 
 def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> int:
@@ -289,7 +288,7 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
         repeated_augment=cfg.repeated_augment, mixup=cfg.mixup, cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing,
         augment_args=cfg.augment_args, own_augment=cfg.augment, train_size=cfg.train_size, epochs=cfg.epochs, split_seed=cfg.split_seed,
         seed=cfg.seed, global_batch_size=cfg.global_batch_size, micro_batch_size=cfg.micro_batch_size, workers=cfg.workers,
-        cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, limit_val=cfg.limit_val, limit_test=cfg.limit_test,
+        cache_dir=cfg.cache_dir, cache_side=cfg.cache_side, eval_only=cfg.eval_only, limit_val=cfg.limit_val,
         **names, **cfg.data_args)
     if saved and data.target_range:
         data.target_range = saved["spec"].get("target_range") or data.target_range

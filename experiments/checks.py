@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from experiments.config import Config
 
 AT_LEAST_1 = ("epochs", "global_batch_size", "micro_batch_size", "lr_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
-              "patience", "repeated_augment", "limit_val", "limit_test")
+              "patience", "repeated_augment", "limit_val")
 NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "clip_grad", "seed", "split_seed", "workers",
                 "mixup", "cutmix", "head_lr_scale", "hours")
 TAG_LENGTH = 64  # W&B's limit
@@ -30,7 +30,7 @@ def check(cfg: "Config") -> None:
         raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
     if cfg.folds is not None and cfg.folds < 2:
         raise UsageError(f"--folds {cfg.folds}: at least 2")
-    if cfg.folds is not None and cfg.fold is None and (few := [key for key in ("limit_val", "limit_test", "fast_dev_run") if getattr(cfg, key)]):
+    if cfg.folds is not None and cfg.fold is None and (few := [key for key in ("limit_val", "fast_dev_run") if getattr(cfg, key)]):
         raise UsageError(f"--{few[0]} leaves rows out, and --folds {cfg.folds} merges all of them: add --fold 0 to try one fold")
     if cfg.fold is not None and not 0 <= cfg.fold < (cfg.folds or 0):
         which = f"those of --folds {cfg.folds} are 0 to {cfg.folds - 1}" if cfg.folds else "--folds says of how many"

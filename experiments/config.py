@@ -130,8 +130,7 @@ class Config:
     logger_args: dict[str, Any] = knob(dict, "rarer: checkpoint (true uploads the best weights at the end), attention (true: maps of 8 pictures); "
                                        "as --logger_args.checkpoint true", role="place")
     # less, or something else, than training
-    limit_val: int | None = knob(None, "pictures of val that are scored, evenly spaced over the split; left out: all")
-    limit_test: int | None = knob(None, "pictures of test that are scored, as --limit_val")
+    limit_val: int | None = knob(None, "pictures of val, and of test, that are scored, evenly spaced over each; left out: all")
     fast_dev_run: bool = knob(False, "try everything in a temporary directory that is deleted: two optimizer steps, 16 pictures of val "
                                      "and of test, checkpoints, predictions, report", role="place")
     eval_only: bool = knob(False, "score the test split if there is one, else val")
