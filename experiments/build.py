@@ -170,7 +170,8 @@ def _tried(cfg: Config) -> Config:
         return cfg
     folder = tempfile.mkdtemp(prefix="vitlab-fast-dev-run-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return replace(cfg, limit_val=min(cfg.limit_val or TRIED_PICTURES, TRIED_PICTURES), runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
+    few = min(cfg.limit_val or TRIED_PICTURES, TRIED_PICTURES)
+    return replace(cfg, limit_val=few, runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
 
 
 def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> int:
