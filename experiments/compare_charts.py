@@ -153,7 +153,7 @@ def data_address(chart: Chart) -> str:
         finish = chart.draw(figure.subplots())
         figure.draw_without_rendering()
         finish()
-        figure.savefig(content, format="svg", metadata={"Date": None})
+        figure.savefig(content, format="svg", metadata={"Date": None}, transparent=True)  # the page is light or dark
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 

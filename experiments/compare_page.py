@@ -10,21 +10,27 @@ from experiments.compare_text import FULL_MATRIX, Table, cut, groups_table, head
 
 LONG = 44  # characters of a cell; the whole is in its title
 STYLE = """
-:root { color-scheme: light; }
-body { font: 14px/1.45 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto; max-width: 1240px; padding: 12px 16px 40px; }
+:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #555; --page: #fff; --head: #f4f4f4; --edge: #d9d9d9; --line: #ececec;
+  --better: #d3ecd9; --worse: #f7d9d3; --unknown: #f1f1f1; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e5e8eb; --soft: #9ba5af; --page: #16191c; --head: #20252a; --edge: #454d55; --line: #2b3137;
+    --better: #1d4a2e; --worse: #5c2a24; --unknown: #2b3137; }
+  figure img, .legend svg { filter: invert(0.9) hue-rotate(180deg); } }
+body { font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
+  max-width: 1240px; padding: 12px 16px 40px; }
 h1 { font-size: 20px; margin: 8px 0; } h2 { font-size: 16px; margin: 28px 0 8px; } p, ul { margin: 6px 0 10px; max-width: 75em; }
 p, li, h1 { overflow-wrap: anywhere; }
-.scroll { overflow: auto; max-height: 85vh; border: 1px solid #d9d9d9; border-radius: 4px; }
+.scroll { overflow: auto; max-height: 85vh; border: 1px solid var(--edge); border-radius: 4px; }
 table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ececec; vertical-align: top; background: #fff; }
-th { font-weight: 600; background: #f4f4f4; position: sticky; top: 0; z-index: 2; } th.name { z-index: 3; } tr:last-child td { border-bottom: 0; }
+th, td { padding: 4px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); vertical-align: top;
+  background: var(--page); }
+th { font-weight: 600; background: var(--head); position: sticky; top: 0; z-index: 2; } th.name { z-index: 3; } tr:last-child td { border-bottom: 0; }
 .name, .last { text-align: left; }
-.name { position: sticky; left: 0; z-index: 1; border-right: 1px solid #d9d9d9; white-space: normal; overflow-wrap: anywhere;
+.name { position: sticky; left: 0; z-index: 1; border-right: 1px solid var(--edge); white-space: normal; overflow-wrap: anywhere;
         min-width: 280px; }
 .last { white-space: normal; min-width: 14em; }
 .matrix :not(.name) { text-align: center; min-width: 58px; }
-.matrix small { display: block; color: #444; font-size: 12px; }
-.better { background: #d3ecd9; } .worse { background: #f7d9d3; } .unknown { background: #f1f1f1; color: #555; }
+.matrix small { display: block; color: var(--soft); font-size: 12px; }
+.better { background: var(--better); } .worse { background: var(--worse); } .unknown { background: var(--unknown); color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 14px; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: 2px; } img { width: 100%; height: auto; display: block; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 2px 18px; max-width: none; } .legend svg { vertical-align: middle; }

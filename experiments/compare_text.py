@@ -134,18 +134,19 @@ def terminal(found: Comparison, pairs: Matrix) -> str:
 
 
 def aligned(table: Table, width: int, say: bool = True) -> str:
-    """Columns side by side, numbers to the right; of the config's, from the left, those there is room for (`say`: and which are left out)."""
+    """Columns side by side, numbers to the right. The config's come before the costs where there is no room for all, each from the left (`say`:
+    and which are left out); long remarks are cut."""
     header, rows = table
-    rows = [[cell if place in (1, len(header) - 1) else cut(cell, LONGEST) for place, cell in enumerate(row)] for row in rows]
+    rows = [[cell if place == 1 else cut(cell, LONGEST) for place, cell in enumerate(row)] for row in rows]
     sizes = [max(len(each) for each in column) for column in zip(header, *rows)]
     filled = [place for place, column in enumerate(zip(*rows)) if any(column)]
-    first = next((place for place, name in enumerate(header) if "/" in name), len(header)) + 1
     last = header.index(TITLES["params"]) if TITLES["params"] in header else 0
-    kept = [place for place in filled if not first < place < last]
-    for place in filled:
+    first = max((place for place, name in enumerate(header[:last]) if "/" in name), default=len(header)) + 1  # after the scores
+    kept = [place for place in filled if place < first or place == len(header) - 1 or not last]
+    for place in sorted(filled, key=lambda place: (not first <= place < last, place)):
         if place not in kept and sum(sizes[each] + 2 for each in kept) + sizes[place] <= width:
             kept.append(place)
     left, dropped = {1, len(header) - 1}, [header[place] for place in filled if place not in kept]
     lines = ["  ".join(row[place].ljust(sizes[place]) if place in left else row[place].rjust(sizes[place]) for place in sorted(kept)).rstrip()
              for row in [header, *rows]]
-    return "\n".join([*lines, *([f"(also differ, see runs.csv: {', '.join(dropped)})"] if dropped and say else [])])
+    return "\n".join([*lines, *([f"(no room here, in runs.csv: {', '.join(dropped)})"] if dropped and say else [])])

@@ -42,7 +42,7 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     known = {key: getattr(run.cfg, key) for key in ("model", "data", "epochs", "lr", "global_batch_size", "seed", "split_seed", "hours", "folds")}
     for number in range(cfg.folds):
         fold_dirs.take_in(run.folder, run.cfg, number)
-    return {"cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "rows": len(ids),
+    return {"argv": command.argv, "cfg": known | {"devices": cfg.devices, "strategy": cfg.strategy}, "folder": str(run.folder), "rows": len(ids),
             "folds_file": str(file or run.folder / fold_merge.FOLDS),
             "spec": run.data.spec, "metric": run.cfg.metric or run.data.metric_name or metrics.DEFAULTS[run.data.task],
             "skipped": cfg.bad_images == "skip", "fingerprint": run.data.fingerprint,
@@ -74,8 +74,11 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
         "data_fingerprint": known["fingerprint"],
         "finished": whole and len(places) == cfg["folds"]}
     rundir.write_result(folder, values)
+    data = None
+    with spared("the pictures of report.html"):
+        data = build.listed(read([*known["argv"]]))
     with spared("report.html"):
-        run_page.make(folder, known["spec"], "finished" if whole else "preempted")
+        run_page.make(folder, known["spec"], "finished" if whole else "preempted", data=data)
     def shown(value: float) -> str:
         return metrics.shown(merged["metric"], value).split(" ", 1)[1]
     scores = [shown(each) for each in merged["fold_scores"] if each is not None]

@@ -137,7 +137,8 @@ def _state(run: Run) -> str:
 
 def finished(run: Run) -> int:
     """Say that there is nothing left to do, and the result."""
-    print(f"already finished: {run.folder} (--overwrite starts it again)\n{(run.folder / rundir.RESULT).read_text().strip()}")
+    print(f"already finished: {run.folder} (--overwrite starts it again); its {rundir.RESULT}, which counts epochs from 0:\n"
+          f"{(run.folder / rundir.RESULT).read_text().strip()}")
     run_page.refresh(run)
     trackers.tell_agent(run)
     return 0

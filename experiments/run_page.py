@@ -89,11 +89,11 @@ def _kept(page: Path) -> str:
 
 
 def opened(data: L.LightningDataModule | None, ids: list[str]) -> list[Image.Image | None]:
-    """The pictures of these ids of test or val; None for one that is not there or cannot be read."""
+    """The pictures of these ids of test or val, or of another fold's rows; None for one that is not there or cannot be read."""
     found: dict[str, tuple[Any, bytes]] = {}
-    for name in ("test", "val"):
-        if data is None or name not in data.splits:
-            continue
+    for name in ("test", "val", "train"):
+        if data is None or name not in data.splits or name == "train" and data.splits[name].ids is None:
+            continue  # names of files may be those of val too, ids of a table are not
         split, wanted = data.splits[name], {*ids} - found.keys()
         known = [os.fsdecode(each) for each in split.names] if split.ids is None else map(str, split.ids)
         found |= {identity: (split, split.names[row]) for row, identity in enumerate(known) if identity in wanted}
@@ -117,7 +117,7 @@ def _header(folder: Path, state: str, config: dict[str, Any], result: dict[str, 
     facts: list[tuple[str, str]] = [("model", text(result.get("model", config.get("model")))), ("data", text(result.get("data", config.get("data"))))]
     if metric:
         best = result["overall"] if result.get("overall") is not None else result.get("best")
-        epoch = f" in epoch {number(result['best_epoch'])}" if result.get("best_epoch") is not None else ""
+        epoch = f" in epoch {number(result['best_epoch'] + 1)} of {number(result['epochs'])}" if result.get("best_epoch") is not None else ""
         facts.append((f"best {text(metric)}", f"<b>{number(best, _percent(metric))}</b>{epoch}"))
     facts += [(text(key), number(value, _percent(key))) for key, value in result.items()
               if key.split("/")[0] in ("val", "val_ema", "test") and key != metric and isinstance(value, int | float)]
@@ -159,11 +159,12 @@ def _curves(rows: Rows, result: dict[str, Any]) -> str:
     picked = sorted({*np.linspace(0, len(ends) - 1, min(len(ends), 40)).round().astype(int)})
     columns = [column for column in dict.fromkeys(["epoch", "step", f"val/{metric}", f"val_ema/{metric}", "val/loss", "train/loss", "lr"])
                if any(column in row for row in ends)]
-    cells = [[number(ends[k].get(column), _percent(column)) for column in columns] for k in picked]
-    table = charts.table(list(map(text, columns)), cells, "history")
+    people = [{**ends[k], "epoch": ends[k]["epoch"] + 1} if "epoch" in ends[k] else ends[k] for k in picked]
+    table = charts.table(list(map(text, columns)), [[number(row.get(column), _percent(column)) for column in columns] for row in people], "history")
     some = f" (of {len(ends):,} epochs some)" if len(picked) < len(ends) else ""
-    return section("curves", "Curves", f'<div class="charts">{"".join(parts)}</div><details><summary>As numbers{some}</summary>{table}</details>\n') \
-        if any(parts) else ""
+    count = "<p>Epochs are counted from 1 on this page and on the terminal, from 0 in metrics.csv and result.json.</p>"
+    numbers = f"<details><summary>As numbers{some}</summary>{table}</details>"
+    return section("curves", "Curves", f'<div class="charts">{"".join(parts)}</div>{count}{numbers}\n') if any(parts) else ""
 
 
 def _time(rows: Rows, result: dict[str, Any], config: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from PIL import Image
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 50, 12, 10, 32
 MOST_POINTS, MOST_LETTERS = 300, 60
+SHORT = 6  # letters of a class name that stands over a column
 PICTURE_SIDE, PICTURE_BYTES, LOSSLESS_SIDE = 160, 20_000, 48
 Points = list[tuple[float, float]]
 
@@ -199,14 +200,16 @@ def dots(title: str, scores: list[float | None], overall: float, low: float, hig
 
 
 def matrix(names: list[str], counts: np.ndarray) -> str:
-    """Confusion (K, K), rows true: the number of pictures, coloured by its share of the row."""
-    share = counts / counts.sum(1, keepdims=True).clip(1)
+    """Confusion (K, K), rows true: the number of pictures, coloured by its share of the row. Over the columns stand the names where they are
+    short, else numbers that the rows carry too."""
+    share, short = counts / counts.sum(1, keepdims=True).clip(1), max(map(len, names)) <= SHORT
     rows = []
     for k, name in enumerate(names):
         cells = [f'<span class="cell{" deep" * bool(share[k, j] > 0.5)}" style="--s:{share[k, j]:.3f}" title="{text(name)} as {text(names[j])}">'
                  f'{counts[k, j] or ""}</span>' for j in range(len(names))]
-        rows.append([f"{text(name, 20)} <small>{k + 1}</small>", *cells])
-    return table(["true \\ predicted", *(f'<span title="{text(name)}">{k + 1}</span>' for k, name in enumerate(names))], rows, "matrix")
+        rows.append([text(name, 20) + f" <small>{k + 1}</small>" * (not short), *cells])
+    heads = [text(name) if short else f'<span title="{text(name)}">{k + 1}</span>' for k, name in enumerate(names)]
+    return table(["true \\ predicted", *heads], rows, "matrix")
 
 
 def picture(image: Image.Image) -> str:

@@ -12,12 +12,13 @@ from lightning_modules.signals import listening
 def attention(argv: list[str]) -> int:
     """Draw where a vision transformer looks: its last block's attention, and the rollout over all blocks."""
     parser = Parser(prog="visualize.py attention", description=attention.__doc__, allow_abbrev=False,
-                    usage="visualize.py attention RUN [--count 8] [--out F.png] [--images F ... | --data_dir D]",
+                    usage="visualize.py attention RUN [--count 8] [--out F.png] [--overwrite] [--images F ... | --data_dir D]",
                     epilog="The pictures are those of the run's test split, or val: the same ones for every run on these data, and those of "
                            "--logger_args.attention.")
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, or exported file")
     parser.add_argument("--count", type=positive, default=8, help="pictures to draw")
     parser.add_argument("--out", help="PNG to write; left out: attention.png in the run directory")
+    parser.add_argument("--overwrite", action="store_true", help="write over a file that is there")
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--images", nargs="+", metavar="F", help="files of pictures, instead of the split's")
     given.add_argument("--data_dir", help="folder of the data; left out: the one the run was trained on")
@@ -36,10 +37,12 @@ def _attention(args: argparse.Namespace) -> int:
     from experiments import attention_picture
     from models import pretrained
     file = pretrained.checkpoint_in(args.run)
-    model, spec = models.load(file)
     out = Path(args.out) if args.out else _folder(file) / attention_picture.NAME
     if out.suffix != ".png" or out.is_dir():
         raise ValueError(f"--out {out}: names the file to write, which ends in .png")
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out} is there already: --out names another file, --overwrite writes over this one")
+    model, spec = models.load(file)
     if args.images:
         pictures = [(Path(each).name, open_picture(each)) for each in args.images]
     else:

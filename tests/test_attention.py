@@ -222,6 +222,8 @@ def test_from_the_command_line(pics, launch, capsys, monkeypatch):
     assert ended.code == 0 and "could not" not in ended.out, ended.out
     kept = (pics / "runs/one/attention.png").read_bytes()
     code, told = drawn_by(["attention", "runs/one"], capsys)
+    assert code == 2 and "runs/one/attention.png is there already" in told and (pics / "runs/one/attention.png").read_bytes() == kept, told
+    code, told = drawn_by(["attention", "runs/one", "--overwrite"], capsys)
     assert code == 0 and "attention of 8 pictures -> runs/one/attention.png" in told, told
     assert (pics / "runs/one/attention.png").read_bytes() == kept  # the very picture that the run has left
     code, told = drawn_by(["attention", "runs/one/checkpoints/best.ckpt", "--count", "3", "--out", "new/three.png"], capsys)

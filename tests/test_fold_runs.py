@@ -71,6 +71,8 @@ def test_all_folds_are_trained_merged_and_scored_over_all_rows(comp, launch):
     for word in ("1 finished, 2 to do, one after the other", "by those before", "fold 0 has ended after", "oof/rmse", "the mean of 3 folds"):
         assert word in ended.out, ended.out
 
+    worst = (folder / "report.html").read_text().split('<section id="worst">')[1].split("</section>")[0]
+    assert worst.count("<img") == 32 and "no picture" not in worst  # of the rows of every fold
     assert ended.out.count("table id_column") == 1 and "GPU available" not in ended.out and "next: python experiments/submit.py runs/all" in ended.out
     again = launch(f"{LINE} --folds 3 --name all", before=quick)
     assert again.code == 0 and "already finished" in again.out

@@ -26,4 +26,5 @@ def test_the_notebook_trains_distils_and_compares(tmp_path, monkeypatch, capsys,
         scores = [runs[f"{start}-s{seed}"]["test/acc1"] for seed in (0, 1)]
         assert groups.loc[f"{start}-s*", "mean"] == pytest.approx(sum(scores) / 2, rel=1e-9) and groups.loc[f"{start}-s*", "n"] == 2
     assert runs["teacher"]["epochs"] == int(epochs.split(",")[0]) and (tmp_path / "comparison" / "index.html").is_file()
+    assert names["accuracy"] == pytest.approx(runs["teacher"]["test/acc1"])  # of all test pictures, as the run has it
     assert 0 < names["accuracy"] < 1 and (epochs == "3, 2" or names["accuracy"] > 0.8)

@@ -174,7 +174,7 @@ def test_numbers_are_those_of_the_files(pics, launch):
     assert launch(f"{TINY} {MIXED} --epochs 3 --log_every_steps 2 --name one").code == 0
     page, result, rows = Page(folder / "report.html"), result_of(folder), read_history(folder / "metrics.csv")
     page.harmless()
-    assert page.facts[f"best {result['metric']}"].values() == [result["best"], result["best_epoch"]]
+    assert page.facts[f"best {result['metric']}"].values() == [result["best"], result["best_epoch"] + 1, 3]
     for key in ("val/acc1", "val/loss", "val_ema/loss", "test/acc1", "test/loss"):
         assert page.facts[key].values() == [result[key]]
     for name, key in {"parameters": "params", "GMACs": "gmacs", "images/s": "images_per_sec", "time of training": "train_seconds", "steps": "steps",
@@ -186,7 +186,8 @@ def test_numbers_are_those_of_the_files(pics, launch):
     head = [cell.text() for cell in page.root.all("table", "history")[0].all("thead")[0].all("th")]
     assert head == ["epoch", "step", "val/acc1", "val_ema/acc1", "val/loss", "train/loss", "lr"]
     for row, (first, cells) in zip(epochs, page.table("history"), strict=True):
-        assert [int(first), *(cell.values()[0] for cell in cells)] == [row[key] for key in head]
+        assert [int(first) - 1, *(cell.values()[0] for cell in cells)] == [row[key] for key in head]  # people count from 1
+    assert "from 0 in metrics.csv" in page.ids["curves"].text()
     lines = page.ids["curves"].all("polyline")
     assert [len(line.attributes["points"].split()) for line in lines] == [6, 3, 3, 6, 3, 3, 6]  # train, val, ema of two, and the rate
     last = [epochs[-1]["val_ema/acc1"], epochs[-1]["val_ema/loss"], rows[-1]["lr"]]
@@ -196,6 +197,8 @@ def test_numbers_are_those_of_the_files(pics, launch):
     table = pd.read_csv(folder / "predictions.csv")
     names = ["dark", "grey", "light"]
     said, target = table[[f"prediction_{name}" for name in names]].to_numpy(), table["target"].map(names.index).to_numpy()
+    heads = [cell.text() for cell in page.root.all("table", "matrix")[0].all("thead")[0].all("th")]
+    assert heads[1:] == names == [name for name, _ in page.table("matrix")]  # short: they stand on both axes
     assert [[int(cell.text() or 0) for cell in cells] for _, cells in page.table("matrix")] == confusion_matrix(target, said.argmax(1)).tolist()
     error = multiclass_calibration_error(torch.tensor(said), torch.tensor(target), 3, n_bins=15, norm="l1")
     assert page.ids["ece"].values() == [pytest.approx(float(error), rel=1e-5)]
@@ -271,6 +274,8 @@ def test_names_are_only_words(tmp_path, launch):
     captions = {node.inside[0].strip() for node in page.ids["seen"].all("figcaption")}
     assert captions <= {*names} and len(captions) > 1
     assert {name.rstrip("0123456789 ") for name, _ in page.table("matrix")} == {name if len(name) <= 20 else name[:17] + "..." for name in names}
+    heads = [cell.text() for cell in page.root.all("table", "matrix")[0].all("thead")[0].all("th")]
+    assert heads[1:] == ["1", "2", "3"] == [name.split()[-1] for name, _ in page.table("matrix")]  # the numbers that the rows carry
 
 
 # From here on without training: a folder as a run leaves it.
