@@ -5,9 +5,12 @@ import hashlib
 import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from datamodules.table import WHOLE, counted, listed, paired, whole
 
 MOST_BINS = 20  # of a regression's target
 
@@ -19,6 +22,7 @@ def assign(
     seed: int,
     groups: np.ndarray | None = None,
     *,
+    ids: Sequence[str] | None = None,
     stratified: bool = True,
     class_names: list[str] | None = None,
 ) -> np.ndarray:
@@ -31,6 +35,7 @@ def assign(
     Args:
         targets: (N,) class indices, (N, K) labels 0 or 1, or (N,) or (N, T) values.
         groups: (N,) of any kind; an empty string is a row of its own.
+        ids: N texts; the rows are divided in their order (`by_id`), so that the folds do not depend on the order of the rows.
         class_names: for messages.
 
     Raises:
@@ -39,6 +44,11 @@ def assign(
     from sklearn.model_selection import GroupKFold, KFold, StratifiedGroupKFold, StratifiedKFold
 
     targets = np.asarray(targets)
+    if ids is not None:
+        order, fold = by_id(ids), np.empty(len(targets), np.int64)
+        fold[order] = assign(targets[order], task, k, seed, None if groups is None else np.asarray(groups)[order], stratified=stratified,
+                             class_names=class_names)
+        return fold
     groups = None if groups is None else _numbered(np.asarray(groups))
     labels = _labels(targets, task, k)
     _check(labels, k, groups, class_names if task == "classification" else None)
@@ -55,6 +65,12 @@ def assign(
         for number, (_, held_out) in enumerate(splitter.split(labels, labels, groups)):
             fold[held_out] = number
     return _filled(fold, k)
+
+
+def by_id(ids: Sequence[str]) -> np.ndarray:
+    """(N,) rows in the order of their ids: by size where all are whole numbers, else by code point."""
+    numbers = all(map(WHOLE.fullmatch, ids))
+    return np.array(sorted(range(len(ids)), key=lambda row: (int(whole(ids[row])) if numbers else 0, ids[row])), np.int64)
 
 
 def bins(values: np.ndarray, k: int) -> np.ndarray:
@@ -114,31 +130,48 @@ def union(*groups: np.ndarray) -> np.ndarray:
 
 
 def notes(fold: np.ndarray, targets: np.ndarray, task: str, names: list[str]) -> list[str]:
-    """A line on classes or labels with fewer members than folds: some folds cannot be scored on them; with a single member one fold never
-    learns it."""
+    """A line on classes or labels that one fold never learns, all their rows being held out there, and one on those with fewer rows than folds,
+    which some folds cannot be scored on."""
     if task == "regression":
         return []
     folds, columns = int(fold.max()) + 1, np.asarray(targets)
-    columns = columns[:, None] == np.arange(len(names)) if task == "classification" else columns > 0
-    counts = columns.sum(0)
+    columns = columns[:, None] == np.arange(len(names)) if task == "classification" else columns > 0  # (N, K)
+    counts, lines = columns.sum(0), []
+    within = np.stack([columns[fold == number].sum(0) for number in range(folds)])  # (folds, K)
+    alone = [f"fold {within[:, i].argmax()}: {names[i]} ({counted(counts[i], 'row')})" for i in range(len(names))
+             if 0 < counts[i] == within[:, i].max()]
+    if alone:
+        lines.append(f"folds: a class whose rows lie in one fold whole is never learned by that fold, which gets all of them wrong; {listed(alone)}")
     rare = [f"{names[i]} ({counts[i]})" for i in np.argsort(counts, kind="stable") if 0 < counts[i] < folds]
-    if not rare:
-        return []
-    shown = ", ".join(rare[:5]) + ", ..." * (len(rare) > 5)
-    return [f"folds: {len(rare)} of {len(names)} classes have fewer rows than the {folds} folds, so not every fold holds one out: {shown}"]
+    if rare:
+        lines.append(f"folds: {len(rare)} of {len(names)} classes have fewer rows than the {folds} folds, so not every fold holds one out: "
+                     f"{listed(rare)}")
+    return lines
 
 
 def file_name(data: str, ids: Sequence[str], targets: np.ndarray, task: str, k: int, seed: int, groups: np.ndarray | None = None,
               *, stratified: bool = True) -> str:
-    """`<data>-<fingerprint>-k<K>-s<seed>.csv`: another table, or another way to assign it, is another file."""
+    """`<data>-<fingerprint>-k<K>-s<seed>.csv`: another table, or another way to assign it, is another file. `kept` looks for one."""
     digest = hashlib.sha256(f"{task} {stratified}\n".encode() + "\n".join(map(str, ids)).encode())
     digest.update(np.asarray(targets).astype(np.float32 if task == "regression" else np.float64).astype(np.float64).tobytes())  # as files are named
     digest.update(b"" if groups is None else _numbered(np.asarray(groups)).astype(np.int64).tobytes())
     return f"{data}-{digest.hexdigest()[:8]}-k{k}-s{seed}.csv"
 
 
+def kept(folder: str, data: str, ids: Sequence[str], targets: np.ndarray, task: str, k: int, seed: int, groups: np.ndarray | None) -> str:
+    """The file of a table's folds in a folder: named by its rows in the order of their ids, or, where there is one, by the rows as they stand,
+    with which files were named before."""
+    named = partial(file_name, data, task=task, k=k, seed=seed)
+    before = [groups] if groups is None else [groups, union(groups).astype(str)]
+    for path in (os.path.join(folder, named(ids, targets, groups=each)) for each in before):
+        if os.path.isfile(path):
+            return path
+    order = by_id(ids)
+    return os.path.join(folder, named([ids[row] for row in order], targets[order], groups=None if groups is None else groups[order]))
+
+
 def read(path: str | Path, ids: Sequence[str], k: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """(N,) folds of a file that `write` left, for these very ids in this order.
+    """(N,) folds of these ids in a file that `write` left, whatever the order of its rows.
 
     Raises:
         ValueError: other columns, ids or folds than there should be, or a group on both sides; names file and row.
@@ -149,17 +182,21 @@ def read(path: str | Path, ids: Sequence[str], k: int, groups: np.ndarray | None
     if not rows or len(rows[0]) != 2 or rows[0][1] != "fold" or any(len(row) != 2 for row in rows):
         raise ValueError(f"{path} is no file of folds: two columns, the id and fold{away}")
     found, numbers = [row[0] for row in rows[1:]], [row[1] for row in rows[1:]]
-    if found != [*map(str, ids)]:
-        row = next((i for i, (one, other) in enumerate(zip(found, ids)) if one != str(other)), min(len(found), len(ids)))
-        raise ValueError(f"{path} is of another table: {len(found)} ids for {len(ids)}, the first difference in line {row + 2}{away}")
+    ids = [*map(str, ids)]
+    known = paired(found, ids)
+    line = {known[each]: row for row, each in enumerate(found) if each in known}
+    if not len(line) == len(found) == len(ids):
+        strange = next((row for row, each in enumerate(found) if line.get(known.get(each)) != row), len(found) - 1)
+        raise ValueError(f"{path} is of another table: {len(found)} ids for {len(ids)}, see line {strange + 2}{away}")
     if strange := [i for i, number in enumerate(numbers) if not number.isdecimal() or int(number) >= k]:
         raise ValueError(f"{path}: line {strange[0] + 2} has fold {numbers[strange[0]]!r}; they are 0 to {k - 1}{away}")
-    fold = _filled(np.array(numbers, np.int64), k)
+    lines = [line[each] for each in ids]
+    fold = _filled(np.array(numbers, np.int64)[lines], k)
     if groups is not None:
         number = _numbered(np.asarray(groups))
         split = np.flatnonzero(fold[np.unique(number, return_index=True)[1]][number] != fold)
         if len(split):
-            raise ValueError(f"{path}: line {split[0] + 2} lies in another fold than the rest of its group{away}")
+            raise ValueError(f"{path}: line {lines[split[0]] + 2} lies in another fold than the rest of its group{away}")
     return fold
 
 

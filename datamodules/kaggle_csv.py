@@ -1,7 +1,7 @@
 """A competition's folder: train.csv, test.csv, sample_submission.csv and pictures. What each column means is guessed, or given."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -13,13 +13,14 @@ from datamodules import folds, table_columns, table_scheme, table_split, table_t
 from datamodules.base import PictureData
 from datamodules.folder import Files
 from datamodules.pictures import Split
-from datamodules.table import Report, counted, listed
+from datamodules.table import Report, counted, listed, plainly, spelled_twice
 from datamodules.table_guess import Tables
 from datamodules.table_pictures import Folder
 from datamodules.table_rows import Rows, find_rows
 
 INPUTS, AUX = "--data_args.input_columns", "--data_args.aux_targets"
-GIVEN = ("target", "task", "image", "group", "metric", "id_column", "fold_column", "label_separator")
+GIVEN = ("target", "task", "image", "group", "metric", "id_column", "fold_column", "split_column",
+         "label_separator")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -30,9 +31,12 @@ class DataModule(PictureData):
     Args:
         target, task, image, group, metric: as the flags of the same names; group none does without, FILE.csv has an id column and the groups.
         bad_images: error, or skip: rows whose picture is missing or cannot be read are left out (`skipped`).
+        bad_rows: error, or skip: rows without a label are left out (`skipped`).
         folds, fold: val is this one of so many folds (`folds.assign`, or `fold_column`); else `val_fraction` of the rows.
         folds_at: where the folds are kept: a folder with a file for each table, number and seed, or a file of one's own.
         id_column, fold_column, label_separator: columns and the sign between labels.
+        split_column: column of train.csv that says train, val or test of each row (found by name and words; none does without): rows for val are val,
+            unless folds divide train and val anew, and rows for test are never trained on.
         target_range: [low, high] of the targets in their own units, or a pair for each; left out: those of the rows trained on.
         train_csv, test_csv, sample_csv: other names of the files.
         input_columns: names of columns of numbers, or of 0 and 1, that the network takes beside the picture (batch: `columns` (B, C) float32,
@@ -43,7 +47,8 @@ class DataModule(PictureData):
         table_scheme: what the table means, plain values, also `spec["table"]`. metric_name: the metric that goes with it.
         skipped: DataFrame of split (train or test), id, file and reason. rows: {split: (N,) rows of its table, from 0 on}.
         columns: names, mean and std of the columns that are inputs, also `spec["columns"]`; {} without.
-        fold_numbers: (N,) folds of all rows of train.csv, skipped ones too; None without folds. groups, all_targets, train_ids: of the same rows.
+        fold_numbers: (N,) folds of the rows of train.csv, those of skipped pictures too, those without a label or for test not; None without folds.
+            groups, all_targets, train_ids: of the same rows.
     """
 
     usual_metric: ClassVar[str | None] = None  # of a competition that is known
@@ -54,11 +59,13 @@ class DataModule(PictureData):
     group: str | None = None
     metric: str | None = None
     bad_images: str = "error"
+    bad_rows: str = "error"
     folds: int | None = None
     fold: int | None = None
     folds_at: str | None = None
     id_column: str | None = None
     fold_column: str | None = None
+    split_column: str | None = None
     label_separator: str | None = None
     target_range: list[Any] | tuple[Any, ...] | None = None
     train_csv: str | None = None
@@ -76,8 +83,9 @@ class DataModule(PictureData):
         self.folds_file: str | None = None
         self._limits: list[list[float]] | None = None
         self._check_further()
-        if self.bad_images not in ("error", "skip"):
-            raise ValueError(f"bad_images {self.bad_images!r}: error or skip")
+        for name in ("bad_images", "bad_rows"):
+            if getattr(self, name) not in ("error", "skip"):
+                raise ValueError(f"{name} {getattr(self, name)!r}: error or skip")
         if self.fold is not None and not 0 <= self.fold < (self.folds or 0):
             raise ValueError(f"fold {self.fold} of folds {self.folds}: from 0 on, below folds")
         if self.fold_column and not self.folds:
@@ -111,12 +119,13 @@ class DataModule(PictureData):
         find = partial(find_rows, folder, more=inputs, scheme=scheme, names=names, report=report, skip=self.bad_images == "skip",
                        known="the checkpoint" if self.class_names else tables.names["train"])
         if tables.names["train"] == tables.names.get("test"):  # of an evaluation without train.csv
-            parts, splits = {"test": find(tables.train, "test", tables.names["test"])}, {}
+            parts, splits = {"test": find(tables.train, "test", tables.names["test"], hollow=self.bad_rows == "skip")}, {}
             report.finish()
         else:
-            aux = {"aux": self.aux} if self.aux and not self.eval_only else {}
-            parts = {"train": find(tables.train, "train", tables.names["train"], more=inputs | aux)} | self._asked(tables, find)
-            splits = self._divide(parts["train"], tables, names, report)
+            aux, marked = {"aux": self.aux} if self.aux and not self.eval_only else {}, self._marked(tables, report)
+            hollow = (marked == "test") | (self.bad_rows == "skip")
+            parts = {"train": find(tables.train, "train", tables.names["train"], more=inputs | aux, hollow=hollow)} | self._asked(tables, find)
+            splits = self._divide(parts["train"], marked, tables, names, report, beside=parts.keys())
         self.lines += table_scheme.advice(tables, scheme, names)
         self.skipped = pd.concat([part.skipped() for part in parts.values()], ignore_index=True)
         for split in parts.keys() - {"train"}:
@@ -149,80 +158,122 @@ class DataModule(PictureData):
         if frame is None or frame.empty:
             return {}
         labelled = frame is tables.test and all(name in frame for name in targets) and not (frame[targets] == "").all(axis=None)
-        return {"test" if labelled else "predict": find(frame, "test", tables.names.get("test", tables.names.get("sample")), labelled=labelled)}
+        return {"test" if labelled else "predict": find(frame, "test", tables.names.get("test", tables.names.get("sample")), labelled=labelled,
+                                                          hollow=self.bad_rows == "skip")}
 
-    def _divide(self, train: Rows, tables: Tables, names: list[str] | None, report: Report) -> dict[str, Split]:
-        """{"train", "val"} of the rows with pictures. Raises ValueError with all that was reported before, or speaks against dividing."""
+    def _marked(self, tables: Tables, report: Report) -> np.ndarray:
+        """(N,) train, val or test of the rows of train.csv, by its split column; all train without one."""
+        column = self.table_scheme["split_column"]
+        try:
+            return table_split.parts(tables.train[column]) if column else np.full(len(tables.train), "train")
+        except ValueError as error:
+            report.add(tables.names["train"], str(error))
+            return np.full(len(tables.train), "train")
+
+    def _divide(self, train: Rows, part: np.ndarray, tables: Tables, names: list[str] | None, report: Report,
+                beside: Container[str]) -> dict[str, Split]:
+        """{"train", "val"} of the rows with pictures, and "test" of those that (N,) `part` says so of, unless that is `beside`. Raises ValueError
+        with all that was reported before, or speaks against dividing."""
         file, scheme = tables.names["train"], self.table_scheme
-        table_targets.check_constant(train.targets, scheme, names, file, report)
+        places = np.flatnonzero(train.labelled & (part != "test"))  # rows of the table that are divided
+        pool, frame = train.take(places), tables.train.iloc[places]
+        table_targets.check_constant(pool.targets, scheme, names, file, report)
         if self.task == "regression" and self._given["target_range"] is not None:
             self._limits = table_targets.read_range(self._given["target_range"], len(scheme["targets"]))
             table_targets.check_range(train.targets, scheme, self._limits, file, report)
-        self.groups, self.train_ids = self._groups(tables, train, report), tables.train[self.id_column].str.strip().tolist()
+        self.groups, self.train_ids = self._groups(frame, pool, report), frame[self.id_column].str.strip().tolist()
         report.finish()
-        self.all_targets, rows, every = train.targets, np.flatnonzero(train.good), train.split(Files(self.data_dir))
+        self.all_targets, rows, every = pool.targets, np.flatnonzero(pool.good), pool.split(Files(self.data_dir))
         try:
-            held = self._held_out(tables, train.targets, rows, names)
+            held = self._held_out(frame, rows, names, part[places] == "val")
         except ValueError as error:
             report.add(file, str(error))
             report.finish()
+        splits, for_test = {}, train.take(np.flatnonzero(part == "test"))
+        if scheme["split_column"]:
+            self.lines.append(self._told_split(part, "test" in beside))
+        if for_test.good.any() and "test" not in beside:
+            splits["test"], self.rows["test"] = for_test.split(Files(self.data_dir)), np.flatnonzero(part == "test")[for_test.good]
         if held is None:
-            self.rows["train"] = rows
-            return {"train": every}
-        self.rows |= {"train": rows[~held], "val": rows[held]}
-        return {"train": every.take(np.flatnonzero(~held)), "val": every.take(np.flatnonzero(held))}
+            self.rows["train"] = places[rows]
+            return {"train": every} | splits
+        self.rows |= {"train": places[rows[~held]], "val": places[rows[held]]}
+        return {"train": every.take(np.flatnonzero(~held)), "val": every.take(np.flatnonzero(held))} | splits
 
-    def _held_out(self, tables: Tables, targets: np.ndarray, rows: np.ndarray, names: list[str] | None) -> np.ndarray | None:
-        """(R,) bool of the rows with pictures: held out; None for none. Folds are of all rows of the table, so that a picture that comes or goes
-        moves no other. Raises ValueError where the rows cannot be divided so."""
-        column, groups = self.table_scheme["fold_column"], self.groups
+    def _told_split(self, part: np.ndarray, beside: bool) -> str:
+        """What is made of the split column's rows."""
+        column, there = self.table_scheme["split_column"], {name: int((part == name).sum()) for name in ("train", "val", "test")}
+        counts = ", ".join(f"{name} {count:,}" for name, count in there.items() if count)
+        why = "given" if self._given["split_column"] else "its name and its words"
+        folded = f"; --folds {self.folds} divides the rows of train and val anew" * bool(self.folds and there["val"])
+        apart = "; its rows for test are left out, since test.csv has labels" * bool(beside and there["test"])
+        return f"table split by column {column} ({why}): {counts}{folded}{apart}; --data_args.split_column none does without"
+
+    def _held_out(self, frame: pd.DataFrame, rows: np.ndarray, names: list[str] | None, for_val: np.ndarray) -> np.ndarray | None:
+        """(R,) bool of the rows with pictures: held out; None for none. Folds are of all rows that are divided, so that a picture that comes or
+        goes moves no other. Raises ValueError where the rows cannot be divided so.
+
+        Args:
+            frame: the N rows that are divided. rows: (R,) places in it. for_val: (N,) bool of a split column.
+        """
+        column, targets, groups, ids = self.table_scheme["fold_column"], self.all_targets, self.groups, self.train_ids
         if self.folds:
-            self.fold_numbers = table_split.from_column(tables.train[column], column, self.folds) if column else self._kept_or_assigned(
-                targets, names)
+            self.fold_numbers = table_split.from_column(frame[column], column, self.folds) if column else self._kept_or_assigned(targets, names)
             held = self.fold_numbers[rows] == (self.fold or 0)
             if not 0 < held.sum() < len(rows):
                 raise ValueError(f"--fold {self.fold or 0} of --folds {self.folds}: no row with a picture is {'left' if held.any() else 'in it'}")
             return held
+        if for_val[rows].any():
+            if for_val[rows].all():
+                raise ValueError("no row with a picture is left for train")
+            return for_val[rows]
         if self.val_fraction == 0:
             return None
+        ids = [ids[row] for row in rows]
         if self.task == "classification" and groups is None:
-            return table_split.stratified(targets, rows, self.val_fraction, self.split_seed, names)
-        return table_split.share_held_out(targets[rows], self.task, self.val_fraction, self.split_seed, None if groups is None else groups[rows])
+            return table_split.stratified(targets[rows], self.val_fraction, self.split_seed, names, ids, frame.index.to_numpy()[rows])
+        return table_split.share_held_out(targets[rows], self.task, self.val_fraction, self.split_seed, None if groups is None else groups[rows], ids)
 
     def _kept_or_assigned(self, targets: np.ndarray, names: list[str] | None) -> np.ndarray:
         """(N,) fold of every row: as a file of `folds_at` has it, else by rule."""
-        at, groups = self.folds_at or "folds", self.groups
+        at, groups, ids = self.folds_at or "folds", self.groups, self.train_ids
         if at.endswith(".csv"):
             self.folds_file = at
         else:
-            name = os.path.basename(os.path.realpath(self.data_dir))
-            self.folds_file = os.path.join(at, folds.file_name(name, self.train_ids, targets, self.task, self.folds, self.split_seed, groups))
+            data = os.path.basename(os.path.realpath(self.data_dir))
+            self.folds_file = folds.kept(at, data, ids, targets, self.task, self.folds, self.split_seed, groups)
         if self.folds_at and os.path.isfile(self.folds_file):
-            return folds.read(self.folds_file, self.train_ids, self.folds, groups)
+            return folds.read(self.folds_file, ids, self.folds, groups)
         if at.endswith(".csv"):
             raise ValueError(f"--data_args.folds_at {at}: there is no such file")
-        return table_split.by_rule(targets, self.task, self.folds, self.split_seed, groups, names)
+        return table_split.by_rule(targets, self.task, self.folds, self.split_seed, groups, names, ids)
 
     def keep_folds(self) -> None:
         """Write `folds_file`, unless it is there."""
         if self.folds_file is not None:
             folds.write(self.folds_file, self.train_ids, self.fold_numbers, self.id_column)
 
-    def _groups(self, tables: Tables, train: Rows, report: Report) -> np.ndarray | None:
+    def _groups(self, frame: pd.DataFrame, train: Rows, report: Report) -> np.ndarray | None:
         """(N,) group of every row, "" where it has none: of the group column or file, and rows of one picture."""
         name, parts = self.table_scheme["group"], []
         if name and name.endswith(".csv"):
-            groups, problem = table_scheme.read_groups(self.data_dir, name, tables.train[self.id_column], self.id_column)
+            groups, problem = table_scheme.read_groups(self.data_dir, name, frame[self.id_column], self.id_column)
             report.lines += [problem] if problem else []
-            parts.append(np.array(groups))
+            parts.append(self._alike(groups, name))
         elif name:
-            parts.append(tables.train[name].to_numpy(str))
+            parts.append(self._alike(frame[name], name))
         files = np.array([file or "" for file in train.files])
         if len(set(files) - {""}) < (files != "").sum():
             parts.append(files)
         if report.lines:
             return None
-        return table_split.together(parts) if len(parts) > 1 else parts[0] if parts else None
+        return table_split.together(parts, train.ids.tolist()) if len(parts) > 1 else parts[0] if parts else None
+
+    def _alike(self, groups: Sequence[str], name: str) -> np.ndarray:
+        """(N,) groups, 5 and 5.0 as one; a line says so."""
+        if plain := plainly(groups):
+            self.lines.append(f"table group {name}: {spelled_twice(plain)} are the same numbers, and taken for one group each")
+        return np.array([plain.get(group, group) for group in groups], str)
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -235,20 +286,37 @@ class DataModule(PictureData):
         target = None if any("," in name for name in scheme["targets"][1:]) else ",".join(scheme["targets"])
         return {"target": target} | {name: scheme[name] for name in ("task", "image", "group", "metric")}
 
+    def resolved_args(self) -> dict[str, str]:
+        """The keywords that were left out, as they were guessed: the split column, where there is one."""
+        column = self.table_scheme["split_column"]
+        return {"split_column": column} if column and not self._given["split_column"] else {}
+
     def notes(self) -> list[str]:
         """What the table was taken to mean, and why; what was skipped; classes too rare for the folds."""
         lines, numbers = list(self.lines), self.fold_numbers
         if len(self.skipped):
-            counts = " and ".join(f"{counted(count, 'picture')} of {split}" for split, count in self.skipped["split"].value_counts().items())
-            wanted = "predict" in self.rows and "test" in set(self.skipped["split"])
-            lines.append(f"table skipped {counts}, listed in skipped.csv: {listed(self.skipped['file'] + ' ' + self.skipped['reason'])}"
-                         + "; a submission needs a row for each: predict.py RUN --bad_images fill" * wanted)
+            lines += self._told_skipped()
         if self.task == "regression" and self._given["target_range"] is None:
             spans = [f"{low:.15g} to {high:.15g}" for low, high in self.target_range]
             lines.append(f"table range {listed(spans)} (of the rows trained on; a known one: --data_args.target_range [0,100])")
         if numbers is not None:
             lines += table_split.notes(numbers, self.all_targets, self.task, self.class_names)
+        elif self.task != "regression" and {"train", "val"} <= self.splits.keys():
+            lines += table_split.never_learned(self.splits["train"].targets, self.splits["val"].targets, self.class_names)
         return lines + super().notes()
+
+    def _told_skipped(self) -> list[str]:
+        """Lines on the rows left out for their pictures, and on those without a label."""
+        lines, hollow = [], self.skipped["reason"] == table_targets.NO_LABEL
+        for kind, what in ((self.skipped[~hollow], "picture"), (self.skipped[hollow], "row")):
+            counts = " and ".join(f"{counted(count, what)} of {split}" for split, count in kind["split"].value_counts().items())
+            if what == "row" and counts:
+                lines.append(f"table skipped {counts} without a label, listed in skipped.csv: {listed(kind['id'])}")
+            elif counts:
+                wanted = "predict" in self.rows and "test" in set(kind["split"])
+                lines.append(f"table skipped {counts}, listed in skipped.csv: {listed(kind['file'] + ' ' + kind['reason'])}"
+                             + "; a submission needs a row for each: predict.py RUN --bad_images fill" * wanted)
+        return lines
 
 
 def _extent(targets: np.ndarray) -> list[list[float]]:

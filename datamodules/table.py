@@ -7,6 +7,8 @@ import csv
 import difflib
 import io
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 DELIMITERS = ",;\t|"
+WHOLE = re.compile(r"([-+]?)0*(\d+)(\.0*)?", re.ASCII)  # a whole number, as programs spell it: 5, 5.0, 05, +5
 SHOWN = 5  # rows, ids or files named in a message; of the others it tells how many they are
 
 
@@ -66,6 +69,34 @@ def _decoded(path: str, content: bytes) -> str:
     return text.removeprefix("\ufeff")
 
 
+def whole(text: str) -> str:
+    """The plain spelling of a whole number, `5` for 5.0, 05 and +5; any other text as it is."""
+    found = WHOLE.fullmatch(text)
+    return text if not found else "-" * (found[1] == "-" and found[2] != "0") + found[2]
+
+
+def plainly(texts: Iterable[str]) -> dict[str, str]:
+    """{text: plain spelling} of the whole numbers among the texts of a column, where one of them is spelled in two ways, as 1 and 1.0 (a column of
+    whole numbers with a hole becomes one of fractions in pandas); {} where each has one spelling, which then stays."""
+    plain = {text: whole(text) for text in {*texts} if WHOLE.fullmatch(text)}
+    return plain if len({*plain.values()}) < len(plain) else {}
+
+
+def spelled_twice(plain: dict[str, str]) -> str:
+    """`1 and 1.0, 2 and 2.0` of `plainly`: the spellings of each number that has several."""
+    of = {number: sorted(text for text in plain if plain[text] == number) for number in sorted({*plain.values()}, key=int)}
+    return listed(" and ".join(texts) for texts in of.values() if len(texts) > 1)
+
+
+def paired(ids: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """{id: the one of `others` that it is}: the same text, else the same whole number, where neither side has that number twice."""
+    ids, others = {*ids}, {*others}
+    mine, theirs = Counter(map(whole, ids)), Counter(map(whole, others))
+    by_number = {whole(other): other for other in others if WHOLE.fullmatch(other) and theirs[whole(other)] == 1}
+    pairs = {each: each if each in others else by_number.get(whole(each)) if mine[whole(each)] == 1 else None for each in ids}
+    return {each: other for each, other in pairs.items() if other is not None}
+
+
 def rows_text(places: Sequence[int]) -> str:
     """Positions from 0 on -> `row 4`, `rows 4, 7 and 12`, `rows 2, 3, 4, 5, 6 and 95 more`."""
     shown = [str(int(place) + 2) for place in places[:SHOWN]]
@@ -76,7 +107,7 @@ def rows_text(places: Sequence[int]) -> str:
 
 def counted(number: int, thing: str) -> str:
     """`1 picture`, `1,200 pictures`."""
-    return f"{number:,} {thing}{'s' * (number != 1)}"
+    return f"{number:,} {thing}{'s' * bool(number != 1)}"
 
 
 def listed(words: Iterable[str]) -> str:
@@ -107,13 +138,13 @@ class Report:
     def add(self, file: str, text: str) -> None:
         self.lines.append(f"{file}: {text}")
 
-    def rows(self, file: str, column: str, wrong: np.ndarray | Sequence[int], what: str, values: Sequence[str] = ()) -> None:
-        """A line for the rows of a mask, or of positions, of a column; none where no row is wrong. `values` are those of all rows."""
+    def rows(self, file: str, column: str, wrong: np.ndarray | Sequence[int], what: str, values: Sequence[str] = (), hint: str = "") -> None:
+        """A line for the rows of a mask, or of positions, of a column; none where no row is wrong. `values` are those of all rows, `hint` ends it."""
         wrong = np.asarray(wrong)
         places = np.flatnonzero(wrong) if wrong.dtype == bool else wrong
         if len(places):
             seen = list(dict.fromkeys(str(values[place])[:60] for place in places)) if len(values) else []
-            self.add(file, f"column {column}: {what} in {rows_text(places)}" + f": {listed(map(repr, seen))}" * bool(seen))
+            self.add(file, f"column {column}: {what} in {rows_text(places)}" + f": {listed(map(repr, seen))}" * bool(seen) + hint)
 
     def finish(self) -> None:
         """Raises ValueError with all lines, where there are any."""

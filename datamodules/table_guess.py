@@ -12,13 +12,19 @@ import numpy as np
 import pandas as pd
 
 from datamodules.listing import SUFFIXES
-from datamodules.table import near_miss
+from datamodules.table import near_miss, whole
+from datamodules.table_targets import TRUTH
 
 ID_NAMES = re.compile(r"(^|_)(ids?|images?|img|fname|file_?names?|files?|names?|paths?|pictures?|photos?|uuid|key)($|_)")
 TARGET_NAMES = re.compile(r"^(labels?|targets?|class(es|_?name|_?id|_?label)?|category(_?id)?|y|score|tags?|diagnosis|grade)$")
 GROUP_NAMES = re.compile(r"^(patient|subject|person|individual|user|participant|case|study|series|sequence|video|session|group|animal|pet|specimen)"
                          r"(_?(id|uid|no|nr|number|name|key))?$")
 FOLD_NAMES = re.compile(r"^(k?_?folds?|cv_?folds?|fold_?(id|no|number))$")
+SPLIT_NAMES = re.compile(r"^(split|set|subset|partition|phase|usage|fold|data_?(set|split)|(set|split)_?(name|type)|train_?(val_?)?test(_?split)?)$")
+PARTS = {"train": ("train", "training", "trn", "tr"), "val": ("val", "valid", "validation", "dev", "publictest"),
+         "test": ("test", "testing", "tst", "privatetest")}  # the last of each as in FER2013, whose public test is to choose by
+FLAGS = {"is_train": ("test", "train"), "is_training": ("test", "train"), "is_training_image": ("test", "train"), "is_valid": ("train", "val"),
+         "is_val": ("train", "val"), "is_validation": ("train", "val"), "is_test": ("train", "test")}  # columns of 0 and 1: part of 0, part of 1
 SEPARATORS = "|;, "
 MOST_CLASSES = 50  # whole numbers from 0 on, of more they may be quantities
 
@@ -66,7 +72,7 @@ def guess_targets(tables: Tables, id_column: str, taken: set[str]) -> tuple[list
             return asked, f"as {tables.names['sample']} asks for"
         for name in free:
             values = set(train[name]) - {""}
-            if len(asked) > 1 and set(asked) <= values | set(_tokens(values)):
+            if len(asked) > 1 and set(map(whole, asked)) <= set(map(whole, values | _tokens(values))):
                 return [name], f"{tables.names['sample']} has a column for each of its values"
     if test is not None:
         free = [name for name in free if name not in test] or free
@@ -165,10 +171,29 @@ def guess_group(train: pd.DataFrame, taken: set[str]) -> tuple[str | None, str]:
 def guess_folds(train: pd.DataFrame, taken: set[str]) -> str | None:
     """A column that holds fold numbers, or None."""
     for name in train.columns:
-        if name not in taken and FOLD_NAMES.search(words(name)):
+        if name not in taken and (FOLD_NAMES.search(words(name)) or words(name) == "split"):
             numbers = pd.to_numeric(train[name], errors="coerce")
             kinds = np.unique(numbers.dropna())
             if numbers.notna().all() and len(kinds) > 1 and np.array_equal(kinds, np.arange(len(kinds)) + kinds[0]) and kinds[0] in (0, 1):
+                return name
+    return None
+
+
+def part_of_word(column: str, word: str) -> str | None:
+    """train, val or test, as a word of a column means it; None for another word."""
+    if words(column) in FLAGS:
+        value = TRUTH.get(word.lower(), whole(word))
+        return FLAGS[words(column)][int(value)] if value in (0, 1, "0", "1") else None
+    return next((part for part, usual in PARTS.items() if words(word).replace("_", "") in usual), None)
+
+
+def guess_split(tables: Tables, taken: set[str], targets: list[str]) -> str | None:
+    """A column named like a split, with words for two parts, or None. `taken` are columns with another role, `targets` those that are known."""
+    taken = taken | {*targets} | {*(tables.sample.columns if tables.sample is not None else ())}
+    for name in tables.train.columns:
+        if name not in taken and (words(name) in FLAGS or SPLIT_NAMES.search(words(name))):
+            found = {part_of_word(name, word) for word in set(tables.train[name])} - {None}
+            if len(found) > 1 and (targets or {*tables.train.columns} - taken - {name}):  # else it is the target
                 return name
     return None
 

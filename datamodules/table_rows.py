@@ -11,7 +11,7 @@ import pandas as pd
 from datamodules.table import Report, counted, listed, near_miss, rows_text
 from datamodules.table_columns import read_columns
 from datamodules.table_pictures import Folder, Wrong, columns_in, locate, unreadable
-from datamodules.table_targets import read_targets
+from datamodules.table_targets import NO_LABEL, read_targets, unlabelled
 
 if TYPE_CHECKING:
     from datamodules.pictures import Split
@@ -38,6 +38,17 @@ class Rows:
         mask[list(self.bad)] = False
         return mask
 
+    @property
+    def labelled(self) -> np.ndarray:
+        """(N,) bool: rows that have a label, or none to have."""
+        return np.array([self.bad.get(row, ("", ""))[1] != NO_LABEL for row in range(len(self.ids))], bool)
+
+    def take(self, rows: np.ndarray) -> "Rows":
+        """These rows alone, given by (R,) places."""
+        bad = {place: self.bad[row] for place, row in enumerate(rows.tolist()) if row in self.bad}
+        return Rows(self.name, self.ids[rows], [self.files[row] for row in rows], self.targets[rows], bad,
+                    {key: values[rows] for key, values in self.more.items()})
+
     def split(self, opener: Any) -> "Split":
         """The rows whose picture is there."""
         from datamodules.pictures import Split
@@ -52,9 +63,9 @@ class Rows:
 
 
 def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme: dict[str, Any], names: list[str] | None, report: Report, *,
-              known: str, labelled: bool = True, skip: bool, more: dict[str, list[str]] | None = None) -> Rows:
-    """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad. `known` is
-    where the names of the outputs come from, `more` names further columns, of numbers."""
+              known: str, labelled: bool = True, skip: bool, hollow: np.ndarray | bool = False, more: dict[str, list[str]] | None = None) -> Rows:
+    """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not reported, but bad; so are rows
+    without a label where they may be `hollow`. `known` is where the names of the outputs come from, `more` names further columns, of numbers."""
     targets = scheme["targets"] if labelled else []
     needed = [scheme["id_column"], *targets, *columns_in(scheme["image"], [*frame.columns, *_template_columns(scheme)], split)]
     needed += [name for names in (more or {}).values() for name in names]
@@ -68,12 +79,28 @@ def find_rows(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme
     twice = ids[ids.duplicated(keep=False) & (ids != "")]
     if len(twice):
         report.rows(file, scheme["id_column"], twice.index.to_numpy(), f"{counted(twice.nunique(), 'id')} more than once", ids.to_numpy())
-    values = read_targets(frame, scheme, names, file, report, known) if labelled else _no_targets(len(frame), scheme, names)
+    hollow = unlabelled(frame, scheme) & hollow if labelled else np.zeros(len(frame), bool)
+    read = _filled_in(frame, hollow, targets, file, report)
+    values = read_targets(read, scheme, names, file, report, known) if labelled else _no_targets(len(frame), scheme, names)
     further = {key: read_columns(frame, columns, file, report) for key, columns in (more or {}).items()}
     files, bad = _pictures(folder, frame, split, file, scheme, report, skip)
+    bad |= {row: (files[row] or "", NO_LABEL) for row in np.flatnonzero(hollow).tolist()}
+    files = [None if hollow[row] else name for row, name in enumerate(files)]
     if labelled:
         _check_conflicts(files, values, file, report)
     return Rows(split, ids.to_numpy(str), files, values, bad, further)
+
+
+def _filled_in(frame: pd.DataFrame, hollow: np.ndarray, targets: list[str], file: str, report: Report) -> pd.DataFrame:
+    """The table with the first row's targets in the rows that have none and are left out, so that nothing is said of them."""
+    if not hollow.any():
+        return frame
+    if hollow.all():
+        report.add(file, f"column {', '.join(targets)}: no row has a label")
+        return frame
+    frame = frame.copy()
+    frame.loc[hollow, targets] = frame.loc[~hollow, targets].iloc[0].to_numpy()
+    return frame
 
 
 def _template_columns(scheme: dict[str, Any]) -> list[str]:

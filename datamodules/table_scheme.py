@@ -7,9 +7,10 @@ from typing import Any
 import pandas as pd
 
 from datamodules import table_guess
-from datamodules.table import Report, counted, near_miss, read_table
+from datamodules.table import Report, counted, near_miss, paired, plainly, read_table, spelled_twice
 from datamodules.table_guess import Tables
 from datamodules.table_pictures import Folder, columns_in
+from datamodules.table_targets import spellings
 from datamodules.table_template import guess_template
 
 FILES = {"train": ["train.csv"], "test": ["test.csv"], "sample": ["sample_submission.csv", "sampleSubmission.csv", "SampleSubmission.csv"]}
@@ -49,7 +50,8 @@ def read_tables(root: str, named: dict[str, str | None], no_train: bool = False)
 def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """(scheme, a line with the reason for each of its parts). `given` holds what a person said, None where nothing; `usual_metric` is a preset's.
 
-    The scheme: id_column, targets (columns), separator (of joined labels, else None), task, image (template), group, fold_column, metric.
+    The scheme: id_column, targets (columns), separator (of joined labels, else None), task, image (template), group, fold_column, split_column,
+    metric.
 
     Raises:
         ValueError: a part that cannot be told, a column that is not there, a task that is none; names flags and candidates.
@@ -57,7 +59,8 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     targets = _names(given["target"], whole=given["target"] in tables.train)
     group = given["group"] if given["group"] not in (None, "none") and not given["group"].endswith(".csv") else None
     named = {"--data_args.id_column": _names(given["id_column"], whole=True), "--target": targets, "--group": _names(group, whole=True),
-             "--data_args.fold_column": _names(given["fold_column"], whole=True)}
+             "--data_args.fold_column": _names(given["fold_column"], whole=True),
+             "--data_args.split_column": _names(None if given.get("split_column") == "none" else given.get("split_column"), whole=True)}
     report = Report(f"--data_dir {folder.root}", table_guess.check_columns(tables, named))
     if given["task"] not in (None, *TASKS):
         report.lines.append(f"--task {given['task']}: classification, multilabel or regression")
@@ -69,8 +72,10 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
 
     put("id_column", given["id_column"], "--data_args.id_column", lambda: table_guess.guess_id(tables))
     taken = {scheme["id_column"], *filter(None, (group, given["fold_column"]))}
-    found = table_guess.guess_folds(train, taken | set(targets))
-    scheme["fold_column"] = given["fold_column"]
+    split = given.get("split_column") or table_guess.guess_split(tables, taken, targets)
+    found = table_guess.guess_folds(train, taken | set(targets) | {split})
+    scheme |= {"fold_column": given["fold_column"], "split_column": None if split == "none" else split}
+    taken |= {*filter(None, (scheme["split_column"],))}
     put("targets", targets or None, "--target",
         lambda: table_guess.guess_targets(tables, scheme["id_column"], taken | {found} | {table_guess.guess_group(train, taken)[0]}))
     put("task", given["task"], "--task", lambda: table_guess.guess_task(tables, scheme["targets"], given["label_separator"]))
@@ -87,14 +92,17 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
 
 
 def advice(tables: Tables, scheme: dict[str, Any], names: list[str] | None) -> list[str]:
-    """Lines on what is allowed but perhaps not meant: ids that only one table has, names of labels that are nearly the same."""
+    """Lines on what is allowed but perhaps not meant: ids that only one table has, labels that are the same number, names of labels that are nearly
+    the same."""
     lines, column = [], scheme["id_column"]
     if tables.test is not None and tables.sample is not None and column in tables.test and column in tables.sample:
         asked, there = set(tables.sample[column]), set(tables.test[column])
         for less, more, where, other in ((asked, there, "test", "sample"), (there, asked, "sample", "test")):
-            if alone := more - less:
+            if alone := more - paired(more, less).keys():
                 lines.append(f"table {tables.names[where]} has {counted(len(alone), 'id')} that {tables.names[other]} does not have, "
                              f"as {min(alone)!r}")
+    if names and len(scheme["targets"]) == 1 and scheme["targets"][0] in tables.train and (plain := plainly(spellings(tables.train, scheme))):
+        lines.append(f"table labels: {spelled_twice(plain)} are the same numbers, and taken for one class each, as {', '.join(names[:3])}")
     folded: dict[str, list[str]] = {}
     for name in names or ():
         folded.setdefault(table_guess.words(name).replace("_", ""), []).append(name)
@@ -135,6 +143,7 @@ def read_groups(root: str, name: str, ids: pd.Series, id_column: str) -> tuple[l
     if id_column not in frame or not others:
         return [], f"--group {name}: needs the columns {id_column} and group{near_miss(id_column, frame.columns)}"
     column = "group" if "group" in others else others[0]
-    known = dict(zip(frame[id_column], frame[column]))
-    missing = [value for value in ids if value not in known]
-    return [known.get(value, "") for value in ids], f"--group {name}: has no row for {len(missing)} ids, as {missing[0]!r}" if missing else None
+    known, pairs = dict(zip(frame[id_column], frame[column])), paired(ids, frame[id_column])
+    missing = [value for value in ids if value not in pairs]
+    found = [known[pairs[value]] if value in pairs else "" for value in ids]
+    return found, f"--group {name}: has no row for {len(missing)} ids, as {missing[0]!r}" if missing else None

@@ -1,13 +1,17 @@
 """Target columns -> numbers: class indices, 0 and 1 for each label, or quantities; what is wrong goes to a `Report`. Only pandas and numpy."""
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from datamodules.table import Report, listed
+from datamodules.table import Report, listed, plainly, whole
 
 TRUTH = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+HOLES = ("", "nan", "na", "n/a", "<na>", "null")  # of labels that are numbers; of labels that are texts an empty cell alone
+EMPTY = (*HOLES, "none")  # of quantities
+NO_LABEL, SKIP = "has no label", " (--bad_rows skip leaves such rows out)"
 
 
 def class_names(frame: pd.DataFrame, scheme: dict[str, Any]) -> list[str] | None:
@@ -17,12 +21,34 @@ def class_names(frame: pd.DataFrame, scheme: dict[str, Any]) -> list[str] | None
         return None
     if len(targets) > 1:
         return list(targets)
-    text = frame[targets[0]]
-    if scheme["separator"] is not None:
-        return in_order({part for value in set(text) for part in labels_of(value, scheme["separator"])})
-    if scheme["task"] == "multilabel":
+    if scheme["task"] == "multilabel" and scheme["separator"] is None:
         return list(targets)
-    return in_order(set(text) - {""})
+    names = spellings(frame, scheme)
+    plain = plainly(names)
+    return in_order({plain.get(name, name) for name in names})
+
+
+def spellings(frame: pd.DataFrame, scheme: dict[str, Any]) -> set[str]:
+    """The labels of a classification's or multilabel's single column, as they are spelled."""
+    text = frame[scheme["targets"][0]]
+    if scheme["separator"] is not None:
+        return {part for value in set(text) for part in labels_of(value, scheme["separator"])}
+    return set(text[~_holes(text)])
+
+
+def unlabelled(frame: pd.DataFrame, scheme: dict[str, Any]) -> np.ndarray:
+    """(N,) bool: rows where a target is empty; of joined labels none, since a row may have no label."""
+    if scheme["separator"] is not None:
+        return np.zeros(len(frame), bool)
+    one = scheme["task"] == "classification" and len(scheme["targets"]) == 1
+    return np.any([_holes(frame[name]) if one else frame[name].str.lower().isin(EMPTY) for name in scheme["targets"]], axis=0)
+
+
+def _holes(text: pd.Series) -> np.ndarray:
+    """(N,) bool: cells without a value."""
+    words = text.str.lower().isin(HOLES).to_numpy()
+    of_numbers = pd.to_numeric(text[~words], errors="coerce").notna().all()
+    return words if of_numbers and not words.all() else (text == "").to_numpy()
 
 
 def in_order(names: set[str]) -> list[str]:
@@ -47,7 +73,7 @@ def read_targets(frame: pd.DataFrame, scheme: dict[str, Any], names: list[str] |
     """
     targets = scheme["targets"]
     if scheme["task"] == "regression":
-        return np.stack([numbers(frame, name, file, report) for name in targets], axis=1)
+        return np.stack([numbers(frame, name, file, report, hint=SKIP) for name in targets], axis=1)
     if len(targets) > 1 or scheme["task"] == "multilabel" and scheme["separator"] is None:
         ones = np.stack([_zero_or_one(frame, name, file, report) for name in targets], axis=1)
         if scheme["task"] == "multilabel":
@@ -56,18 +82,26 @@ def read_targets(frame: pd.DataFrame, scheme: dict[str, Any], names: list[str] |
             report.rows(file, ", ".join(targets[:3]) + " ..." * (len(targets) > 3), wrong, "not exactly one 1 (--task multilabel allows it)")
         return ones.argmax(1)
     text = frame[targets[0]]
-    report.rows(file, targets[0], (text == "").to_numpy(), "no label")
-    index = {name: place for place, name in enumerate(names)}
+    index = _index(names, spellings(frame, scheme))
     if scheme["separator"] is None:
+        holes = _holes(text)
+        report.rows(file, targets[0], holes, "no label", hint=SKIP)
         codes = text.map(index)
-        strange = (codes.isna() & (text != "")).to_numpy()
+        strange = codes.isna().to_numpy() & ~holes
         report.rows(file, targets[0], strange, f"labels that {known} does not have", text.to_numpy())
         return codes.fillna(0).to_numpy(np.int64)
     return _joined(text, targets[0], scheme["separator"], index, file, report, known)
 
 
+def _index(names: list[str], spelled: set[str]) -> dict[str, int]:
+    """{label as it is spelled: index of its name}; a whole number is that of the name with its value, where there is one such name."""
+    index, count = {name: place for place, name in enumerate(names)}, Counter(map(whole, names))
+    by_number = {whole(name): place for name, place in index.items() if count[whole(name)] == 1}
+    return {text: by_number[whole(text)] for text in spelled if whole(text) in by_number} | index
+
+
 def _joined(text: pd.Series, column: str, separator: str, index: dict[str, int], file: str, report: Report, known: str) -> np.ndarray:
-    ones, strange = np.zeros((len(text), len(index)), np.float32), {}
+    ones, strange = np.zeros((len(text), len({*index.values()})), np.float32), {}
     for row, value in enumerate(text):
         for label in labels_of(value, separator):
             if label in index:
@@ -79,13 +113,13 @@ def _joined(text: pd.Series, column: str, separator: str, index: dict[str, int],
     return ones
 
 
-def numbers(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
-    """(N,) float64 of a column of quantities."""
+def numbers(frame: pd.DataFrame, name: str, file: str, report: Report, hint: str = "") -> np.ndarray:
+    """(N,) float64 of a column of quantities; `hint` ends what is said of empty cells."""
     text = frame[name]
     numbers = pd.to_numeric(text, errors="coerce").to_numpy(float)
-    empty = text.str.lower().isin(["", "nan", "na", "none", "null", "n/a"]).to_numpy()
+    empty = text.str.lower().isin(EMPTY).to_numpy()
     infinite, strange = np.isinf(numbers), np.isnan(numbers) & ~empty
-    report.rows(file, name, empty, "no number (NaN)")
+    report.rows(file, name, empty, "no number (NaN)", hint=hint)
     report.rows(file, name, infinite, "infinite numbers", text.to_numpy())
     comma = " (decimals need a point)" * bool(strange.any() and text[strange].str.fullmatch(r"-?\d+,\d+").any())
     report.rows(file, name, strange, f"no numbers{comma}", text.to_numpy())
@@ -98,7 +132,8 @@ def _zero_or_one(frame: pd.DataFrame, name: str, file: str, report: Report) -> n
     """(N,) float32 of a column that says whether a label holds."""
     text = frame[name]
     numbers = pd.to_numeric(text.str.lower().replace(TRUTH), errors="coerce").to_numpy(float)
-    report.rows(file, name, ~np.isin(numbers, (0, 1)), "neither 0 nor 1", text.replace("", "(empty)").to_numpy())
+    report.rows(file, name, ~np.isin(numbers, (0, 1)), "neither 0 nor 1", text.replace("", "(empty)").to_numpy(),
+                hint=SKIP * bool(text.str.lower().isin(EMPTY).any()))
     return np.where(np.isin(numbers, (0, 1)), numbers, 0).astype(np.float32)
 
 

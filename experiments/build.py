@@ -31,7 +31,7 @@ from lightning_modules.teacher_cache import CachedTeacher
 from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
-TABLE = ("target", "task", "image", "group", "bad_images", "folds", "fold")  # knobs of data sets that are tables
+TABLE = ("target", "task", "image", "group", "bad_images", "bad_rows", "folds", "fold")  # knobs of data sets that are tables
 TRIED_PICTURES = 16  # of val and of test, in --fast_dev_run
 PREPARATION = ("image_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -118,6 +118,8 @@ def decide(command: Command) -> Run:
         data = datamodule(cfg)
         guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
         cfg, alone = cfg.filled(**guessed), alone.filled(**guessed)
+        args = getattr(data, "resolved_args", dict)()
+        cfg, alone = (replace(each, data_args={**args, **each.data_args}) for each in (cfg, alone))
         cfg, alone = (preflight.for_task(each, data) for each in (cfg, alone))
         if cfg.teacher:
             cfg = cfg.filled(distill=distill_losses.default(data.task))

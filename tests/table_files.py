@@ -25,7 +25,7 @@ def write_comp(root: Path, train: dict, test: dict | None = None, sample: dict |
             pd.DataFrame(columns).to_csv(root / name, index=False)
     for split, columns in (("train", train), ("test", test if test is not None else sample)):
         for row, values in enumerate(pd.DataFrame(columns).to_dict("records") if columns is not None and pictures else ()):
-            write_picture(root / pictures.format(split=split, **values), row + 1000 * (split == "test"))
+            write_picture(root / pictures.format(**{**values, "split": split}), row + 1000 * (split == "test"))
     return root
 
 

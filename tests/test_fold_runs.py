@@ -184,7 +184,7 @@ def test_another_table_under_the_same_name_is_refused(comp, launch):
     ended = launch(f"{LINE} --folds 2 --name one", before=break_fold_1)
     assert ended.code == 7
     table = pd.read_csv(comp / "comp" / "train.csv")
-    table.iloc[::-1].to_csv(comp / "comp" / "train.csv", index=False)
+    table.iloc[:0:-1].to_csv(comp / "comp" / "train.csv", index=False)
     ended = launch(f"{LINE} --folds 2 --name one", before=quick)
     assert ended.code == 2 and "is of another table" in ended.out and "folds.csv" in ended.out, ended.out
 

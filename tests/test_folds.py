@@ -128,8 +128,8 @@ def test_rare_classes_are_allowed_and_named():
         warnings.simplefilter("error")
         fold = folds.assign(targets, "classification", 4, 0)
     assert fold[20] != fold[21]
-    (line,) = folds.notes(fold, targets, "classification", ["cat", "dog", "eel"])
-    assert "2 of 3 classes" in line and "eel (1), dog (2)" in line
+    never, line = folds.notes(fold, targets, "classification", ["cat", "dog", "eel"])
+    assert "2 of 3 classes" in line and "eel (1), dog (2)" in line and f"fold {fold[22]}: eel (1 row)" in never
     assert folds.notes(fold, np.arange(23) / 3, "regression", []) == []
     assert folds.notes(fold[:20], targets[:20], "classification", ["cat"]) == []
 
@@ -148,7 +148,7 @@ def test_the_file_is_written_once_and_read_for_its_own_table_only(tmp_path, rng)
     assert [*table] == ["Id", "fold"] and table["Id"].tolist() == ids and [file.name for file in path.parent.iterdir()] == ["one.csv"]
     folds.write(path, ids, (fold + 1) % 4, "Id")
     assert (folds.read(path, ids, 4) == fold).all()
-    for change, words in ((lambda text: text.replace("Id,fold", "Id,f"), "no file of folds"), (lambda text: text.replace("03,", "3,"), "line 5"),
+    for change, words in ((lambda text: text.replace("Id,fold", "Id,f"), "no file of folds"), (lambda text: text.replace("03,", "x3,"), "line 5"),
                           (lambda text: text[:-6], "19 ids for 20"), (lambda text: text.replace(f"00,{fold[0]}", "00,7"), "fold '7'"),
                           (lambda text: text.replace(f"00,{fold[0]}", f"00,{(fold[0] + 1) % 4}"), "rest of its group")):
         other = tmp_path / "other.csv"
