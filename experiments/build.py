@@ -106,11 +106,11 @@ def quiet() -> None:
 
 def decide(command: Command) -> Run:
     """Check names, read the folder, fill what was left out, look into the run directory. Writes nothing; `enter` does."""
-    command, saved = _with_saved(_with_data(_with_saved(command))), _saved(command.config)  # reading the line again forgets what was taken
+    command = _with_saved(_with_data(_with_saved(command)))  # reading the line again forgets what was taken
     cfg, alone = _tried(command.config), command.recipe_alone
     preflight.check_names(cfg)
     problems = [plan.device_problem(cfg)]
-    left_out = _left_out(cfg, saved)
+    left_out = _left_out(cfg)
     cfg, alone = (replace(each.filled(**left_out), precision=plan.precision(each) if each.precision == "auto" else each.precision)
                   for each in (cfg, alone))
     data = None
@@ -145,7 +145,8 @@ def decide(command: Command) -> Run:
     guide = teacher(cfg, data)
     if isinstance(guide, CachedTeacher):
         guide.check(seen_by_teacher(cfg, data))
-    for note in () if TOLD in os.environ else (*command.notes, *notes, *more, *([line] if line else []), *preflight.advice(cfg, data, meta)):
+    words = (*command.notes, *notes, *more, *([line] if line else []), *_pictures_line(cfg), *preflight.advice(cfg, data, meta))
+    for note in () if TOLD in os.environ else words:
         print(note)
     run = Run(cfg, Path(cfg.runs_dir) / cfg.name, None, False, data, network, guide)
     run.finished = rundir.look(cfg, _identity(run))
@@ -192,13 +193,37 @@ def listed(command: Command) -> L.LightningDataModule:
     """The data set of a run alone, prepared as its model wants it. Raises ValueError or FileNotFoundError."""
     command = _with_data(_with_saved(command))
     preflight.check_names(command.config)
-    return datamodule(command.config.filled(**_left_out(command.config, _saved(command.config))))
+    return datamodule(command.config.filled(**_left_out(command.config)))
 
 
-def _left_out(cfg: Config, saved: dict[str, Any]) -> dict[str, Any]:
-    """How the pictures are prepared where no flag says it: as for the saved network, or else for the model."""
-    found = models.preprocessing(cfg.model) | {key: saved["spec"][key] for key in PREPARATION if saved}
+def _left_out(cfg: Config) -> dict[str, Any]:
+    """How the pictures are prepared where no flag and no recipe says it: as for the weights in `--init`, where they tell it, or else for the
+    model. Raises ValueError or FileNotFoundError."""
+    found = models.preprocessing(cfg.model) | _preparation(cfg)
     return found | {"image_size": "x".join(map(str, found["image_size"]))}
+
+
+def _preparation(cfg: Config) -> dict[str, Any]:
+    """How the pictures were prepared that the weights in `--init` were trained on; {} where it is not known."""
+    spec = pretrained.about(cfg.init, cfg.model).get("spec", {}) if cfg.init else {}
+    return {key: tuple(spec[key]) if isinstance(spec[key], list) else spec[key] for key in PREPARATION if key in spec}
+
+
+def _pictures_line(cfg: Config) -> list[str]:
+    """A line on whether the pictures are prepared as those that the weights in `--init` were trained on; none where that is not known."""
+    theirs, ours = _preparation(cfg), {key: getattr(cfg, key) for key in PREPARATION} | {"image_size": size(cfg.image_size)}
+    if not theirs:
+        return []
+    apart = [f"{key} {_spelled(key, ours[key])} (there {_spelled(key, value)})" for key, value in theirs.items() if ours[key] != value]
+    if apart:
+        return [f"pictures prepared as for --init {cfg.init} but for {', '.join(apart)}"]
+    return [f"pictures prepared as for --init {cfg.init}: " + ", ".join(f"{key} {_spelled(key, value)}" for key, value in theirs.items())]
+
+
+def _spelled(key: str, value: Any) -> str:
+    if key == "image_size":
+        return "x".join(map(str, value))
+    return ",".join(f"{each:g}" for each in value) if isinstance(value, tuple) else str(value)
 
 
 def cache_pictures(data: L.LightningDataModule, prog: str = "run.py") -> None:
@@ -307,8 +332,9 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     """The network with its first weights, and the line that says where they come from ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), columns=pretrained.columns_of(data.spec), **cfg.model_args)
-    line = pretrained.initialise(network, cfg.init, name=cfg.model, reset_head=cfg.init_head == "reset", whole=cfg.eval_only,
-                                 use_ema=cfg.use_ema if cfg.eval_only or cfg.ema_decay is None else None) if cfg.init else ""
+    use_ema = cfg.use_ema if cfg.eval_only or cfg.ema_decay is None else None
+    line = pretrained.initialise(network, cfg.init, name=cfg.model, spec=data.spec, reset_head=cfg.init_head == "reset",
+                                 partial=cfg.init_partial, whole=cfg.eval_only, use_ema=use_ema) if cfg.init else ""
     if cfg.train_size is not None and hasattr(network, "set_any_size"):
         network.set_any_size()
     if cfg.freeze and not cfg.eval_only:

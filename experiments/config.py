@@ -34,7 +34,9 @@ class Config:
     model_args: dict[str, Any] = knob(dict, "the network's own keywords, as --model_args.drop_path 0.2")
     image_size: int | str | None = knob(None, "side in pixels, or HEIGHTxWIDTH; left out: the model's own")
     init: str | None = knob(None, "weights to start from: pretrained, a file, a run directory, or a tag of timm's")
-    init_head: Literal["keep", "reset"] = knob("keep", "reset starts a fresh head when the one in --init has another size")
+    init_head: Literal["keep", "reset"] = knob("keep", "keep takes the rows of --init's head by the names of classes or targets, where both are "
+                                               "known; reset starts a fresh head where the one in --init has another size or other names")
+    init_partial: bool = knob(False, "take weights that lack tensors of the model beside its head, which start fresh")
     # from whom
     teacher: str | None = knob(None, "trained network to learn from: a run, a file, a name of --list models or timm/<name>; several by commas; or "
                               "the folder of prepare.py teacher")

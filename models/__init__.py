@@ -152,7 +152,7 @@ def _create_timm(arch: str, num_outputs: int, image_size: Size | None, in_chans:
     except TypeError as error:
         if "unexpected keyword argument 'img_size'" in str(error):  # convolutional networks take any size
             return _create_timm(arch, num_outputs, None, in_chans, model_args)
-        if "unexpected keyword argument" in str(error):
+        if "unexpected keyword argument" in str(error) or "multiple values for" in str(error):
             raise ValueError(f"model timm/{arch}: {error}") from None
         raise
 

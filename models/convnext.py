@@ -82,8 +82,8 @@ class ConvNeXt(Hierarchy):
         fine = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^norm_pre", (99999,))]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' names become timm's, which are ours."""
+    def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
+        """The authors' names become timm's, which are ours. `saved` says nothing here: no tensor depends on the image size."""
         if "downsample_layers.0.0.weight" not in state:
             return state
         return {rename_official(key): value for key, value in state.items()}

@@ -28,6 +28,23 @@ def grid_of(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]
     return height // down, width // across
 
 
+def saved_grid(count: int, grid: tuple[int, int], leads: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
+    """(prefix tokens, rows and columns) of `count` saved positions whose image size is not known.
+
+    The first of `leads` that fits is the number of prefix tokens. The patches are taken as a grid of the aspect of `grid`, which is asked
+    for, else as a square. Raises ValueError when neither fits.
+    """
+    for lead in leads:
+        patches = max(count - lead, 0)
+        rows, side = round(grid[0] * math.sqrt(patches / (grid[0] * grid[1]))), math.isqrt(patches)
+        if rows and not patches % rows and patches // rows * grid[0] == rows * grid[1]:
+            return lead, (rows, patches // rows)
+        if side and side * side == patches:
+            return lead, (side, side)
+    prefix = f", with or without {max(leads)} for prefix tokens" if max(leads) else ""
+    raise ValueError(f"{count} saved positions are neither a square grid nor one of the aspect {grid[0]}:{grid[1]}{prefix}")
+
+
 class PatchEmbed(nn.Module):
     """Cut a picture (B, C, height, width) into patches and project each: (B, N, D), row by row. `any_size` takes others than `image_size`."""
 

@@ -1,11 +1,16 @@
-"""Files <-> weights: read any common weight file safely, fit it to a network, bring a trained network back from its checkpoint."""
+"""Files <-> weights: read any common weight file safely, start a network from it, bring a trained network back from its checkpoint."""
+import argparse
+import copy
 import hashlib
 import json
 import os
-import sys
+import pathlib
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +18,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import models
+from models import transfer
+from models.transfer import fit, head_keys, some, start_small_
+
+__all__ = ["fit", "head_keys", "start_small_"]  # of transfer.py, beside what stands here
 
 # where trainers keep the weights inside a checkpoint
 EMA, RAW = ("ema_state_dict", "state_dict_ema", "model_ema"), ("state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.", "model.")  # DDP, torch.compile, our LightningModules
+SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors", ".tar")
+# What the trainers of timm, DeiT, MAE and ConvNeXt keep beside tensors and plain data: their command line, paths, NumPy's numbers. Making any
+# of these runs no code of the file's.
+PLAIN_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np.core.multiarray.scalar,
+               *{type(np.dtype(kind)) for kind in "?bhilBHILefd"}]
 AVERAGED, BEST = "averaged.ckpt", "best.ckpt"  # of a run directory: the mean of several epochs, and the best epoch
 LAST = ("last.ckpt", "last-1.ckpt")  # of a run directory: the last step saved, and the one saved before
 FILES = (AVERAGED, BEST, *LAST)  # whose weights a run directory stands for, the first that is there
@@ -72,29 +85,49 @@ def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]
         if path.suffix == ".safetensors":
             return load_file(path)
         if intact(path):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals(PLAIN_TYPES):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable file of weights: {_line(error)}") from None
-    except Exception:  # torch's restricted unpickler raises pickle.UnpicklingError and others, with advice to load it unsafely
-        raise ValueError(f"{path} is no file of weights, or holds more than tensors and plain data, and is not loaded (it could run code)") from None
+    except Exception as error:  # torch's restricted unpickler raises pickle.UnpicklingError and others, with advice to load it unsafely
+        raise ValueError(_refusal(path, error)) from None
     raise ValueError(f"{path} is damaged: its sha256 is not the one it was written with")
 
 
+def _refusal(path: Path, error: Exception) -> str:
+    """Why torch's restricted unpickler does not read a file: the type it found, and what a person can do."""
+    found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
+    kind = f"an object of the type {found[1] or found[2]}" if found else "something else than tensors and plain data"
+    return (f"{path} is no file of weights, or holds {kind}, and is not loaded (it could run code). Where you trust it, save its weights "
+            "alone: torch.save(torch.load(FILE, weights_only=False)[KEY], 'weights.pth'), KEY as model or state_dict")
+
+
 def read_weights(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
-    """Names -> tensors of a file or run directory, unwrapped from the trainer's dict and freed of the prefixes trainers add.
+    """Names -> tensors of a file or run directory, unwrapped from the trainer's dict; of one of our checkpoints the network's own.
 
     use_ema: as for `load`. Raises ValueError when the file has no such weights.
     """
     file = checkpoint_in(path)
-    state = _chosen(_content(file), use_ema, file)
+    content = _content(file)
+    ours = isinstance(content, dict) and {"state_dict", "config", "spec"} <= content.keys()
+    state = network_state(content, use_ema, file) if ours else _chosen(content, use_ema, file)
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     if not state:
         raise ValueError(f"{path} holds no tensors by name")
-    state = {key: value for key, value in state.items() if not key.startswith("aux.")} if any(key.startswith("model.") for key in state) else state
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix):]: value for key, value in state.items()}
     return state
+
+
+def published_name(name: str, tag: str | None = None) -> str:
+    """timm's full name, `architecture.tag`, of the weights it publishes for a model; of its default ones without a tag. Raises ValueError."""
+    arch = name[len("timm/"):] if name.startswith("timm/") else models.REGISTRY[name].timm
+    if arch is None:
+        raise ValueError(f"there are no published weights for {name}" + (f", and no file or run {tag}" if tag else ""))
+    bare = arch.split(".")[0]
+    arch = f"{bare}.{tag}" if tag else arch
+    tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*"))
+    if not tags or "." in arch and arch.partition(".")[2] not in tags:
+        raise ValueError(f"timm has no weights {arch!r}; its tags for this model are {', '.join(tags) or 'none'}")
+    return arch if "." in arch else f"{bare}.{timm.get_pretrained_cfg(arch).tag}"
 
 
 def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
@@ -102,13 +135,7 @@ def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
 
     Raises ValueError when timm has no such weights or they cannot be fetched.
     """
-    arch = name[len("timm/"):] if name.startswith("timm/") else models.REGISTRY[name].timm
-    if arch is None:
-        raise ValueError(f"there are no published weights for {name}" + (f", and no file or run {tag}" if tag else ""))
-    arch = f"{arch.split('.')[0]}.{tag}" if tag else arch
-    tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(f"{arch.split('.')[0]}.*"))
-    if not tags or "." in arch and arch.partition(".")[2] not in tags:
-        raise ValueError(f"timm has no weights {arch!r}; its tags for this model are {', '.join(tags) or 'none'}")
+    arch = published_name(name, tag)
     try:
         return timm.create_model(arch, pretrained=True).state_dict()
     except Exception as error:
@@ -116,98 +143,121 @@ def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
                          "without internet give a file: --init PATH") from None
 
 
-def head_keys(model: nn.Module) -> set[str]:
-    """Names of the classifier's tensors in the model's state dict."""
-    heads = model.get_classifier()
-    heads = [*(heads if isinstance(heads, tuple | list) else [heads]), *filter(None, [getattr(model, "column_mlp", None)])]
-    parameters = {id(p) for head in heads for p in head.parameters()}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
+WORDS = {"in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k", "in22k": "ImageNet-22k",
+         "in22ft1k": "ImageNet-22k, then ImageNet-1k"}
 
 
-def initialise(model: nn.Module, source: str, *, name: str, reset_head: bool = False, whole: bool = False, use_ema: bool | None = None) -> str:
+def trained_on(tag: str) -> str:
+    """What the words of timm's tag tell of the training, as `ImageNet-22k, then ImageNet-1k` of `ms_in22k_ft_in1k`; "" where they do not."""
+    known = [WORDS[word] for word in tag.split("_") if word in WORDS]
+    others = re.search(r"(laion|openai|dfn|metaclip|webli|lvd|merged|datacomp|cc12m|yfcc|ig1b|swag|swsl|ssl)[^_]*", tag)
+    return ", then ".join([*([others[0]] if others else []), *known])
+
+
+def about(source: str, name: str) -> dict[str, Any]:
+    """`config` (model, model_args) and `spec` (image size, normalisation, classes) of what `--init` names: one of our files, or weights that timm
+    publishes for the model `name`; {} for a file that does not tell. Raises ValueError or FileNotFoundError."""
+    if not is_published(source):
+        return read_about(source)
+    arch = published_name(name, None if source == "pretrained" else source)
+    prepared = models.preprocessing(f"timm/{arch}")
+    spec = {"num_outputs": timm.get_pretrained_cfg(arch).num_classes, **prepared}
+    return {"config": {"model": f"timm/{arch}", "model_args": {}}, "spec": spec}
+
+
+def is_published(source: str) -> bool:
+    """Whether `--init` names weights of timm's (`pretrained`, a tag) and no file or run."""
+    return source == "pretrained" or not Path(source).exists() and _looks_like_tag(source)
+
+
+def _saved_network(known: dict[str, Any], factor: int = 1) -> nn.Module | None:
+    """The network that weights are of, on no device, at its image size times `factor`; None where it is not known or cannot be built."""
+    if not known:
+        return None
+    config, spec = known["config"], known["spec"]
+    side = tuple(factor * each for each in spec["image_size"])
+    try:
+        with torch.device("meta"):
+            return _network_of(config, spec, side)
+    except (ValueError, KeyError, AssertionError):  # a model that is no longer registered, or takes one size only
+        return None
+
+
+def initialise(model: nn.Module, source: str, *, name: str, spec: dict[str, Any] | None = None, reset_head: bool = False,
+               partial: bool = False, whole: bool = False, use_ema: bool | None = None) -> str:
     """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that says what was loaded.
 
-    Missing and unexpected tensors are reported in the line; tensors of another shape are resized where they are positions. A head of
-    another size raises ValueError unless `reset_head`, which `pretrained` implies; so does any other misfit, and
-    with `whole`, as for an evaluation, a tensor left at its fresh values. `use_ema` chooses among the weights of a file, as for `load`.
+    Unexpected tensors are reported in the line; tensors that depend on the image size are resized, from the size that the file's
+    specification tells. Rows of the head are taken by the names of classes or targets, where the file and `spec`, the data's, tell them; with
+    `reset_head` another head starts fresh. A head of another size raises ValueError unless `reset_head`, which published weights imply; so does
+    any other misfit, tensors missing beside the head unless `partial`, and with `whole`, as for an evaluation, a tensor left at its fresh
+    values. `use_ema` chooses among the weights of a file, as for `load`.
     """
-    if source == "pretrained" or not Path(source).exists() and _looks_like_tag(source):
-        weights = published_weights(name, None if source == "pretrained" else source)
-        reset_head |= source == "pretrained"
-    else:
-        weights = read_weights(source, use_ema)
-    weights, notes = fit(model, weights, source)
+    published, known = is_published(source), about(source, name)
+    arch = known["config"]["model"].removeprefix("timm/") if published else ""
+    weights = published_weights(f"timm/{arch}") if published else read_weights(source, use_ema)
+    saved, reset_head = _saved_network(known), reset_head or published
+    weights, notes = fit(model, weights, source, saved)
     own, heads = model.state_dict(), head_keys(model)
-    wrong = {key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape}
-    if wrong - heads:  # before the head: another width makes both misfit
-        key = sorted(wrong - heads)[0]
-        raise ValueError(f"--init {source}: {len(wrong)} tensors have another shape, the first is {key} "
-                         f"{tuple(weights[key].shape)} for {tuple(own[key].shape)}; is it another model or patch size?")
-    if wrong:
-        key = sorted(wrong)[-1]
-        if not reset_head:
-            raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} ({key}); "
-                             "--init_head reset starts a fresh one")
-        notes.append(f"head of {len(weights[key])} outputs left out, a fresh one of {len(own[key])} starts")
-        start_small_({name: own[name] for name in wrong})
-        weights = {key: value for key, value in weights.items() if key not in heads}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    if saved is not None and name.startswith("timm/") and (larger := _saved_network(known, 2)) is not None:
+        transfer.check_resized(weights, saved, larger, own, source)
+    theirs, ours = (known.get("spec") or {}, spec or {}) if not whole else ({}, {})
+    weights, head_notes = _with_head(model, weights, source, theirs, ours, reset_head)
+    missing, unexpected = [key for key in own if key not in weights], [key for key in weights if key not in own]
     if whole and missing:
-        raise ValueError(f"--init {source} leaves {_some(missing)} untrained: there is nothing to evaluate"
+        raise ValueError(f"--init {source} leaves {some(missing)} untrained: there is nothing to evaluate"
                          + "; its head is of other classes than the data's" * (set(missing) <= heads))
-    notes += [f"missing: {_some(missing)}"] * bool(missing) + [f"unexpected: {_some(unexpected)}"] * bool(unexpected)
-    return f"init {source}: {len(weights) - len(unexpected)} of {len(own)} tensors" + "".join(f"; {note}" for note in notes)
+    if not partial:
+        transfer.check_whole([key for key in missing if key not in heads], unexpected, own, source)
+    model.load_state_dict(weights, strict=False)
+    notes += head_notes + [f"missing: {some(missing)}"] * bool(missing) + [f"unexpected: {some(unexpected)}"] * bool(unexpected)
+    training = trained_on(arch.partition(".")[2])
+    origin = f" ({arch}{', trained on ' * bool(training)}{training})" if published else ""
+    return f"init {source}{origin}: {len(weights) - len(unexpected)} of {len(own)} tensors" + "".join(f"; {note}" for note in notes)
 
 
-@torch.no_grad()
-def start_small_(head: dict[str, Tensor]) -> None:
-    """A fresh classifier on trained features: matrices N(0, 0.01), biases 0, so that it starts without an opinion. A family's own start may be
-    far from it: timm's EfficientNets draw U(-1, 1) for one output."""
-    for tensor in head.values():
-        nn.init.trunc_normal_(tensor, std=0.01) if tensor.ndim > 1 else nn.init.zeros_(tensor)
+def _with_head(model: nn.Module, weights: dict[str, Tensor], source: str, theirs: dict[str, Any], ours: dict[str, Any],
+               reset: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights with a head that fits: its rows by name, or left out for a fresh one, with a note. Raises ValueError for any misfit."""
+    own, heads = model.state_dict(), head_keys(model)
 
+    def wrong() -> list[str]:
+        return sorted(key for key in weights.keys() & own.keys() if weights[key].shape != own[key].shape)
 
-def fit(model: nn.Module, weights: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Bring foreign tensors under the model's own names and sizes; returns them with a note for each thing done."""
-    own, notes = model.state_dict(), []
-    adapt = getattr(model, "adapt_state_dict", None) or _timm_filter(model)
-    adapted = adapt(weights)
-    resized = sum(key in adapted and adapted[key].shape != value.shape for key, value in weights.items())
-    notes += [f"{resized} tensors resized to the image size"] * bool(resized)
-    if not adapted.keys() & own.keys():
-        heads = head_keys(model)
-        alike = len(adapted) == len(own) and all(theirs.shape == ours.shape or key in heads
-                                                 for theirs, (key, ours) in zip(adapted.values(), own.items()))
-        if not alike:
-            raise ValueError(f"--init {source}: none of its {len(adapted)} tensors has a name of this model (first: {next(iter(adapted))}; "
-                             f"the model's first: {next(iter(own))})")
-        notes.append("no name matched, every shape did: taken in order")
-        adapted = dict(zip(own, adapted.values()))
-    return adapted, notes
-
-
-def _timm_filter(model: nn.Module) -> Any:
-    """timm's own key map and resizing for one of its models (`checkpoint_filter_fn` in the model's file), or the identity."""
-    module = sys.modules[type(model).__module__]
-    own = getattr(module, "checkpoint_filter_fn", None)
-    return (lambda weights: own(dict(weights), model)) if own else dict
+    if beside := [key for key in wrong() if key not in heads]:  # before the head: another width makes both misfit
+        key = beside[0]
+        raise ValueError(f"--init {source}: {len(beside)} tensors have another shape, the first is {key} {tuple(weights[key].shape)} for "
+                         f"{tuple(own[key].shape)}; is it another model or patch size?")
+    if reset and (wrong() or transfer.outputs(theirs) and transfer.outputs(ours) not in ([], transfer.outputs(theirs))):
+        count = len(weights[(wrong() or sorted(heads & weights.keys()))[-1]])
+        start_small_({key: own[key] for key in heads})
+        note = f"head of {count} outputs left out, a fresh one of {len(own[sorted(heads)[-1]])} starts"
+        return {key: value for key, value in weights.items() if key not in heads}, [note]
+    weights, notes = transfer.fit_head(model, weights, theirs, ours)
+    if misfits := wrong():
+        key = misfits[-1]
+        raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} ({key}); "
+                         "--init_head reset starts a fresh one")
+    return weights, notes
 
 
 def _looks_like_tag(source: str) -> bool:
-    return not any(mark in source for mark in ("/", "\\")) and Path(source).suffix not in (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
+    return not any(mark in source for mark in ("/", "\\")) and Path(source).suffix not in SUFFIXES
 
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _some(keys: list[str]) -> str:
-    return f"{len(keys)} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-
-
 def read_about(path: str | Path) -> dict[str, Any]:
     """`config` and `spec` as kept in one of our checkpoints or exported files; {} for other weights."""
     file = checkpoint_in(path)
+    stat = file.stat()
+    return copy.deepcopy(_read_about(file, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=8)  # a launch asks several times, and the seal of a large file takes seconds to check
+def _read_about(file: Path, mtime_ns: int, size: int) -> dict[str, Any]:
     content = _exported(file) if file.suffix == ".safetensors" else read_checkpoint(file)
     known = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("config", "spec"))
     return {key: content[key] for key in ("config", "spec")} if known else {}
@@ -260,10 +310,14 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict
     if not {"state_dict", "config", "spec"} <= content.keys():
         raise ValueError(f"{file} is not a vitlab checkpoint: it lacks config or spec; plain weights go to --init")
     config, spec = content["config"], content["spec"]
-    arguments = {key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")}  # nothing else is read
-    model = models.create(config["model"], spec["num_outputs"], tuple(spec["image_size"]), columns=columns_of(spec), **arguments)
+    model = _network_of(config, spec, tuple(spec["image_size"]))
     model.load_state_dict(network_state(content, use_ema, file))
     return model.eval(), spec
+
+
+def _network_of(config: dict[str, Any], spec: dict[str, Any], image_size: tuple[int, int]) -> nn.Module:
+    arguments = {key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")}  # nothing else is read
+    return models.create(config["model"], spec["num_outputs"], image_size, columns=columns_of(spec), **arguments)
 
 
 def columns_of(spec: dict[str, Any]) -> int:

@@ -202,8 +202,12 @@ class Swin(Hierarchy):
         fine = [(r"^layers\.(\d+).downsample", (0,)), (r"^layers\.(\d+)\.\w+\.(\d+)", None), (r"^norm", (99999,))]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' names become timm's (which are ours), stored masks and indices go, bias tables of another window are resized."""
+    def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
+        """The authors' names become timm's (which are ours), stored masks and indices go, bias tables of another window are resized.
+
+        `saved` is the network that the weights are of, where it is known: its windows are theirs. Else a table of our size is of our window,
+        another of a square one.
+        """
         own, adapted = self.state_dict(), {}
         official = "layers.0.downsample.reduction.weight" in state  # merging closes a stage there and opens the next one here
         for key, value in state.items():
@@ -212,22 +216,33 @@ class Swin(Hierarchy):
             if official:
                 key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
                 key = re.sub(r"^head\.", "head.fc.", key)
-            if key.endswith("relative_position_bias_table") and key in own and value.shape != own[key].shape:
-                value = resize_table(value, self.get_submodule(key.rpartition(".")[0]).window_size)
+            if key.endswith("relative_position_bias_table") and key in own:
+                window, old = (net and window_of(net, key) for net in (self, saved))
+                if window != old if old else value.shape != own[key].shape:
+                    value = resize_table(value, window, old)
             adapted[key] = value
         return adapted
 
 
-def resize_table(table: Tensor, window: Pair) -> Tensor:
-    """A bias table ((2S-1)^2, h) of square windows for another window: bicubic over the offsets, the authors' rule (utils.py:65-82).
+def window_of(network: nn.Module, table: str) -> Pair | None:
+    """The window (height, width) of the attention that has a bias table of this name; None where the network has none."""
+    try:
+        return tuple(network.get_submodule(table.rpartition(".")[0]).window_size)
+    except AttributeError:
+        return None
+
+
+def resize_table(table: Tensor, window: Pair, old: Pair | None = None) -> Tensor:
+    """A bias table ((2H-1)(2W-1), h) of the window `old` (H, W), or of a square one, for another window: bicubic over the offsets, the
+    authors' rule (utils.py:65-82).
 
     timm stretches it by a geometric progression instead (BEiT's rule); the two agree in no value but the shape. A table whose window
-    was not square is returned as it is, since its sides cannot be told.
+    was not square is returned as it is without `old`, since its sides cannot be told.
     """
-    side = round(len(table) ** 0.5)
-    if side * side != len(table):
+    rows = 2 * old[0] - 1 if old else round(len(table) ** 0.5)
+    if len(table) % rows or not old and rows * rows != len(table):
         return table
-    grid = rearrange(table.float(), "(y x) h -> 1 h y x", y=side)
+    grid = rearrange(table.float(), "(y x) h -> 1 h y x", y=rows)
     grid = F.interpolate(grid, size=(2 * window[0] - 1, 2 * window[1] - 1), mode="bicubic")
     return rearrange(grid, "1 h y x -> (y x) h").to(table.dtype)
 

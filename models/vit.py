@@ -16,7 +16,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models import HALF, register
-from models.layers import Block, NormedPatchEmbed, PatchEmbed, drop_path_rates, grid_of, lecun_normal_, sincos2d
+from models.layers import Block, NormedPatchEmbed, PatchEmbed, drop_path_rates, grid_of, lecun_normal_, saved_grid, sincos2d
 
 GELU: dict[str, Callable[[], nn.Module]] = {"erf": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh")}
 
@@ -111,35 +111,36 @@ class PlainTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
         """Fit weights saved at another image size or under the names of DeiT III's and ViT-5's authors (`gamma_1`, `gamma_2`).
 
-        Positions are resized bicubically: antialiased as timm does, without for the authors' files, as their code does.
+        Positions are resized bicubically: antialiased as timm does, without for files with the authors' names, as their code does. (DeiT's
+        code does without, too; its files have timm's names. From 224 to 384 pixels the two differ by under a tenth of a standard deviation
+        of the positions, which fine-tuning adapts.)
+        `saved` is the network that the weights are of, where it is known: its grid is theirs. Else the grid is guessed (`saved_grid`).
         """
         official = any(key.endswith(".gamma_1") for key in state)
         names = {key: key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma") for key in state}
         state = {names[key]: value for key, value in state.items()}
         if isinstance(self.pos_embed, nn.Parameter) and "pos_embed" in state:
             tokens = sum(key in state for key in ("cls_token", "dist_token"))
-            state["pos_embed"] = self._fit_positions(state["pos_embed"], tokens, antialias=not official)
+            old = getattr(getattr(saved, "patch_embed", None), "grid_size", None)
+            state["pos_embed"] = self._fit_positions(state["pos_embed"], tokens, old, antialias=not official)
         return state
 
-    def _fit_positions(self, saved: Tensor, tokens: int, antialias: bool) -> Tensor:
-        """Saved positions for 0 or `tokens` prefix tokens and a grid, resized to ours; prefix positions the file lacks stay as they are.
+    def _fit_positions(self, saved: Tensor, tokens: int, old: tuple[int, int] | None, antialias: bool) -> Tensor:
+        """Saved positions for 0 or `tokens` prefix tokens and the grid `old`, resized to ours; prefix positions the file lacks stay as they are.
 
-        Prefix tokens are taken to have positions in the file as they have here, else the other way; the saved grid is taken as square,
-        else as of our aspect. Raises ValueError when none of these fits the number of positions.
+        Without `old`, positions as many as ours are ours; of others, prefix tokens are taken to have positions in the file as they have
+        here, else the other way. Raises ValueError when nothing fits the number of positions.
         """
         grid, count = self.patch_embed.grid_size, saved.shape[1]
-        if count == self.pos_embed.shape[1] or saved.shape[2] != self.embed_dim:
+        if saved.shape[2] != self.embed_dim or old is None and count == self.pos_embed.shape[1]:
             return saved
-        for prefix in (tokens, 0) if self.prefix_has_pos else (0, tokens):
-            old = _grid_like(count - prefix, grid)
-            if old:
-                break
+        if old is None:
+            prefix, old = saved_grid(count, grid, (tokens, 0) if self.prefix_has_pos else (0, tokens))
         else:
-            raise ValueError(f"{count} saved positions are neither a square grid nor one of the aspect {grid[0]}:{grid[1]}, "
-                             f"with or without {tokens} for prefix tokens")
+            prefix = count - old[0] * old[1]  # 0 or more: the positions are those of the network that says `old`
         patches = saved[:, prefix:]
         if old != grid:
             patches = resample_abs_pos_embed(patches, grid, old, num_prefix_tokens=0, antialias=antialias)
@@ -257,15 +258,6 @@ def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError when an option's word is none of its choices."""
     if value not in choices:
         raise ValueError(f"{argument} is one of {', '.join(choices)}, not {value!r}")
-
-
-def _grid_like(count: int, grid: tuple[int, int]) -> tuple[int, int] | None:
-    """The square of `count` cells, else the grid of that many cells with the aspect of `grid`, else None."""
-    side = math.isqrt(max(count, 0))
-    rows = round(grid[0] * math.sqrt(max(count, 0) / (grid[0] * grid[1])))
-    if side and side * side == count:
-        return side, side
-    return (rows, count // rows) if rows and not count % rows and count // rows * grid[0] == rows * grid[1] else None
 
 
 for _name, _patch, _dim, _depth, _heads, _gmacs, _timm in (

@@ -138,9 +138,9 @@ class ViT5(PlainTransformer):
         """Tokens (B, T, D) -> the class token (B, D)."""
         return x[:, 0]
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
         """As for the others; the authors' files also hold their rotary frequencies, which are constants here."""
-        return super().adapt_state_dict({key: value for key, value in state.items() if ".rope" not in key})
+        return super().adapt_state_dict({key: value for key, value in state.items() if ".rope" not in key}, saved)
 
 
 for _name, _dim, _depth, _heads, _gmacs in (

@@ -113,7 +113,10 @@ def test_other_misfits_are_errors_and_partial_files_are_reported(tmp_path):
         initialise(target, str(write(tmp_path, "pth", make(embed_dim=16).state_dict())), name="vit_s16")
     state = make(seed=2).state_dict()
     del state["norm.bias"]
-    note = initialise(target, str(write(tmp_path, "pth", state | {"teacher.w": torch.zeros(1)})), name="vit_s16")
+    path = str(write(tmp_path, "pth", state | {"teacher.w": torch.zeros(1)}))
+    with pytest.raises(ValueError, match="1 of the model's 32 tensors are missing beside the head .norm.bias.*--init_partial"):
+        initialise(target, path, name="vit_s16")
+    note = initialise(target, path, name="vit_s16", partial=True)
     assert "31 of 32 tensors" in note and "missing: 1 (norm.bias)" in note and "unexpected: 1 (teacher.w)" in note
     with pytest.raises(ValueError, match="none of its 1 tensors has a name of this model"):
         fit(target, {"conv.weight": torch.zeros(3)}, "x.pth")

@@ -13,6 +13,7 @@ from experiments.config import Config, parse
 from experiments.recipe import RECIPES, recipe_names
 from experiments.run import main
 from experiments.usage import size
+from models import pretrained
 
 RAND = "rand-m9-mstd0.5-inc1"
 # google-research/big_vision 0127fb6: configs/vit_i1k.py:63-177, configs/vit_s16_i1k.py:33-105
@@ -51,16 +52,16 @@ TABLE = {  # every knob of training that is not at its default, with rates as th
     **{f"deit_{name}": DEIT | {"model": f"deit_{name}"} for name in ("ti16", "s16", "b16", "ti16_distilled", "s16_distilled", "b16_distilled")},
     "deit_b16_384": DEIT | AT_384 | {"model": "deit_b16", "model_args": {}, "global_batch_size": 512, "lr": 5e-6, "min_lr": 5e-6},
     "deit3_s16": DEIT3 | SMALL3 | {"model": "deit3_s16", "crop_pct": 1.0}, "deit3_b16": DEIT3 | BASE3 | {"model": "deit3_b16", "crop_pct": 1.0},
-    "deit3_b16_224": TUNE3 | {"model": "deit3_b16", "model_args": {"drop_path": 0.2}, "crop_pct": 1.0},
+    "deit3_b16_224": TUNE3 | {"model": "deit3_b16", "image_size": 224, "model_args": {"drop_path": 0.2}, "crop_pct": 1.0},
     "vit5_s16": DEIT3 | SMALL3 | AVERAGED | {"model": "vit5_s16"}, "vit5_b16": DEIT3 | BASE3 | AVERAGED | {"model": "vit5_b16"},
-    "vit5_b16_224": TUNE3 | {"model": "vit5_b16", "model_args": {"drop_path": 0.25}},
+    "vit5_b16_224": TUNE3 | {"model": "vit5_b16", "image_size": 224, "model_args": {"drop_path": 0.25}},
     **{f"swin_{name}": SWIN | {"model": f"swin_{name}", "model_args": {"drop_path": rate}} for name, rate in (("t", 0.2), ("s", 0.3), ("b", 0.5))},
-    "swin_b_384": SWIN | AT_384 | SQUASHED | {"model": "swin_b", "model_args": {"drop_path": 0.5, "window_size": 12}, "lr": 4e-5,
+    "swin_b_384": SWIN | AT_384 | SQUASHED | {"model": "swin_b", "init": "ms_in1k", "model_args": {"drop_path": 0.5, "window_size": 12}, "lr": 4e-5,
                                               "warmup_epochs": 5.0, "warmup_lr": 4e-8, "min_lr": 4e-7},
     **{f"convnext_{name}": CONVNEXT | {"model": f"convnext_{name}", "model_args": {"drop_path": rate}}
        for name, rate in (("t", 0.1), ("s", 0.4), ("b", 0.5))},
     "convnext_b_384": CONVNEXT | AT_384 | SQUASHED | {
-        "model": "convnext_b", "model_args": {"drop_path": 0.8, "head_init_scale": 0.001}, "global_batch_size": 512, "lr": 5e-5,
+        "model": "convnext_b", "init": "fb_in1k", "model_args": {"drop_path": 0.8, "head_init_scale": 0.001}, "global_batch_size": 512, "lr": 5e-5,
         "warmup_epochs": 0.0, "layer_decay": 0.7, "mixup": 0.0, "cutmix": 0.0, "ema_decay": None},
     # "ResNet strikes back" (2110.00476) table 2, procedure A1
     "resnet50_a1": {"model": "timm/resnet50", "model_args": {"drop_path": 0.05}, "epochs": 600, "global_batch_size": 2048, "lr": 5e-3,
@@ -144,6 +145,14 @@ def test_wrong_recipe_is_refused(tmp_path, monkeypatch, capsys, text, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name, training", [("swin_b_384", "ImageNet-1k"), ("convnext_b_384", "ImageNet-1k"), ("deit_b16_384", "ImageNet-1k"),
+                                            ("pawpularity_swin_base", "ImageNet-22k, then ImageNet-1k")])
+def test_a_recipe_starts_from_the_weights_of_its_figure(name, training):
+    cfg = parse(["--recipe", name])
+    weights = pretrained.published_name(cfg.model, None if cfg.init == "pretrained" else cfg.init)
+    assert pretrained.trained_on(weights.partition(".")[2]) == training
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_builds_its_network(name):
     cfg = parse(["--recipe", name, *TEACHER.get(name, []), *(["--model", "vit_s16"] if name in ANY_MODEL else [])])
@@ -159,7 +168,7 @@ def test_recipe_trains_two_steps(name, tmp_path, launch):
         write_pictures(tmp_path / "pics" / split, {"dark": 4, "light": 4}, side=40, seed=seed)
     line = f"--recipe {name} --data_dir pics --epochs 1 --global_batch_size 4 --lr 1e-3 --workers 0 --logger csv --name it " \
            f"{next((flags for start, flags in SMALLER.items() if name.startswith(start)), VIT)}"
-    line += " --model vit_s16" * (name in ANY_MODEL) + " --init null" * ("init: pretrained" in (RECIPES / f"{name}.yaml").read_text())
+    line += " --model vit_s16" * (name in ANY_MODEL) + " --init null" * ("\ninit: " in (RECIPES / f"{name}.yaml").read_text())
     line += f" {VIT}" * (name == "finetune_large") + " --data folder" * (name == "demo")
     if name in TEACHER:
         assert launch(f"--model vit_s16 {VIT} --data_dir pics --epochs 1 --global_batch_size 4 --workers 0 --logger csv --name t").code == 0
