@@ -90,7 +90,7 @@ def spelled_twice(plain: dict[str, str]) -> str:
 
 def paired(ids: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     """{id: the one of `others` that it is}: the same text, else the same whole number, where neither side has that number twice."""
-    ids, others = {*ids}, {*others}
+    ids, others = dict.fromkeys(ids), dict.fromkeys(others)
     mine, theirs = Counter(map(whole, ids)), Counter(map(whole, others))
     by_number = {whole(other): other for other in others if WHOLE.fullmatch(other) and theirs[whole(other)] == 1}
     pairs = {each: each if each in others else by_number.get(whole(each)) if mine[whole(each)] == 1 else None for each in ids}

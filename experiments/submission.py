@@ -3,14 +3,15 @@
 Legend: N rows, O outputs (classes, labels, targets). The sample has an id column and columns of values; predictions have `prediction`, or
 `prediction_<output>` for each output.
 """
-from dataclasses import dataclass, field
-from pathlib import Path
+import os
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from datamodules.table import listed, near_miss
+from datamodules.listing import SUFFIXES
+from datamodules.table import WHOLE, listed, near_miss, paired, whole
 
 SUM_TOLERANCE = 1e-3  # of probabilities that shall sum to 1
 CONSTANT = 1e-6  # standard deviation below which predictions are called constant
@@ -87,6 +88,12 @@ def _join(ids: pd.Series, predictions: pd.DataFrame, outcome: Outcome) -> pd.Dat
         twice = each[each.duplicated()]
         if len(twice):
             outcome.problems.append(f"{whose}: ids more than once: {listed(twice.unique())}")
+    spelled = {other: each for each, other in paired(ids, theirs).items() if each != other}
+    if spelled:
+        other, each = next(iter(spelled.items()))
+        outcome.warnings.append(f"{len(spelled)} ids are the same whole numbers in other spellings, and joined: {each!r} of the sample is {other!r} "
+                                "of the predictions")
+        theirs = predictions[column] = theirs.map(lambda text: spelled.get(text, text))
     missing, strange = ids[~ids.isin(theirs)], theirs[~theirs.isin(ids)]
     if len(missing):
         hint, outcome.again = _hint(missing, theirs) or ("", "some" if len(missing) < len(ids) else "all")
@@ -96,12 +103,13 @@ def _join(ids: pd.Series, predictions: pd.DataFrame, outcome: Outcome) -> pd.Dat
     return None if outcome.problems else predictions.set_index(column, drop=False).loc[ids].reset_index(drop=True)
 
 
-def _hint(missing: pd.Series, theirs: pd.Series) -> tuple[str, str | None] | None:
+def _hint(missing: pd.Series, theirs: pd.Series) -> tuple[str, str] | None:
     """(how the ids only look different, `again` of Outcome), or None."""
-    if {Path(name).stem for name in missing} <= {Path(name).stem for name in theirs}:
+    def bare(path: str) -> str:
+        stem, suffix = os.path.splitext(os.path.basename(path))
+        return stem if suffix.lower() in SUFFIXES else stem + suffix
+    if set(map(bare, missing)) <= set(map(bare, theirs)):
         return "; without folder and suffix they would be the same", "sample"
-    if {name.lstrip("0") for name in missing} <= {name.lstrip("0") for name in theirs}:
-        return "; without zeros at their start they would be the same: a program that read them as numbers has lost them", None
     return None
 
 
@@ -154,6 +162,9 @@ def _task(outputs: list[str] | None, values: np.ndarray, labels: pd.Series | Non
 def _cells(sample: pd.DataFrame, wanted: list[str], predicted: Predicted, spec: dict[str, Any], options: Options,
            outcome: Outcome) -> dict[str, Any] | None:
     """{column of the sample: cells}, or None, with the problem."""
+    if predicted.outputs:  # a class 1.0 is the sample's column 1
+        named = {output: column for column, output in paired(wanted, predicted.outputs).items()}
+        predicted = replace(predicted, outputs=[named.get(output, output) for output in predicted.outputs])
     outputs, task, kind = predicted.outputs, predicted.task, options.kind
     if outputs and kind in (None, "numbers", "whole") and {*wanted} & {*outputs}:
         if missing := [column for column in wanted if column not in outputs]:
@@ -211,7 +222,7 @@ def _labels(cells: pd.Series, predicted: Predicted, spec: dict[str, Any], option
         outcome.problems.append(f"{column}: --as {kind} needs probabilities of classes, and numbers were predicted")
         return []
     if predicted.labels is not None:
-        return predicted.labels.tolist()
+        return predicted.labels.map(_spelled(predicted.labels.unique().tolist(), {*cells}, column, outcome)).tolist()
     best = predicted.values.argmax(1)
     if kind == "label":
         numeric = (cells != "").any() and not cells.map(_number).isna().any()
@@ -219,7 +230,8 @@ def _labels(cells: pd.Series, predicted: Predicted, spec: dict[str, Any], option
             outcome.problems.append(f"the sample's column {column!r} holds numbers ({listed(cells.unique())}), the classes are {listed(outputs)}: "
                                     "--as label writes their names")
         outcome.facts.append(f"{column}: the likeliest class")
-        return [outputs[place] for place in best]
+        spelled = _spelled(outputs, {*cells}, column, outcome)
+        return [spelled[outputs[place]] for place in best]
     separator = options.separator or _separator(cells, spec, outputs)
     if clash := [name for name in outputs if separator in name]:
         outcome.problems.append(f"{column}: labels joined by {separator!r}, which is in their names ({listed(clash)}): --separator")
@@ -227,7 +239,24 @@ def _labels(cells: pd.Series, predicted: Predicted, spec: dict[str, Any], option
     chosen[np.arange(len(best)), best] = True
     outcome.facts.append(f"{column}: labels of probability {options.threshold:g} on, at least the likeliest, joined by {separator!r}; "
                          f"{chosen.sum() / len(best):.2f} a row")
-    return [separator.join(name for name, there in zip(outputs, row) if there) for row in chosen]
+    spelled = _spelled(outputs, {part for cell in cells for part in cell.split(separator)}, column, outcome)
+    return [separator.join(spelled[name] for name, there in zip(outputs, row) if there) for row in chosen]
+
+
+def _spelled(names: list[str], sample: set[str], column: str, outcome: Outcome) -> dict[str, str]:
+    """{label: how it is written}: as it is, but whole numbers as the sample writes such, 0 for 0.0; where that cannot be told it is warned of."""
+    sample = {text.strip() for text in sample} - {""}
+    if not sample or sample <= {*names} or not all(map(WHOLE.fullmatch, [*names, *sample])):
+        return {name: name for name in names}
+    tail = next((tail for tail in ("", ".0") if all(text == whole(text) + tail for text in sample)), None)
+    if tail is None:
+        outcome.warnings.append(f"{column}: the sample spells numbers as {listed(sorted(sample))}, the labels of the training table are "
+                                f"{listed(names)}, and written so")
+        return {name: name for name in names}
+    spelled = {name: whole(name) + tail for name in names}
+    outcome.facts += [f"{column}: {name} is written as {text}, and so on, as the sample spells numbers" for name, text in spelled.items()
+                      if name != text][:1]
+    return spelled
 
 
 def _separator(cells: pd.Series, spec: dict[str, Any], outputs: list[str]) -> str:

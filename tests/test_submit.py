@@ -166,7 +166,7 @@ def test_the_specification_of_a_training_run_is_in_its_checkpoint(folder, capsys
     (IDS[:-1], ["1 of 5 ids of the sample have no prediction: é,5"]), ([*IDS, "006"], ["1 of 6 predicted ids are not in the sample: 006"]),
     ([*IDS, "003"], ["the predictions: ids more than once: 003"]), ([*IDS[:-1], "5"], ["have no prediction: é,5", "not in the sample: 5"]),
     ([f"test/{name}.jpg" for name in IDS], ["5 of 5 ids", "without folder and suffix they would be the same"]),
-    (["3", "1", "2", "x 4", "é,5"], ["3 of 5 ids of the sample have no prediction: 003, 001, 0002"])])
+    (["3", "3.0", "1", "0002", "x 4", "é,5"], ["1 of 5 ids of the sample have no prediction: 003", "not in the sample: 3, 3.0"])])
 def test_ids_that_differ_are_refused(folder, capsys, ids, words):
     run_of(folder, ["Id", "prediction"], [[name, 50] for name in ids], **POINTS)
     write(folder / "sample.csv", ["Id", "Pawpularity"], [[name, 1] for name in IDS])
@@ -224,14 +224,32 @@ def test_what_was_not_predicted_has_its_command(folder, capsys):
     assert "predict.py runs/a 'runs/b c' --csv comp/sample.csv, and" in capsys.readouterr().err
     write(folder / "comp" / "sample.csv", ["Id", "P"], [[name.lstrip("0"), 1] for name in IDS])
     assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
-    said = capsys.readouterr().err
-    assert "without zeros at their start" not in said  # the id 003 was not predicted at all
-    write(folder / "comp" / "sample.csv", ["Id", "P"], [[name.lstrip("0"), 1] for name in IDS[1:]])
-    assert submit.main(["run", "--sample", "comp/sample.csv"]) == 1
-    said = capsys.readouterr().err
-    assert "without zeros at their start" in said and "predict.py" not in said
+    assert "1 of 5 ids of the sample have no prediction: 3\n" in capsys.readouterr().err
     assert submit.main(["--predictions", "run/predictions.csv", "--sample", "comp/sample.csv"]) == 1
     assert "predict.py" not in capsys.readouterr().err
+
+
+def test_ids_that_are_the_same_whole_numbers_are_joined(folder, capsys):
+    run_of(folder, ["Id", "prediction"], [[f"{n}.0", n + 1] for n in (3, 1, 2)], **POINTS)
+    write(folder / "sample.csv", ["Id", "P"], [[name, 1] for name in ("001", "002", "003")])
+    assert submit.main(["run", "--sample", "sample.csv"]) == 0
+    said = capsys.readouterr().err
+    assert "3 ids are the same whole numbers in other spellings, and joined: '001' of the sample is '1.0' of the predictions" in said
+    assert [(row["Id"], float(row["P"])) for row in accept(folder / "sample.csv", folder / "submission.csv")] == [("001", 2), ("002", 3), ("003", 4)]
+    write(folder / "sample.csv", ["Id", "P"], [[name, 1] for name in ("5.0", "6.0", "7.0")])
+    assert submit.main(["run", "--sample", "sample.csv"]) == 1 and "folder and suffix" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, sample, written, words", [
+    (["0.0", "1.0", "2.0"], "0", ["0", "2", "1", "2", "1"], "label: 0.0 is written as 0"),
+    (["0", "1", "2"], "0.0", ["0.0", "2.0", "1.0", "2.0", "1.0"], "label: 0 is written as 0.0"),
+    (["0.0", "1.0", "2.0"], "1.0", ["0.0", "2.0", "1.0", "2.0", "1.0"], "label: the likeliest class"),
+    (["0", "1", "2"], "00", ["0", "2", "1", "2", "1"], "warning: label: the sample spells numbers as 00")])
+def test_labels_are_spelled_as_the_sample_has_them(folder, capsys, names, sample, written, words):
+    rows, said = submitted(folder, capsys, {**CLASSES, "class_names": names}, THREE, ["label"], [sample])
+    assert [rows[name]["label"] for name in IDS[::-1]] == written and words in said.out + said.err
+    rows, _ = submitted(folder, capsys, {**CLASSES, "class_names": names}, THREE, ["0", "1", "2"], ["0"] * 3)  # a column for each
+    assert float(rows[IDS[-1]]["0"]) == 0.7
 
 
 def test_ids_and_cells_stay_as_the_sample_has_them(folder, capsys):
