@@ -21,6 +21,7 @@ import models
 from datamodules.decode import PictureError
 from experiments import launched, plan, preflight, rendezvous, rundir
 from experiments.config import Command, Config, read
+from experiments.extension import extended
 from experiments.recipe import recipe_data
 from experiments.usage import TOLD, UsageError, size
 from lightning_modules import distill_losses, targets, teacher_cache
@@ -139,13 +140,14 @@ def decide(command: Command) -> Run:
     cfg = replace(cfg, cache_side=data.cache_side)
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
+    cfg, longer = extended(cfg, data.steps_per_epoch, command.chosen)
     cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
     guide = teacher(cfg, data)
     if isinstance(guide, CachedTeacher):
         guide.check(seen_by_teacher(cfg, data))
-    words = (*command.notes, *notes, *more, *([line] if line else []), *_pictures_line(cfg), *preflight.advice(cfg, data, meta))
+    words = (*command.notes, *notes, *more, *longer, *([line] if line else []), *_pictures_line(cfg), *preflight.advice(cfg, data, meta))
     for note in () if TOLD in os.environ else words:
         print(note)
     run = Run(cfg, Path(cfg.runs_dir) / cfg.name, None, False, data, network, guide)

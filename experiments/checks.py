@@ -26,8 +26,13 @@ def check(cfg: "Config") -> None:
         raise UsageError(f"--name {cfg.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
     if cfg.eval_only and (cfg.resume or not cfg.init):
         raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
-    if cfg.resume and cfg.overwrite:
-        raise UsageError("--resume continues a run and --overwrite deletes one: give only one of them")
+    for key in ("resume", "extend"):
+        if getattr(cfg, key) and cfg.overwrite:
+            raise UsageError(f"--{key} continues a run and --overwrite deletes one: give only one of them")
+    if cfg.extend and (cfg.resume or cfg.eval_only):
+        raise UsageError(f"--extend trains a finished run longer: not with --{'resume' if cfg.resume else 'eval_only'}")
+    if cfg.extend_step is not None and not cfg.extend:
+        raise UsageError("--extend_step is for --extend")
     if cfg.folds is not None and cfg.folds < 2:
         raise UsageError(f"--folds {cfg.folds}: at least 2")
     if cfg.folds is not None and cfg.fold is None and (few := [key for key in ("limit_val", "fast_dev_run") if getattr(cfg, key)]):

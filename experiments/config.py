@@ -124,6 +124,8 @@ class Config:
     runs_dir: str = knob("runs", "folder of the run directories", role="place")
     resume: str | None = knob(None, "checkpoint or directory of another run to continue in full (weights, optimizer, position)",
                                  role="place")
+    extend: str | None = knob(None, "finished run to train longer, up to --epochs: its state goes on, the schedule runs anew over what is added")
+    extend_step: int | None = knob(None, "optimizer steps that --extend's run has done; left out: as it says", role="place")
     overwrite: bool = knob(False, "delete the run directory of that name and start again", role="place")
     save_every_steps: int | None = knob(None, "also save last.ckpt every so many optimizer steps, beside every epoch", role="place")
     log_every_steps: int = knob(50, "optimizer steps between two rows of training metrics", role="place")

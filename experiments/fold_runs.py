@@ -46,7 +46,7 @@ def _refuse(cfg: Config) -> None:
     if launched.tasks() > 1:
         raise UsageError(f"--folds {cfg.folds} starts processes of its own: under torchrun or srun give one fold, --fold I (0 to {cfg.folds - 1}); "
                          f"afterwards --folds {cfg.folds} alone, in one process, merges them")
-    for key in ("resume", "eval_only"):
+    for key in ("resume", "extend", "eval_only"):
         if getattr(cfg, key):
             raise UsageError(f"--{key} is for one run: --fold I names it (0 to {cfg.folds - 1})")
 

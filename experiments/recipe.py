@@ -66,7 +66,7 @@ def yaml_keys(file: Path, name: str, known: list[str]) -> dict[str, Any]:
 def check_recipe(file: Path, known: list[str]) -> None:
     """Raises UsageError for an unknown key, and for one that no recipe may set."""
     for key in yaml_keys(file, f"recipe {file.stem}", known):
-        if key in ("data_args", "data_dir", "runs_dir", "name", "resume", "recipe"):
+        if key in ("data_args", "data_dir", "runs_dir", "name", "resume", "extend", "recipe"):
             raise UsageError(f"recipe {file.stem} sets {key!r}: a recipe may set model and data, never paths or data_args")
 
 

@@ -118,7 +118,8 @@ class Start:
 
 def resume_point(folder: Path, cfg: Config) -> Start | None:
     """The full state a run goes on from. Where weights come from, first that is there: 1. its own last.ckpt (a killed run goes on), or the
-    one before when that is damaged 2. --resume (another run's full state) 3. --init (weights only, loaded into the model before) 4. scratch.
+    one before when that is damaged 2. --resume or --extend (another run's full state) 3. --init (weights only, loaded into the model before)
+    4. scratch.
 
     Raises UsageError when there are checkpoints and none can be read: nothing starts from scratch over a run.
     """
@@ -127,14 +128,15 @@ def resume_point(folder: Path, cfg: Config) -> Start | None:
         return _first_whole(own, f"{folder} is the run's directory and none of its checkpoints can be read, so nothing is started over it. "
                                  "Put a whole copy of last.ckpt there, or start again with --overwrite, or beside it with --name"
                                  + _best_instead(folder))
-    if not cfg.resume:
+    flag, source = ("resume", cfg.resume) if cfg.resume else ("extend", cfg.extend)
+    if not source:
         return None
-    pretrained.check_local(cfg.resume)
-    path = Path(cfg.resume)
+    pretrained.check_local(source)
+    path = Path(source)
     files = [path / "checkpoints" / name for name in pretrained.LAST] if path.is_dir() else [path]
     if not any(file.is_file() for file in files):
-        raise UsageError(f"--resume {path}: there is no checkpoint {files[0]}")
-    return _first_whole(files, f"--resume {path}: no checkpoint can be read")
+        raise UsageError(f"--{flag} {path}: there is no checkpoint {files[0]}")
+    return _first_whole(files, f"--{flag} {path}: no checkpoint can be read")
 
 
 def _first_whole(files: list[Path], refusal: str) -> Start:
@@ -218,7 +220,10 @@ def differences(folder: Path, cfg: Config) -> list[str]:
 
 def _check_same(folder: Path, cfg: Config) -> None:
     if apart := differences(folder, cfg):
-        raise UsageError(f"{folder} is a run with other values ({', '.join(apart)}): --name another, or --overwrite it")
+        longer = result(folder).get("finished") and cfg.epochs > stored(folder).get("epochs", cfg.epochs)
+        raise UsageError(f"{folder} is a run with other values ({', '.join(apart)}): --name another, or --overwrite it"
+                         + f". To train longer what is finished: --extend {folder} --name other goes on with its state, --init {folder} --name other "
+                           "starts anew from its weights" * bool(longer))
 
 
 def _flat(cfg: Config, *roles: str) -> dict[str, Any]:
@@ -232,7 +237,7 @@ def _spread(values: dict[str, Any], *roles: str) -> dict[str, Any]:
         if knob.metadata["role"] in roles and knob.name in values:
             value = values[knob.name]
             flat |= {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
-    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init", "teacher", "teacher_init")
+    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init", "extend", "teacher", "teacher_init")
                    if flat.get(key) and os.path.exists(flat[key])}
 
 

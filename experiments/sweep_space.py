@@ -17,7 +17,7 @@ METHODS, GOALS = ["bayes", "random", "grid"], ["minimize", "maximize"]
 RANGE, STEPPED = ("min", "max"), ("min", "max", "q")
 DISTRIBUTIONS = {"constant": ("value",), "categorical": ("values",), "uniform": RANGE, "int_uniform": RANGE, "log_uniform_values": RANGE,
                  "q_uniform": STEPPED, "q_log_uniform_values": STEPPED}
-OURS = ("name", "runs_dir", "resume", "overwrite", "dry_run", "list")  # flags that sweep.py gives each trial, or that no trial can have
+OURS = ("name", "runs_dir", "resume", "extend", "overwrite", "dry_run", "list")  # flags that sweep.py gives each trial, or that no trial can have
 ARGS = ("${args_no_equals}", "${args}")  # macros whose flags run.py reads
 
 

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from experiments import plan, run_page, rundir, trackers
 from experiments.build import Run
+from experiments.extension import warmup_steps
 from lightning_modules import distill_losses, ema, losses, metrics
 from lightning_modules.aux_targets import Aux
 from lightning_modules.averaging import Averaging
@@ -17,20 +18,17 @@ from lightning_modules.optim import optimizer
 from lightning_modules.predictions import Predictions
 from lightning_modules.preemption import Preemption
 from lightning_modules.progress import Progress
-from lightning_modules.schedules import SCHEDULES
+from lightning_modules.schedules import SCHEDULES, later
 from lightning_modules.seen import Seen
 from lightning_modules.task import Task
 from models import cost
 
 
 def task(run: Run) -> Task:
-    cfg, per_epoch = run.cfg, run.data.steps_per_epoch
-    warmup = cfg.warmup_steps
-    if warmup is None:
-        epochs = min(5.0, cfg.epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
-        warmup = round((round(epochs) if cfg.schedule in ("timm", "deit") else epochs) * per_epoch)  # those move once an epoch
-    schedule = partial(SCHEDULES[cfg.schedule], peak=cfg.lr, min_lr=cfg.min_lr, warmup_lr=cfg.warmup_lr, warmup_steps=warmup,
-                       total_steps=cfg.epochs * per_epoch, steps_per_epoch=per_epoch)
+    cfg, per_epoch, start = run.cfg, run.data.steps_per_epoch, run.cfg.extend_step or 0
+    schedule = partial(SCHEDULES[cfg.schedule], peak=cfg.lr, min_lr=cfg.min_lr, warmup_lr=cfg.warmup_lr, steps_per_epoch=per_epoch,
+                       warmup_steps=warmup_steps(cfg, per_epoch), total_steps=cfg.epochs * per_epoch - start)
+    schedule = partial(later, schedule=schedule, start=start) if start else schedule
     make_optimizer = partial(optimizer, name=cfg.optimizer, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay,
                              head_lr_scale=cfg.head_lr_scale, **cfg.optimizer_args)
     build = Task

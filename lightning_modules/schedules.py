@@ -47,4 +47,9 @@ def convnext(step: int, *, peak: float, min_lr: float, warmup_lr: float, warmup_
                   steps_per_epoch=steps_per_epoch)
 
 
+def later(step: int, *, schedule: Callable[[int], float], start: int) -> float:
+    """A schedule that begins at step `start`; not for steps before."""
+    return schedule(step - start)
+
+
 SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "timm": timm, "deit": deit, "swin": swin, "convnext": convnext}
