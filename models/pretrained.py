@@ -28,8 +28,9 @@ EMA, RAW = ("ema_state_dict", "state_dict_ema", "model_ema"), ("state_dict", "mo
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors", ".tar")
 # What the trainers of timm, DeiT, MAE and ConvNeXt keep beside tensors and plain data: their command line, paths, NumPy's numbers. Making any
 # of these runs no code of the file's.
-PLAIN_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, np.core.multiarray.scalar,
-               *{type(np.dtype(kind)) for kind in "?bhilBHILefd"}]
+SCALAR = np.float64(0).__reduce__()[0]  # what NumPy makes a number of; NumPy 1 and 2 write it under other names
+PLAIN_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, (SCALAR, "numpy.core.multiarray.scalar"),
+               (SCALAR, "numpy._core.multiarray.scalar"), *{type(np.dtype(kind)) for kind in "?bhilBHILefd"}]
 AVERAGED, BEST = "averaged.ckpt", "best.ckpt"  # of a run directory: the mean of several epochs, and the best epoch
 LAST = ("last.ckpt", "last-1.ckpt")  # of a run directory: the last step saved, and the one saved before
 FILES = (AVERAGED, BEST, *LAST)  # whose weights a run directory stands for, the first that is there

@@ -1,6 +1,7 @@
 """`--init` from the command line: positions of another grid, rows of the head by name, pictures as before, foreign files, what is refused."""
 import argparse
 import io
+import zipfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -196,6 +197,9 @@ def trainer_files(folder):
     torch.save(common | {"lr_scheduler": {"base_values": [1e-3]}, "model_ema": model.state_dict()}, folder / "deit.pth")
     torch.save(common, folder / "mae.pth")
     torch.save(common | {"max_accuracy": np.float64(81.2)}, folder / "convnext.pth")
+    with zipfile.ZipFile(folder / "convnext.pth") as new, zipfile.ZipFile(folder / "numpy1.pth", "w") as old:  # as NumPy 1 names its numbers
+        for entry in new.infolist():
+            old.writestr(entry, new.read(entry).replace(b"numpy._core.", b"numpy.core."))
     return model.state_dict()
 
 
@@ -205,7 +209,7 @@ class Unknown:
 
 def test_files_of_other_trainers(folder, run):
     state = trainer_files(folder)
-    for file in ("timm.pth.tar", "deit.pth", "mae.pth", "convnext.pth"):
+    for file in ("timm.pth.tar", "deit.pth", "mae.pth", "convnext.pth", "numpy1.pth"):
         code, said = run(f"{VIT} --image_size 16 --init {file} --dry_run")
         assert code == 0 and f"{file}: {len(state)} of {len(state)} tensors\n" in said, said
     torch.save({"model": state, "hook": Unknown()}, folder / "unknown.pth")
