@@ -17,6 +17,7 @@ from datamodules.erasing import Boxes
 from datamodules.mixing import Mixer
 from datamodules.on_device import OnDevice
 from datamodules.own import OwnTransform, digest
+from datamodules.picture_check import only_skips_differ
 from datamodules.pictures import EvalPictures, Split, TrainPictures, fingerprint, hold_out, spread
 from datamodules.samplers import EvalSampler, TrainSampler, passes_per_step
 from datamodules.sizes import training_sizes
@@ -252,7 +253,8 @@ class PictureData(L.LightningDataModule):
         if not state or (self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING):
             return
         now = {"accumulation": self.accumulation(self._world_size)} | self.identity
-        changed = [f"{key} was {state[key]}, is {value}" for key, value in now.items() if state.get(key, value) != value]
+        free = ("sizes", "fingerprint") if only_skips_differ(state, now) else ()
+        changed = [f"{key} was {state[key]}, is {value}" for key, value in now.items() if key not in free and state.get(key, value) != value]
         if changed:
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])

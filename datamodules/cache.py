@@ -110,6 +110,7 @@ class PictureCache:
         stats = np.array([self._stat(name) for name in self.names.tolist()], dtype=np.int64).reshape(-1, 2)  # bytes, nanoseconds
         digest = hashlib.sha256(f"{FORMAT} {self.side} {self.interpolation} {len(self.names)}\n".encode())
         digest.update(b"\n".join(self.names.tolist()) + stats.tobytes())
+        digest.update("".join(f"white {opener.how.white}\n" for opener in self.openers if opener.how.white is not None).encode())
         return os.path.join(self.root, f"pictures-{self.side}-{self.interpolation}-{digest.hexdigest()[:16]}")
 
     @property

@@ -11,6 +11,7 @@ import pandas as pd
 
 from datamodules import folds, table_columns, table_scheme, table_split, table_targets
 from datamodules.base import PictureData
+from datamodules.decode import MAX_PIXELS, Decoding
 from datamodules.folder import Files
 from datamodules.pictures import Split
 from datamodules.table import Report, counted, listed, plainly, spelled_twice
@@ -32,6 +33,7 @@ class DataModule(PictureData):
         target, task, image, group, metric: as the flags of the same names; group none does without, FILE.csv has an id column and the groups.
         bad_images: error, or skip: rows whose picture is missing or cannot be read are left out (`skipped`).
         bad_rows: error, or skip: rows without a label are left out (`skipped`).
+        max_pixels, white: `Decoding`.
         folds, fold: val is this one of so many folds (`folds.assign`, or `fold_column`); else `val_fraction` of the rows.
         folds_at: where the folds are kept: a folder with a file for each table, number and seed, or a file of one's own.
         id_column, fold_column, label_separator: columns and the sign between labels.
@@ -60,6 +62,8 @@ class DataModule(PictureData):
     metric: str | None = None
     bad_images: str = "error"
     bad_rows: str = "error"
+    max_pixels: int = MAX_PIXELS
+    white: float | None = None
     folds: int | None = None
     fold: int | None = None
     folds_at: str | None = None
@@ -108,7 +112,8 @@ class DataModule(PictureData):
             raise FileNotFoundError(f"--data_dir {where}; it must hold train.csv and pictures")
         named = {"train": self.train_csv, "test": self.test_csv, "sample": self.sample_csv}
         tables = table_scheme.read_tables(self.data_dir, named, no_train=self.eval_only)
-        folder, report = Folder(self.data_dir), Report(f"--data_dir {self.data_dir}")
+        self.files = Files(self.data_dir, Decoding(self.max_pixels, self.white))
+        folder, report = Folder(self.data_dir, self.files.how), Report(f"--data_dir {self.data_dir}")
         scheme, self.lines = table_scheme.decide(tables, folder, self._given | {"usual_metric": self.usual_metric})
         self.table_scheme, self.task, self.metric_name, self.id_column = scheme, scheme["task"], scheme["metric"], scheme["id_column"]
         table_columns.check_use(self.inputs, scheme, INPUTS)
@@ -129,7 +134,7 @@ class DataModule(PictureData):
         self.lines += table_scheme.advice(tables, scheme, names)
         self.skipped = pd.concat([part.skipped() for part in parts.values()], ignore_index=True)
         for split in parts.keys() - {"train"}:
-            splits[split], self.rows[split] = parts[split].split(Files(self.data_dir)), np.flatnonzero(parts[split].good)
+            splits[split], self.rows[split] = parts[split].split(self.files), np.flatnonzero(parts[split].good)
         if self.task == "regression":
             self.target_range = self._limits or _extent(next(iter(splits.values())).targets)
         self.table_scheme = {**scheme, "class_names": names, "target_range": self.target_range}
@@ -183,7 +188,7 @@ class DataModule(PictureData):
             table_targets.check_range(train.targets, scheme, self._limits, file, report)
         self.groups, self.train_ids = self._groups(frame, pool, report), frame[self.id_column].str.strip().tolist()
         report.finish()
-        self.all_targets, rows, every = pool.targets, np.flatnonzero(pool.good), pool.split(Files(self.data_dir))
+        self.all_targets, rows, every = pool.targets, np.flatnonzero(pool.good), pool.split(self.files)
         try:
             held = self._held_out(frame, rows, names, part[places] == "val")
         except ValueError as error:
@@ -193,7 +198,7 @@ class DataModule(PictureData):
         if scheme["split_column"]:
             self.lines.append(self._told_split(part, "test" in beside))
         if for_test.good.any() and "test" not in beside:
-            splits["test"], self.rows["test"] = for_test.split(Files(self.data_dir)), np.flatnonzero(part == "test")[for_test.good]
+            splits["test"], self.rows["test"] = for_test.split(self.files), np.flatnonzero(part == "test")[for_test.good]
         if held is None:
             self.rows["train"] = places[rows]
             return {"train": every} | splits

@@ -7,19 +7,15 @@ suffix that is left out is found. Two templates by a comma are for train and for
 import os
 import posixpath
 import re
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pandas as pd
-from PIL import Image
 
-from datamodules.decode import PictureError, open_picture
-from datamodules.listing import SUFFIXES
+from datamodules.decode import SUFFIXES, USUALLY, Decoding
+from datamodules.picture_check import faults
 from datamodules.table import near_miss
 
 FIELD = re.compile(r"\{([^{}]+)\}")
-ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\x3b"}  # last bytes of a whole file
-READERS = 8
 
 
 def part_of(template: str, split: str) -> str:
@@ -68,8 +64,8 @@ class Folder:
     """A data folder, each of its folders listed once. A link may lead elsewhere in it; the folder itself, and one that the template names as a
     plain word directly in it, may be links."""
 
-    def __init__(self, root: str):
-        self.root, self.listing, self.folders = root, cache(self._listing), cache(self._folders)
+    def __init__(self, root: str, how: Decoding = USUALLY):
+        self.root, self.how, self.listing, self.folders = root, how, cache(self._listing), cache(self._folders)
 
     def _listing(self, folder: str) -> tuple[dict[str, str | None], dict[str, str]]:
         """({file name: why it cannot be used, or None}, {name without the suffix or with it in lower case: file name}) of the pictures in it."""
@@ -182,28 +178,6 @@ def _strange_links(folder: Folder, template: str, split: str):
     return strange
 
 
-def unreadable(root: str, files: list[str | None]) -> Wrong:
-    """The rows whose picture cannot be read: header and last bytes are looked at, and all of a file whose end is not the one of its format."""
-    def fault(file: str | None) -> str | None:
-        return None if file is None else picture_fault(os.path.join(root, file))
-    with ThreadPoolExecutor(READERS) as readers:
-        return {row: (files[row], f"is broken: {why}") for row, why in enumerate(readers.map(fault, files)) if why}
-
-
-def picture_fault(path: str) -> str | None:
-    """Why a picture cannot be read, or None."""
-    try:
-        with open(path, "rb") as file:
-            with Image.open(file) as picture:
-                end = ENDS.get(picture.format)
-            if end:
-                file.seek(-len(end), os.SEEK_END)
-                if file.read() == end:
-                    return None
-    except Exception:
-        pass
-    try:
-        open_picture(path)
-    except PictureError as error:
-        return str(error).removeprefix(f"cannot read picture {path}: ")
-    return None
+def unreadable(root: str, files: list[str | None], how: Decoding = USUALLY) -> Wrong:
+    """The rows whose picture cannot be read (`picture_check.picture_fault`)."""
+    return {row: (files[row], f"is broken: {why}") for row, why in faults(root, files, how)[0].items()}

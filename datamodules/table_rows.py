@@ -122,7 +122,7 @@ def _pictures(folder: Folder, frame: pd.DataFrame, split: str, file: str, scheme
     if outside:
         shown = listed(map(" ".join, outside.values()))
         report.add(file, f"{counted(len(outside), 'path')} outside of the data folder, {rows_text(list(outside))}: {shown}")
-    broken = unreadable(folder.root, files)
+    broken = unreadable(folder.root, files, folder.how)
     if not skip or len(missing) + len(broken) > MOST_SKIPPED * len(frame):
         for found, what in ((missing, "missing"), (broken, "that cannot be read")):
             if found:

@@ -32,7 +32,7 @@ from lightning_modules.teacher_cache import CachedTeacher
 from models import cost, pretrained
 
 DECISION = "VITLAB_DECISION"  # what the launching process decided, for the ranks Lightning starts
-TABLE = ("target", "task", "image", "group", "bad_images", "bad_rows", "folds", "fold")  # knobs of data sets that are tables
+TABLE = ("target", "task", "image", "group", "bad_rows", "folds", "fold")  # knobs of data sets that are tables
 TRIED_PICTURES = 16  # of val and of test, in --fast_dev_run
 PREPARATION = ("image_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
@@ -93,7 +93,7 @@ def _attempt(do: Callable[[Any], Run], given: Any) -> tuple[Run | None, Exceptio
 def _decision(run: Run) -> dict[str, Any]:
     """What other ranks need to build the same run, as plain data."""
     return {"cfg": {key: getattr(run.cfg, key) for key in run.cfg.__dataclass_fields__}, "folder": str(run.folder), "resume": run.resume,
-            "finished": run.finished}
+            "finished": run.finished, "unreadable": getattr(run.data, "unreadable", None) or []}
 
 
 def quiet() -> None:
@@ -259,7 +259,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _build(decision: dict[str, Any]) -> Run:
     cfg = Config(**_tuples(decision["cfg"]))
-    data = datamodule(cfg)
+    data = datamodule(cfg, decision["unreadable"])
     return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, model(cfg, data)[0], teacher(cfg, data))
 
 
@@ -290,13 +290,17 @@ def _with_saved(command: Command) -> Command:
     if not saved:
         return command
     taken = {key: saved.get(key) for key in ("model", "model_args") if cfg.model is None}
-    taken |= {key: saved[key] for key in ("data", "data_dir", "data_args", *TABLE, "metric") if key in saved and not (cfg.data or cfg.data_dir)}
+    if not (cfg.data or cfg.data_dir):
+        taken |= {key: saved[key] for key in ("data", "data_dir", "data_args", "bad_images", *TABLE, "metric") if key in saved}
     taken |= {key: saved[key] for key in ("loss", "loss_args") if key in saved and cfg.loss is None}  # they say what the outputs mean
     return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
 
 
-def datamodule(cfg: Config) -> L.LightningDataModule:
-    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order, targets its range."""
+def datamodule(cfg: Config, unreadable: list[str] | None = None) -> L.LightningDataModule:
+    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order, targets its range.
+
+    unreadable: pictures that cannot be read, as the launching process has found them; None looks for them.
+    """
     names = {}
     if saved := _saved(cfg):
         names = {"class_names": saved["spec"].get("class_names")}
@@ -304,6 +308,12 @@ def datamodule(cfg: Config) -> L.LightningDataModule:
     table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
     if strange := table.keys() - {*known}:
         raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
+    if "bad_images" in known:
+        table["bad_images"] = cfg.bad_images
+    elif cfg.bad_images != "error":
+        raise UsageError(f"--bad_images {cfg.bad_images} is for picture files; --data {cfg.data} has none")
+    if "unreadable" in known:
+        table["unreadable"] = unreadable
     if cfg.folds and cfg.fold is None:
         table["fold"] = 0  # over all folds: the first stands for the rest
     if cfg.folds and "folds_at" in known and "folds_at" not in cfg.data_args:

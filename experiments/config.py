@@ -53,7 +53,8 @@ class Config:
     image: str | None = knob(None, "of a table: where the pictures are, as {split}/{Id}.jpg; left out: what the folders tell")
     group: str | None = knob(None, "of a table: column whose equal values never lie on both sides of a split")
     metric: str | None = knob(None, "chooses the best epoch (of equals the first): a name of --list metrics, or my.py:function")
-    bad_images: Literal["error", "skip"] = knob("error", "of a table: pictures that are missing or cannot be read")
+    bad_images: Literal["error", "skip"] = knob("error", "pictures that are missing or cannot be read: skip leaves them out and lists them in "
+                                                "skipped.csv; a run goes on without those that break later", role="place")
     bad_rows: Literal["error", "skip"] = knob("error", "of a table: rows without a label; skip neither trains on them nor scores them")
     folds: int | None = knob(None, "of a table: train on every fold in turn, each a process of its own, and merge")
     fold: int | None = knob(None, "of --folds: only this one, from 0 on")

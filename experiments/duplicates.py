@@ -67,7 +67,7 @@ def _data(cfg: Config) -> Any:
     """The table; of the flags only those that say what it is."""
     if not cfg.data_dir:
         raise UsageError("--data_dir is missing: the folder with train.csv")
-    kept = {key: getattr(cfg, key) for key in ("data_dir", "data_args", *build.TABLE) if key not in ("folds", "fold")}
+    kept = {key: getattr(cfg, key) for key in ("data_dir", "data_args", "bad_images", *build.TABLE) if key not in ("folds", "fold")}
     small = Config(**kept, data=cfg.data or datamodules.detect(cfg.data_dir), model="vit_nano4", global_batch_size=1)
     data = build.datamodule(small.filled(**models.preprocessing(small.model) | {"image_size": 32}))
     if data.id_column is None:

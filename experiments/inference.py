@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import five_crop
 
 import models
-from datamodules.decode import PictureError, open_picture
+from datamodules.decode import USUALLY, Decoding, PictureError, open_picture
 from datamodules.on_device import OnDevice
 from datamodules.table_columns import standardised
 from datamodules.transforms import eval_transform
@@ -57,6 +57,7 @@ class How:
     batch_size: int = 32
     workers: int | None = None
     bad_images: str = "error"
+    decoding: Decoding = USUALLY
 
 
 def weights_of(run: str) -> list[Path]:
@@ -175,8 +176,8 @@ class Pictures(Dataset):
     """Place -> row, views (a tensor for each kind of preparation), columns (I,) of the row in own units, error ('' of a picture that could be
     read; else the views are black)."""
 
-    def __init__(self, root: str, names: np.ndarray, rows: np.ndarray, views: list[Views], columns: np.ndarray) -> None:
-        self.root, self.names, self.rows, self.views, self.columns = root, names, rows, views, columns
+    def __init__(self, root: str, names: np.ndarray, rows: np.ndarray, views: list[Views], columns: np.ndarray, how: Decoding) -> None:
+        self.root, self.names, self.rows, self.views, self.columns, self.how = root, names, rows, views, columns, how
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -186,7 +187,7 @@ class Pictures(Dataset):
         try:
             if not self.names[row]:
                 raise PictureError("there is no picture")
-            picture = open_picture(os.path.join(self.root, os.fsdecode(self.names[row])))
+            picture = open_picture(os.path.join(self.root, os.fsdecode(self.names[row])), self.how)
         except PictureError as problem:
             picture, error = Image.new("RGB", (64, 64)), str(problem)
         return {"row": row, "views": [views(picture) for views in self.views], "columns": self.columns[row], "error": error}
@@ -255,7 +256,7 @@ def predict(ensemble: Ensemble, root: str, names: np.ndarray, rows: np.ndarray, 
     columns = np.zeros((len(names), 0)) if columns is None else columns
     how, problems, parts, start, told = ensemble.how, {}, [], time.monotonic(), time.monotonic()
     workers = min(worker_count(how.workers, False, local_ranks), -(-len(rows) // how.batch_size))
-    loader = DataLoader(Pictures(root, names, rows, ensemble.views(), columns), batch_size=how.batch_size, num_workers=workers,
+    loader = DataLoader(Pictures(root, names, rows, ensemble.views(), columns, how.decoding), batch_size=how.batch_size, num_workers=workers,
                         timeout=WORKER_TIMEOUT_SECONDS if workers else 0, worker_init_fn=heed_only_the_parent,
                         pin_memory=ensemble.device.type == "cuda", generator=torch.Generator().manual_seed(0))
     for batch in loader:

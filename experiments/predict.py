@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from datamodules.decode import PictureError
+from datamodules.decode import Decoding, PictureError
 from experiments import inference
 from experiments.inference import How, Source
 from experiments.prediction_rows import Rows, rows_of_folder, rows_of_table
@@ -73,10 +73,11 @@ def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
     found, config, notes = inference.sources(args.run)
     gpus, more = inference.usable_gpus(args.accelerator)
     world = _world(args.devices, launched, gpus)
-    spec, how = found[0].spec, How(**{key: getattr(args, key) for key in asdict(How())})
+    spec, decoding = found[0].spec, _decoding(args, config)
+    how = How(**{key: getattr(args, key) for key in asdict(How()) if key != "decoding"}, decoding=decoding)
     for source in found:
         inference.Views(source.spec, how.tta)  # refuses what cannot be done
-    rows = _rows(args, spec, config, inference.inputs_of(found))
+    rows = _rows(args, spec, config, decoding, inference.inputs_of(found))
     out = Path(args.out) if args.out else Path(args.runs_dir) / (args.name or _name(args)) / PREDICTIONS
     if rank == 0:
         for note in [*notes, *more]:
@@ -114,14 +115,20 @@ def _world(devices: int, launched: int, gpus: int) -> int:
     return devices
 
 
-def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any], inputs: list[str]) -> Rows:
+def _decoding(args: argparse.Namespace, config: dict[str, Any]) -> Decoding:
+    """As in training; --max_pixels in its place."""
+    trained = {key: value for key, value in (config.get("data_args") or {}).items() if key in ("max_pixels", "white")}
+    return Decoding(**trained | ({} if args.max_pixels is None else {"max_pixels": args.max_pixels}))
+
+
+def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any], how: Decoding, inputs: list[str]) -> Rows:
     if args.folder:
         if args.csv or args.data_dir:
             raise ValueError("--folder predicts pictures without a table: leave --csv and --data_dir out")
         return rows_of_folder(args.folder, inputs)
     scheme = {"id_column": spec.get("id_column")} | (spec.get("table") or {})
     return rows_of_table(args.csv, args.data_dir, config, scheme, image=args.image, id_column=args.id_column,
-                         fill=args.bad_images == "fill", inputs=inputs)
+                         fill=args.bad_images == "fill", how=how, inputs=inputs)
 
 
 # processes
@@ -276,6 +283,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs_dir", default="runs", help="folder of the run directories")
     parser.add_argument("--use_ema", type=_boolean, metavar="true|false", help="averaged or raw weights; left out: the averaged where kept")
     parser.add_argument("--bad_images", choices=["error", "fill"], default="error", help="fill: the mean prediction of the others")
+    parser.add_argument("--max_pixels", type=positive, help="of the largest picture that is read; left out: as in training, else 178,956,970")
     parser.add_argument("--precision", choices=["auto", *inference.PRECISIONS], default="auto", help="auto: bf16 where the GPU has it, else fp16 "
                         "(T4), on CPU fp32")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="auto: the GPU where it can be used")

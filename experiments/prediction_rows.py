@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from datamodules.listing import SUFFIXES
+from datamodules.decode import SUFFIXES, USUAL, Decoding
 from datamodules.table import Report, listed, near_miss, read_table, rows_text
 from datamodules.table_columns import read_columns
 from datamodules.table_pictures import Folder, columns_in, locate, unreadable
@@ -47,19 +47,20 @@ def rows_of_folder(folder: str, inputs: Sequence[str] = ()) -> Rows:
                 raise ValueError(f"{path} is a link that leaves the folder (to {os.path.realpath(path)})")
             found.append(Path(path).relative_to(folder).as_posix())
     if not found:
-        raise ValueError(f"--folder {folder}: there is no picture in it (looked for {' '.join(SUFFIXES)})")
+        raise ValueError(f"--folder {folder}: there is no picture in it (looked for {' '.join(USUAL[:4])} and whatever else Pillow reads)")
     found.sort()
     return Rows(folder, pd.Series(found, name="id", dtype=object), np.array([os.fsencode(name) for name in found]), {})
 
 
 def rows_of_table(csv: str | None, data_dir: str | None, trained_on: dict[str, Any], scheme: dict[str, Any], *, image: str | None,
-                  id_column: str | None, fill: bool, inputs: Sequence[str] = ()) -> Rows:
+                  id_column: str | None, fill: bool, how: Decoding, inputs: Sequence[str] = ()) -> Rows:
     """The rows of `csv`, or of test.csv, else sample_submission.csv, in the data folder: `data_dir`, else the csv's folder, else that of the run.
 
     Args:
         trained_on: config of the run, of which data_dir and data_args are used.
         scheme: `spec["table"]` of the run; image, id_column: in place of the scheme's.
         inputs: columns that the networks take.
+        how: pictures are read.
         fill: pictures that are missing or cannot be read go to `Rows.bad`.
 
     Raises FileNotFoundError, or ValueError, one report: no such column, no numbers in one of `inputs`, no rows,
@@ -84,7 +85,7 @@ def rows_of_table(csv: str | None, data_dir: str | None, trained_on: dict[str, A
     template = image or scheme.get("image") or _template(folder, frame, column, split)
     columns_in(template, list(frame.columns))
     files, missing, outside = locate(folder, template, frame, split)
-    unread = unreadable(root, files)
+    unread = unreadable(root, files, how)
     bad = {row: " ".join(found) for row, found in sorted((missing | unread).items())}
     for found, what in ((outside, "are outside of the data folder"), (missing, "are missing"), (unread, "cannot be read")):
         if found and (not fill or found is outside or len(bad) == len(files)):

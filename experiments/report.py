@@ -160,7 +160,9 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         raise
     except PictureError as error:
         line = [line for line in str(error).splitlines() if "cannot read picture" in line][-1]  # after a worker's own traceback
-        print(f"run.py: {line[line.find('cannot read picture'):]}", file=sys.stderr, flush=True)
+        hint = " (--bad_images skip leaves out what cannot be read, an empty file too: the same command with it goes on)" \
+            if hasattr(run.data, "listed") else ""
+        print(f"run.py: {line[line.find('cannot read picture'):]}{hint}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except Exception as error:
         code = PREEMPTED if notice.asked > 1 else 1

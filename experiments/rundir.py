@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from datamodules.picture_check import only_skips_differ
 from experiments.config import Config, plain
 from experiments.usage import UsageError
 from models import pretrained
@@ -177,6 +178,7 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
                      + f", new: {', '.join(new[:5])}" * bool(new) + ", in another order" * (not gone and not new))
     if not cfg.eval_only:
         apart += _other_data(content["DataModule"], identity)
+        start.notes.extend(_other_skips(content["DataModule"], identity))
         apart += ["the teacher cache: its content is another"] * (content.get("teacher_digest") != identity.get("teacher_digest"))
     if apart:
         raise UsageError(f"{start.file} cannot go on here, it was saved with other values or data:\n  " + "\n  ".join(apart)
@@ -192,11 +194,36 @@ def _other_data(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The differences between the identities of two data sets, in words."""
     apart = [f"{key} {before.get(key)} -> {now.get(key)}" for key in ("seed", "global_batch_size", "repeated_augment", "augment")
              if before.get(key, now.get(key)) != now.get(key)]
-    sizes = before.get("sizes", now["sizes"])
-    apart += [f"{split}: {sizes.get(split)} samples -> {number}" for split, number in now["sizes"].items() if sizes.get(split) != number]
-    if before.get("fingerprint") != now["fingerprint"]:
-        apart.append(f"the files or their classes (fingerprint {str(before.get('fingerprint'))[:12]} -> {now['fingerprint'][:12]})")
-    return apart
+    if before.get("fingerprint") == now["fingerprint"] or only_skips_differ(before, now):
+        return apart
+    apart += _sizes(before, now)
+    apart.append(f"the files or their classes (fingerprint {str(before.get('fingerprint'))[:12]} -> {now['fingerprint'][:12]})")
+    return apart + _other_folders(before.get("folders", {}), now.get("folders", {}))
+
+
+def _sizes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    there = before.get("sizes", now["sizes"])
+    return [f"{split}: {there.get(split)} samples -> {number}" for split, number in now["sizes"].items() if there.get(split) != number]
+
+
+def _other_folders(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The class folders that have changed, and what helps where pictures are gone."""
+    if not before:
+        return []
+    counts = [{name: int(text.split()[0]) for name, text in each.items()} for each in (before, now)]
+    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    lines = [f"{name}: {counts[0].get(name, 0)} pictures -> {counts[1].get(name, 0)}"
+             + ", of other names" * (counts[0].get(name) == counts[1].get(name)) for name in changed[:5]]
+    lines += [f"and {len(changed) - 5} more folders"] * (len(changed) > 5)
+    gone = any(counts[0].get(name, 0) > counts[1].get(name, 0) for name in changed)
+    return lines + ["an empty file in the place of a picture that is gone, and --bad_images skip, go on without it"] * gone
+
+
+def _other_skips(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A note on pictures that could be read then and not now, or now and not then."""
+    if before.get("fingerprint") == now["fingerprint"] or not only_skips_differ(before, now):
+        return []
+    return [f"other pictures than before cannot be read ({'; '.join(_sizes(before, now))}): going on at the same step, in another order"]
 
 
 def _check_same_data(folder: Path, result: dict[str, Any], identity: dict[str, Any]) -> None:

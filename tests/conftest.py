@@ -175,3 +175,12 @@ def write_pictures(root: Path, counts: dict[str, int], side: int = 16, seed: int
         for n in range(count):
             pixels = rng.integers(0, 60, (side, side, 3)) + 190 * place // max(1, len(counts) - 1)
             Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{n}.jpg", quality=95)
+
+
+def write_damaged(path: Path) -> None:
+    """A picture with a sound header and end, which only decoding finds out."""
+    import numpy as np
+    from PIL import Image
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(path, "PNG")
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] + bytes(100) + content[1100:])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import result_of, weights_of
+from conftest import result_of, weights_of, write_damaged
 from PIL import Image
 from test_datamodules import COMMON, photo
 from test_run import TINY
@@ -245,9 +245,9 @@ def test_a_damaged_cache_is_named(root):
 
 
 def test_a_bad_picture_is_named_and_leaves_no_cache(root):
-    (root / "data/train/dog/4.png").write_bytes(b"")
+    write_damaged(root / "data/train/dog/4.png")
     for workers in (0, 1):
-        with pytest.raises(PictureError, match=r"^cannot read picture .*dog/4.png: the file is empty$"):
+        with pytest.raises(PictureError, match=r"^cannot read picture .*dog/4.png: OSError"):
             make(root, workers=workers).cache.build()
     assert not make(root).cache.ready
     photo(4).save(root / "data/train/dog/4.png")
@@ -386,7 +386,7 @@ def test_with_and_without_a_cache_are_two_runs(pics, launch):
 
 
 def test_a_bad_picture_ends_a_run_in_one_line(pics, launch):
-    (pics / "pics/test/grey/3.jpg").write_bytes(b"not a picture")
+    write_damaged(pics / "pics/test/grey/3.jpg")
     ended = launch(f"{TINY} --epochs 1 --cache_dir cache")
     assert ended.code == 1 and "run.py: cannot read picture" in ended.out and "Traceback" not in ended.out, ended.out
 

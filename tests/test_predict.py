@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import FORKS, free_port, write_pictures
+from conftest import FORKS, free_port, write_damaged, write_pictures
 from PIL import Image
 from timm.data import create_transform
 
@@ -59,13 +59,6 @@ def comp(tmp_path, monkeypatch):
         Image.fromarray(pixels).resize(tuple(rng.integers(20, 60, 2)), 2).save(tmp_path / "comp" / "test" / f"{name}.jpg", quality=95)
     (tmp_path / "comp" / "test.csv").write_text("Id,Eyes\n" + "".join(f"{name},1\n" for name in names))
     return tmp_path
-
-
-def write_damaged(path):
-    """A picture with a sound header and end, which only decoding finds out."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(path, "PNG")
-    content = path.read_bytes()
-    path.write_bytes(content[:1000] + bytes(100) + content[1100:])
 
 
 def answers(path="out.csv"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import result_of, weights_of, write_pictures
+from conftest import result_of, weights_of, write_damaged, write_pictures
 
 import models
 from experiments import export, run
@@ -221,8 +221,8 @@ def test_the_main_job_without_imagenet_or_devices_says_what_it_needs(tmp_path, l
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_picture_ends_the_run_with_its_name(pics, launch, workers):
-    (pics / "pics" / "train" / "grey" / "3.jpg").write_bytes(b"not a picture")
-    (pics / "pics" / "train" / "dark" / "4.jpg").write_bytes(b"")
+    write_damaged(pics / "pics" / "train" / "grey" / "3.jpg")
+    write_damaged(pics / "pics" / "train" / "dark" / "4.jpg")
     ended = launch(f"{TINY.replace('--workers 0', '')} --workers {workers} --epochs 1 --val_fraction 0 --global_batch_size 40")
     assert ended.code == 1 and "cannot read picture" in ended.out and ".jpg" in ended.out and "Traceback" not in ended.out, ended.out
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_damaged
 from timm.data import create_transform
 
 from datamodules.decode import open_picture
@@ -302,7 +303,7 @@ def test_mistakes_are_one_line(taught, launch, line, words):
 
 def test_a_picture_that_cannot_be_read(taught, launch):
     folder = cached(taught, launch, "--epochs 1 --view fixed").rename(taught / "before")
-    (taught / "pics" / "train" / "dark" / "1.jpg").write_bytes(b"no picture")
+    write_damaged(taught / "pics" / "train" / "dark" / "1.jpg")
     ended = launch(f"teacher --out cache {TINY} --teacher runs/teacher --epochs 1 --val_fraction 0", before=prepare)
     assert ended.code == 1 and "cannot read picture" in ended.out and "1.jpg" in ended.out and "Traceback" not in ended.out, ended.out
     assert folder.is_dir() and not list((taught / "cache").glob("*.safetensors"))
