@@ -36,7 +36,7 @@ def warmup_steps(cfg: Config, steps_per_epoch: int) -> int:
     """Of the run, or of the part that is added: left out, a tenth of its epochs, 5 at most."""
     if cfg.warmup_steps is not None:
         return cfg.warmup_steps
-    epochs = cfg.epochs - (cfg.extend_step or 0) / steps_per_epoch
+    epochs = cfg.epochs - (cfg.extend_step / steps_per_epoch if cfg.extend_step else 0)  # an evaluation has no steps
     epochs = min(5.0, epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
     return round((round(epochs) if cfg.schedule in ("timm", "deit") else epochs) * steps_per_epoch)  # those move once an epoch
 
