@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments.usage import did_you_mean
+from experiments.usage import did_you_mean, piped
 
 USAGE = "usage: vitlab VERB ...   (vitlab VERB --help prints its flags; vitlab --version)"
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in verbs():
         print(f"vitlab: there is no verb {verb!r}{did_you_mean(verb, [*verbs()])} (there are {', '.join(verbs())})", file=sys.stderr)
         return 2
-    return import_module(f"experiments.{verb}").main(rest)
+    return piped(import_module(f"experiments.{verb}").main, rest)
 
 
 if __name__ == "__main__":

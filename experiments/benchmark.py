@@ -23,6 +23,7 @@ from torch.nn import functional as F
 import models
 from datamodules.decode import PictureError
 from experiments import benchmark_distill
+from experiments.usage import piped
 
 Makers = dict[str, Callable[[], nn.Module]]
 
@@ -167,4 +168,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

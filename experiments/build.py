@@ -19,7 +19,7 @@ from torch import nn
 import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import launched, plan, preflight, rendezvous, rundir
+from experiments import early, launched, plan, preflight, rendezvous, rundir
 from experiments.config import Command, Config, read
 from experiments.extension import extended
 from experiments.recipe import recipe_data
@@ -48,6 +48,7 @@ class Run:
     data: L.LightningDataModule
     model: nn.Module
     teacher: Teacher | Teachers | CachedTeacher | None = None
+    asked: str | None = None  # `early.asked`
 
 
 def resolve(command: Command) -> Run:
@@ -107,6 +108,7 @@ def quiet() -> None:
 
 def decide(command: Command) -> Run:
     """Check names, read the folder, fill what was left out, look into the run directory. Writes nothing; `enter` does."""
+    typed = command.config
     command = _with_saved(_with_data(_with_saved(command)))  # reading the line again forgets what was taken
     cfg, alone = _tried(command.config), command.recipe_alone
     preflight.check_names(cfg)
@@ -150,7 +152,8 @@ def decide(command: Command) -> Run:
     words = (*command.notes, *notes, *more, *longer, *([line] if line else []), *_pictures_line(cfg), *preflight.advice(cfg, data, meta))
     for note in () if TOLD in os.environ else words:
         print(note)
-    run = Run(cfg, Path(cfg.runs_dir) / cfg.name, None, False, data, network, guide)
+    folder = Path(cfg.runs_dir) / cfg.name
+    run = Run(cfg, folder, None, False, data, network, guide, early.asked(typed, folder))
     run.finished = rundir.look(cfg, _identity(run))
     return run
 

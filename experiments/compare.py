@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from experiments import compare_pairs, compare_runs, compare_tables, compare_text
+from experiments.usage import piped
 
 
 def compare(places: list[str], out: str | Path, metric: str | None = None) -> tuple[compare_tables.Comparison, compare_pairs.Matrix]:
@@ -62,4 +63,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from experiments import launched
 from experiments import recipe as recipes
 from experiments.checks import check, check_teacher
 from experiments.usage import UsageError, did_you_mean, size
@@ -177,8 +178,7 @@ def read(argv: list[str] | None = None, prog: str = "run.py") -> Command:
     try:
         return _read(argv)
     except (UsageError, argparse.ArgumentError) as error:
-        print(f"{prog}: {_tidy(str(error))}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(launched.refuse(prog, _tidy(str(error)))) from None
 
 
 def _tidy(message: str) -> str:

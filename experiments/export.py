@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import models
+from experiments.usage import piped
 from models import pretrained
 
 
@@ -76,4 +77,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

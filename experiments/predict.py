@@ -28,7 +28,7 @@ from datamodules.decode import Decoding, PictureError
 from experiments import inference
 from experiments.inference import How, Source
 from experiments.prediction_rows import Rows, rows_of_folder, rows_of_table
-from experiments.usage import Parser, positive
+from experiments.usage import Parser, piped, positive
 from lightning_modules.columns import dtype
 
 CONFIG, PREDICTIONS = "config.yaml", "predictions.csv"
@@ -300,4 +300,4 @@ def _boolean(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -3,7 +3,7 @@ import argparse
 import sys
 
 from experiments.config import read
-from experiments.usage import dispatch, positive
+from experiments.usage import dispatch, piped, positive
 from lightning_modules.signals import listening
 
 
@@ -70,4 +70,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

@@ -1,25 +1,22 @@
-"""What a run says of itself: lists, the plan, the result on screen and in result.json."""
+"""What a run says of itself: the plan, the result on screen and in result.json."""
 import os
 import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import lightning as L
 import torch
 
-import datamodules
 import models
 from datamodules.decode import PictureError
-from experiments import build, plan, run_media_log, run_page, rundir, trackers
+from experiments import build, early, plan, run_media_log, run_page, rundir, trackers
 from experiments.build import Run
 from experiments.config import Config
-from experiments.recipe import RECIPES, recipe_names
 from experiments.usage import size
-from lightning_modules import distill_losses, losses, metrics
+from lightning_modules import metrics
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.ema import uses_ema
@@ -30,50 +27,6 @@ from lightning_modules.signals import PREEMPTED, notice
 from models import cost, pretrained
 
 LOST_RANK = re.compile("closed by peer|reset by peer|Broken pipe|connectFullMesh|Socket Timeout|Timed out waiting|NCCL.*remote process")
-
-
-def listing(cfg: Config) -> int:
-    """Print the names there are, for --list; with --model its layers."""
-    if cfg.list == "models" and cfg.model:
-        _layers(cfg)
-    elif cfg.list == "models":
-        print(f"{'name':<26}{'parameters':>13}{'GMACs':>9}  size  {'recipe':<26}in timm")
-        for name in models.names():
-            entry = models.REGISTRY[name]
-            with torch.device("meta"):
-                count = cost.parameters(models.create(name))
-            recipe = name if name in recipe_names() else "-"
-            print(f"{name:<26}{count:>13,}{entry.gmacs:>9.2f}  {entry.image_size:>4}  {recipe:<26}{entry.timm or '-'}")
-        print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
-    elif cfg.list == "data":
-        for name in datamodules.names():
-            print(f"{name:<17}{import_module(datamodules.module(name)).__doc__.splitlines()[0]}")
-    elif cfg.list == "losses":
-        for name, text in losses.TEXTS.items():
-            print(f"--loss {name:<14}{', '.join(losses.tasks_of(name))}: {text}")
-        for name in distill_losses.names():
-            build = distill_losses.LOSSES[name].build
-            print(f"--distill {name:<10}{build.__doc__.splitlines()[0]} ({', '.join([*distill_losses.SHARED, *distill_losses.keywords(name)])})")
-        print("--loss_args.target_weights [1,2]: how much each label or target weighs, of multilabel and regression")
-    elif cfg.list == "metrics":
-        for name, entry in metrics.METRICS.items():
-            print(f"{name:<10}{entry.mode}  {', '.join(entry.tasks)}: {entry.compute.__doc__.splitlines()[0]}")
-        print("my.py:function  (target, prediction), whole arrays -> a number; larger is better unless function.mode = \"min\"\n"
-              f"left out: what the data are known for, else {', '.join(f'{name} ({task})' for task, name in metrics.DEFAULTS.items())}")
-    else:
-        for name in recipe_names():
-            print(f"{name:<26}{(RECIPES / f'{name}.yaml').read_text().splitlines()[0].lstrip('# ')}")
-    return 0
-
-
-def _layers(cfg: Config) -> None:
-    image_size = size(cfg.image_size or models.preprocessing(cfg.model)["image_size"])
-    with torch.device("meta"):
-        meta = models.create(cfg.model, image_size=image_size, **cfg.model_args)
-    print(f"{'layer':<32}{'output':<24}{'parameters':>13}{'GMACs':>10}")
-    for name, shape, count, gmacs in cost.layer_table(meta, image_size):
-        print(f"{name:<32}{'x'.join(map(str, shape)):<24}{count:>13,}{gmacs:>10.4f}")
-    print(f"{cfg.model:<32}{'x'.join(map(str, image_size)):<24}{cost.parameters(meta):>13,}{cost.gmacs(meta, image_size):>10.4f}")
 
 
 def dry_run(run: Run) -> int:
@@ -137,8 +90,7 @@ def _state(run: Run) -> str:
 
 def finished(run: Run) -> int:
     """Say that there is nothing left to do, and the result."""
-    print(f"already finished: {run.folder} (--overwrite starts it again); its {rundir.RESULT}, which counts epochs from 0:\n"
-          f"{(run.folder / rundir.RESULT).read_text().strip()}")
+    early.tell(run.folder)
     run_page.refresh(run)
     trackers.tell_agent(run)
     return 0
@@ -163,6 +115,9 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         hint = " (--bad_images skip leaves out what cannot be read, an empty file too: the same command with it goes on)" \
             if hasattr(run.data, "listed") else ""
         print(f"run.py: {line[line.find('cannot read picture'):]}{hint}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except BrokenPipeError as error:
+        print(f"run.py: nobody reads the output any more ({error}); the same command goes on", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except Exception as error:
         code = PREEMPTED if notice.asked > 1 else 1
@@ -206,7 +161,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         "global_batch_size": cfg.global_batch_size, **_timing(run, trainer),
         "peak_memory_mb": round(peak_memory_mb(task.device)), "world_size": trainer.world_size, "seed": cfg.seed,
         "commit": rundir.commit(), "version": rundir.version(), "data_fingerprint": run.data.fingerprint, "failed_saves": saving.failures,
-        "skipped_images": len(getattr(run.data, "skipped", ())), "finished": True}
+        "skipped_images": len(getattr(run.data, "skipped", ())), "asked": run.asked, "finished": True}
     try:
         rundir.write_result(run.folder, values)
     except OSError as error:

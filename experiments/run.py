@@ -1,8 +1,9 @@
 """Train one model: python experiments/run.py --model vit_b16 --devices 8"""
 import sys
 
-from experiments import fold_runs
+from experiments import early, fold_runs, launched, listing
 from experiments.config import read
+from experiments.usage import piped
 from lightning_modules.signals import listening
 
 
@@ -11,11 +12,14 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, resolve, train, evaluate, write the result. Returns the exit code."""
     command = read(argv)
     try:
+        if command.config.list:
+            return listing.main(command.config)
+        early.check(command.config)
         if fold_runs.wanted(command.config):
             return fold_runs.main(command)
+        if folder := early.finished(command.config):
+            return early.tell(folder)
         from experiments import build, report, training  # torch and lightning: seconds, so after --help and mistakes
-        if command.config.list:
-            return report.listing(command.config)
         run = build.resolve(command)
         if run.cfg.dry_run:
             return report.dry_run(run)
@@ -24,8 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         build.cache_pictures(run.data)
         task, trainer = training.task(run), training.trainer(run)
     except (ValueError, FileNotFoundError) as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        return 2
+        return launched.refuse("run.py", error)
     with report.ending(run, trainer):
         if not run.cfg.eval_only:
             trainer.fit(task, run.data, ckpt_path=run.resume, weights_only=True)
@@ -34,4 +37,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

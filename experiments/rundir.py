@@ -14,7 +14,6 @@ import yaml
 from datamodules.picture_check import only_skips_differ
 from experiments.config import Config, plain
 from experiments.usage import UsageError
-from models import pretrained
 
 CONFIG, RESULT = "config.yaml", "result.json"
 OPTIMIZER = ("optimizer", "optimizer_args", "weight_decay", "layer_decay", "head_lr_scale", "freeze")  # what its saved state is the state of
@@ -24,7 +23,7 @@ NAMED_APART = ("model", "data", "distill", "seed", "fold", "eval_only")  # stand
 def run_name(cfg: Config, recipe_alone: Config) -> str:
     """`<data>-<model>[-<distill>]-s<seed>[-f<fold>][-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex
     digits."""
-    ours, theirs = _flat(cfg, "training", "numerics"), _flat(recipe_alone, "training", "numerics")
+    ours, theirs = flat(cfg, "training", "numerics"), flat(recipe_alone, "training", "numerics")
     apart = {key: ours.get(key) for key in {**theirs, **ours} if key not in NAMED_APART and ours.get(key) != theirs.get(key)}
     if len(apart) > 2:
         tail = "-" + hashlib.sha256(json.dumps(apart, sort_keys=True, default=str).encode()).hexdigest()[:6]
@@ -124,6 +123,7 @@ def resume_point(folder: Path, cfg: Config) -> Start | None:
 
     Raises UsageError when there are checkpoints and none can be read: nothing starts from scratch over a run.
     """
+    from models import pretrained  # torch: seconds, and a run's name is told without
     own = [folder / "checkpoints" / name for name in pretrained.LAST]
     if any(file.is_file() for file in own):
         return _first_whole(own, f"{folder} is the run's directory and none of its checkpoints can be read, so nothing is started over it. "
@@ -141,6 +141,7 @@ def resume_point(folder: Path, cfg: Config) -> Start | None:
 
 
 def _first_whole(files: list[Path], refusal: str) -> Start:
+    from models import pretrained  # torch: seconds, and a run's name is told without
     problems, damaged = [], []
     for file in files:
         if not file.is_file():
@@ -158,6 +159,7 @@ def _first_whole(files: list[Path], refusal: str) -> Start:
 
 
 def _best_instead(folder: Path) -> str:
+    from models import pretrained  # torch: seconds, and a run's name is told without
     best = folder / "checkpoints" / "best.ckpt"
     return f" and --resume {best}" if best.is_file() and pretrained.intact(best) else ""
 
@@ -241,7 +243,7 @@ def _check_free(folder: Path) -> None:
 
 def differences(folder: Path, cfg: Config) -> list[str]:
     """`key before -> now` of the training values and places that a run directory's config has otherwise."""
-    there, here = _spread(stored(folder), "training", "where"), _flat(cfg, "training", "where")
+    there, here = _spread(stored(folder), "training", "where"), flat(cfg, "training", "where")
     return [f"{key} {there.get(key)} -> {here.get(key)}" for key in {**there, **here} if there.get(key) != here.get(key)]
 
 
@@ -253,7 +255,7 @@ def _check_same(folder: Path, cfg: Config) -> None:
                            "starts anew from its weights" * bool(longer))
 
 
-def _flat(cfg: Config, *roles: str) -> dict[str, Any]:
+def flat(cfg: Config, *roles: str) -> dict[str, Any]:
     """Knobs of these roles, dictionaries spread out, in plain values that survive YAML."""
     return _spread(plain(cfg), *roles)
 

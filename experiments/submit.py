@@ -13,7 +13,7 @@ from typing import Any
 from datamodules.table import read_table
 from datamodules.table_scheme import FILES
 from experiments.submission import KINDS, Options, submission
-from experiments.usage import Parser, invocation
+from experiments.usage import Parser, invocation, piped
 
 PREDICTIONS = "predictions.csv"
 
@@ -137,4 +137,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

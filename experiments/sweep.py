@@ -20,7 +20,7 @@ from typing import Any
 
 from experiments import children, config, fold_runs, launched, sweep_space
 from experiments.sweep_space import OURS, Space
-from experiments.usage import Parser, UsageError, positive
+from experiments.usage import Parser, UsageError, piped, positive
 from lightning_modules.signals import ORDER, exit_code, listening, notice
 
 KNOBS = {knob.name for knob in fields(config.Config)}
@@ -163,4 +163,4 @@ def _hours(text: str) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(piped(main))

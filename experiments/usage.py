@@ -1,12 +1,14 @@
 """What is said about a wrong command line, and the spelling of sizes."""
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+CLOSED = 141  # 128 + SIGPIPE, as shells say
 TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
 
 
@@ -39,6 +41,20 @@ def invocation(verb: str) -> str:
     if script.stem == "vitlab" or script == folder / "__main__.py":
         return f"vitlab {verb}"
     return f"python {folder / verb}.py"
+
+
+def piped(main: Callable[..., int], *args: Any) -> int:
+    """Run a verb; where nobody reads its output any more, as behind `| head`, it ends without a word. Returns its exit code."""
+    try:
+        try:
+            code = main(*args)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) or stop.code is None else 1
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        code = CLOSED
+    return code or 0
 
 
 def dispatch(prog: str, verbs: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from models import closest
-
 ALL = CLASSIFICATION, MULTILABEL, REGRESSION = ("classification", "multilabel", "regression")
 DEFAULTS = {CLASSIFICATION: "acc1", MULTILABEL: "map", REGRESSION: "rmse"}
 EVERY_EPOCH = {CLASSIFICATION: ("acc1", "acc5"), MULTILABEL: ("map", "f1", "auroc"), REGRESSION: ("rmse", "mae", "r2", "spearman")}
@@ -56,6 +54,7 @@ def find(name: str | None, task: str) -> Metric:
         return _own(name)
     fitting = [each for each, entry in METRICS.items() if task in entry.tasks]
     if name not in METRICS:
+        from models import closest  # torch: seconds
         raise ValueError(f"--metric {name}: there is no such metric{closest(name, fitting)} (for {task}: {', '.join(fitting)}; or my.py:function)")
     if name not in fitting:
         raise ValueError(f"--metric {name} is for {' and '.join(METRICS[name].tasks)}; for {task} there are {', '.join(fitting)}, or my.py:function")
@@ -101,6 +100,7 @@ def _own(name: str) -> Metric:
         raise ValueError(f"--metric {name}: {file} cannot be loaded ({type(error).__name__}: {error})") from error
     compute = getattr(module, function, None)
     if not callable(compute):
+        from models import closest  # torch: seconds
         there = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__]
         raise ValueError(f"--metric {name}: {file} has no function {function!r}{closest(function, there)} (it has {', '.join(there) or 'none'})")
     mode = getattr(compute, "mode", "max")

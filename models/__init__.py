@@ -70,8 +70,8 @@ def check_name(name: str) -> None:
             raise ValueError(f"timm/{bare} has no weights tagged {tag!r}{closest(tag, tags)} (its tags: {', '.join(tags) or 'none'})")
     elif name not in REGISTRY:
         also = f"; timm has it: --model timm/{name}" if timm.is_model(name) else ""
-        near = closest(name, names()) or f"; there are {', '.join(names())}"
-        raise ValueError(f"no model named {name!r}{near}{also}")
+        near = closest(name, names()) or f"; there are {', '.join(names())}" * (not also)
+        raise ValueError(f"no model named {name!r}{also}{near}")
 
 
 def keywords(name: str) -> list[str]:

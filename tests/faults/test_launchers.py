@@ -43,7 +43,7 @@ def by_itself(folder, line, log="log"):
 
 
 def by_torchrun(folder, line, log="log", devices=2, **env):
-    return open_command(folder, [LAUNCH / "torchrun.sh", devices, *line.split()], log, **{"RESTARTS": "3", "GRACE": "60", **env})
+    return open_command(folder, [LAUNCH / "torchrun.sh", devices, *line.split()], log, **{"VITLAB_RESTARTS": "3", "VITLAB_GRACE": "60", **env})
 
 
 def ranks_of(folder):
@@ -135,8 +135,8 @@ def test_row6_a_killed_launcher_takes_its_ranks_along(pics):  # noqa: F811
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_row9_torchrun_restarts_and_the_run_goes_on(pics, nodes, signum):  # noqa: F811
     line = f"{LINE} --name told"
-    port = str(conftest.free_port())
-    processes = [by_torchrun(pics, line, f"log{node}", devices=2 // nodes, NODES=str(nodes), PORT=port) for node in range(nodes)]
+    where = {"VITLAB_NODES": str(nodes), "VITLAB_HEAD": "localhost", "VITLAB_PORT": str(conftest.free_port())}
+    processes = [by_torchrun(pics, line, f"log{node}", devices=2 // nodes, **where) for node in range(nodes)]
     in_training(pics)
     rank = ranks_of(pics)[(0, 1) if nodes == 1 else (1, 0)]
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in Path(f"/proc/{rank}/environ").read_text().split("\0")  # against a race, seen at times
@@ -155,7 +155,7 @@ def test_row9_a_signal_to_torchrun_itself_saves_and_leaves_nothing(pics):  # noq
     process = by_torchrun(pics, f"{LINE} --epochs 4000 --name told --workers 1")
     in_training(pics)
     process.send_signal(TERM)
-    assert process.wait(60) != 0 and f"saved step {steps_of(pics / 'runs' / 'told')}" in (pics / "log").read_text(), (pics / "log").read_text()
+    assert process.wait(60) == 75 and f"saved step {steps_of(pics / 'runs' / 'told')}" in (pics / "log").read_text(), (pics / "log").read_text()
     assert_none_left(pics)
 
 
@@ -190,14 +190,15 @@ def test_row10_several_machines_need_a_launcher(pics):  # noqa: F811
 def test_row8_the_batch_scripts_start_the_command_they_say(pics, script, words):  # noqa: F811
     srun = pics / "bin" / "srun"
     srun.parent.mkdir()
-    srun.write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    srun.write_text(f'#!/bin/sh\necho "$@" > {pics}/srun-line\nwhile [ "${{1#--}}" != "$1" ]; do shift; done\nexec "$@"\n')
     srun.chmod(0o755)
     slurm = {"SUBMIT_DIR": LAUNCH.parents[1], "JOB_ID": 4711, "JOB_NAME": "train", "NNODES": 1, "NTASKS": 1, "NTASKS_PER_NODE": 1, "PROCID": 0,
-             "LOCALID": 0, "NODEID": 0, "ARRAY_TASK_ID": 3}
+             "CPUS_PER_TASK": 7, "LOCALID": 0, "NODEID": 0, "ARRAY_TASK_ID": 3}
     command = [LAUNCH / script, "--model", "vit_nano4", "--data", "digits", "--dry_run", "--runs_dir", pics / "runs"]
     process = open_command(pics, command, "log", **{f"SLURM_{key}": str(value) for key, value in slurm.items()},
                            PATH=f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert process.wait(90) == 0 and words in (pics / "log").read_text(), (pics / "log").read_text()
+    assert "--cpus-per-task=7 python experiments/run.py" in (pics / "srun-line").read_text()
 
 
 @pytest.mark.slow
