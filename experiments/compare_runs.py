@@ -162,6 +162,9 @@ def run_directory(path: Path) -> Record:
     config, result = _mapping(path / CONFIG, yaml.safe_load, problems), _mapping(path / RESULT, json.loads, problems)
     if result and not all(value is None or number(value) or isinstance(value, float) for value in (result.get("best"), result.get("overall"))):
         problems.append(f"{RESULT}: best is {result.get('best')!r}, not a number")
+    unsound = [key for key, value in result.items() if key.split("/")[-1] == "loss" and not number(value)]
+    if unsound:  # of a run from before such outputs were refused: the likeliest of NaN is class 0
+        result = {key: value for key, value in result.items() if key != "best" and not key.startswith(("val", "test"))}
     state = BROKEN if problems else FINISHED if result.get("finished") else UNFINISHED
     history = [] if state == BROKEN and not (path / HISTORY).is_file() else _history(path / HISTORY, problems)
     made = Record(path.name, config, result if state == FINISHED else {}, history, state, str(path), path, problems)
@@ -170,10 +173,12 @@ def run_directory(path: Path) -> Record:
         fold.name = f"{made.name}/{fold.name}"
     if made.folds:
         return _folded(made)
-    if state == FINISHED and made.best is None:
+    if unsound:
+        made.notes.append(f"not ranked: its {unsound[0]} is no number, so its network's outputs are not")
+    elif state == FINISHED and made.best is None:
         made.notes.append("finished without a score (no val split)" if result.get("best") is None else f"its best {made.metric} is {result['best']}")
     if state == UNFINISHED:
-        made.notes.append(progress(made))
+        made.notes.append("; ".join([progress(made), *filter(None, [result.get("not_finite")])]))
     return made
 
 

@@ -4,7 +4,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import lightning as L
@@ -20,6 +20,7 @@ from lightning_modules import metrics
 from lightning_modules.averaging import Averaging
 from lightning_modules.checkpoints import LastCheckpoint
 from lightning_modules.ema import uses_ema
+from lightning_modules.finite import NotFinite
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, clock, peak_memory_mb
 from lightning_modules.preemption import Preempted, disarm_launcher
@@ -119,6 +120,9 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
     except BrokenPipeError as error:
         print(f"run.py: nobody reads the output any more ({error}); the same command goes on", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+    except NotFinite as error:
+        _not_finite(error, run, trainer)
+        raise SystemExit(1) from None
     except Exception as error:
         code = PREEMPTED if notice.asked > 1 else 1
         if trainer.world_size == 1 and code == 1:
@@ -133,6 +137,26 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         if code == PREEMPTED or code and trainer.world_size > 1:
             sys.stdout.flush()
             os._exit(code)  # leaving in good order would wait for ranks that are gone, or for a tracker's network
+
+
+def _not_finite(error: NotFinite, run: Run, trainer: L.Trainer) -> None:
+    """One sentence: what was not finite, what to try, which sound weights there are; also in result.json, which says that it has not finished."""
+    if not trainer.is_global_zero:
+        return
+    cfg, kept, line = run.cfg, [], f"{error}. "
+    if trainer.state.fn == "fit":
+        tries = [f"a lower --lr ({cfg.lr / 10:g})", *["--clip_grad 1"] * (cfg.clip_grad is None), "a longer --warmup_epochs",
+                 *["--precision 32-true"] * (cfg.precision != "32-true")]
+        line += f"Try {', '.join(tries[:-1])} or {tries[-1]}, with --name for a new run or --overwrite. "
+    else:
+        line += f"{'Try --precision 32-true' if cfg.precision != '32-true' else 'The weights are too large'}. "
+    for name in ("best.ckpt", *pretrained.LAST):
+        with suppress(ValueError, OSError):
+            file = run.folder / "checkpoints" / name
+            kept += [f"{file} (step {pretrained.read_checkpoint(file, mapped=True)['global_step']})"] * file.is_file()
+    line += f"Sound weights are kept: {', '.join(kept)}" if kept else "No weights had been saved yet"
+    rundir.write_result(run.folder, {"model": cfg.model, "data": cfg.data, "seed": cfg.seed, "finished": False, "not_finite": line})
+    print(f"run.py: {line}", file=sys.stderr, flush=True)
 
 
 def _tell(error: Exception, trainer: L.Trainer) -> None:
@@ -208,7 +232,10 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
     if sizes["val"] or sizes["test"] or predicted:
         file = pretrained.checkpoint_in(run.folder, pretrained.FILES[1:])
         checkpoint = pretrained.read_checkpoint(file)
-        state, epoch = pretrained.network_state(checkpoint, uses_ema(run.cfg.ema_decay, run.cfg.use_ema), file), checkpoint["epoch"]
+        try:
+            state, epoch = pretrained.network_state(checkpoint, uses_ema(run.cfg.ema_decay, run.cfg.use_ema), file), checkpoint["epoch"]
+        except ValueError as error:
+            _stop(trainer, str(error))
     rows = next(logger.rows for logger in trainer.loggers if isinstance(logger, History))
     best = next((row for row in reversed(rows) if row["epoch"] <= epoch and task.monitor in row), {})
     scores = {"metric": task.monitor, "best": best.get(task.monitor), "best_epoch": int(best["epoch"]) if best else None,

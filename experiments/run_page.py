@@ -59,11 +59,14 @@ def make(folder: Path, spec: dict[str, Any], state: str, *, data: L.LightningDat
     """
     result = json.loads((folder / rundir.RESULT).read_text()) if (folder / rundir.RESULT).is_file() else {}
     config, rows = rundir.stored(folder), read_history(folder / "metrics.csv")
+    ended = f"<p>{text(result['not_finite'], 1000)}</p>\n" if "not_finite" in result else ""
+    result = {} if ended else result
     kept = _kept(folder / PAGE)
     if seen is not None and (seen.step == 0 or not kept):
         kept = _seen(seen, spec, data)
     scored = scored_page.read(folder, spec, _split(result)) if result else None
-    body = [_header(folder, state, config, result, rows, params), _folds(result), _curves(rows, result), _time(rows, result, config), _others(rows),
+    body = [_header(folder, state, config, result, rows, params), ended, _folds(result), _curves(rows, result), _time(rows, result, config),
+            _others(rows),
             f"{KEPT[0]}{kept}{KEPT[1]}\n", scored_page.sections(scored, lambda ids: opened(data, ids)) if scored else "", _config(config)]
     name = text(folder.name, 200)
     page = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">\n' \

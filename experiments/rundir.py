@@ -88,6 +88,8 @@ def _prepare(folder: Path, cfg: Config, start: "Start | None") -> None:
             left.unlink()
         write_text(place / ".probe", "can be written")
         (place / ".probe").unlink()
+    if "not_finite" in result(folder):
+        (folder / RESULT).unlink()  # it goes on, and may end otherwise
     for damaged in start.damaged if start else ():
         if damaged.parent == checkpoints:
             os.replace(damaged, damaged.with_name(f"damaged-{damaged.name}"))  # else it would push out the whole one at the next save
@@ -149,6 +151,7 @@ def _first_whole(files: list[Path], refusal: str) -> Start:
             continue
         try:
             content = pretrained.read_checkpoint(file, mapped=True)
+            pretrained.check_finite(content.get("state_dict", {}) if isinstance(content, dict) else {}, file)
         except ValueError as error:
             problems.append(str(error))
             damaged.append(file)

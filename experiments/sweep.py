@@ -45,7 +45,7 @@ def _parser() -> Parser:
 @listening()
 def main(argv: list[str] | None = None) -> int:
     """Check the file and the flags, run the trials. Returns the exit code: 0 all done, 75 when the time is over or a signal came (130 after
-    Ctrl-C) and trials are left, 1 when three fail in a row or none has ended well, 2 for what a person must mend."""
+    Ctrl-C) and trials are left, 1 when three fail in a row or none has ended with a score, 2 for what a person must mend."""
     words = [*(sys.argv[1:] if argv is None else argv)]
     cut, parser = words.index("--") if "--" in words else len(words), _parser()
     for word in words[:cut]:

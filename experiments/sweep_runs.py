@@ -172,7 +172,10 @@ class Runs:
         if result.get("finished"):
             self._finished(trial, result)
         elif child.pruned:
-            self._tell(trial, TrialState.PRUNED)
+            value = self.trials.kept(trial).intermediate_values.get(self.trials.kept(trial).last_step, 0.0)
+            self._tell(trial, TrialState.PRUNED, why=None if math.isfinite(value) else f"its {self.space.metric} was {value}, not a number")
+        elif "not_finite" in result:  # what was tried is to blame, not the sweep
+            self._tell(trial, TrialState.PRUNED, why=result["not_finite"].partition(". ")[0])
         elif self.asked or notice.asked or ended in (PREEMPTED, INTERRUPTED):
             print(f"trial {trial.number} has stopped ({children.how(ended)}); the same command goes on", flush=True)
             return ended if ended in (PREEMPTED, INTERRUPTED) else PREEMPTED
@@ -189,7 +192,7 @@ class Runs:
         if isinstance(value, int | float) and math.isfinite(value):
             self._tell(trial, TrialState.COMPLETE, float(value))
         else:  # to a sampler worse than any number, which FAIL would not be
-            self._tell(trial, TrialState.PRUNED, why=f"its {name} is {value}, not a number")
+            self._tell(trial, TrialState.PRUNED, why=f"its {name} is {'NaN' if value is None else value}, not a number")
 
     def _failed(self, trial: Trial, ended: int) -> int:
         log = self.place(trial).with_name(f"trial-{trial.number}.log")
@@ -220,14 +223,16 @@ class Runs:
         if best := self.trials.best():
             print(f"best: trial {best.number}, {children.score(self.space.metric, best.value)}; alone, it is\n"
                   f"  {invocation('run')} {shlex.join(self._argv(best))}")
+        elif nowhere := [row for row in self.trials.rows() if "not a number" in (row[sweep_trials.WHY] or "")]:
+            print(f"no best: {self.space.metric} was not a number in {len(nowhere)} of {self.trials.count()} trials; is it defined on this split? "
+                  "(auroc, for example, needs rows with and without a label)")
         if found := self.trials.importance():
             print("importance by Optuna: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
         print(f"{self.folder / 'trials.csv'} has a row of each; compare: {invocation('compare')} {self.folder}", flush=True)
         left = max(0, self.total - self.trials.count()) + self.trials.count(TrialState.RUNNING)
         if self.asked and left:
             print(f"{left} of {self.total} trials are left; the same command goes on", flush=True)
-        ended = self.trials.count(TrialState.COMPLETE, TrialState.PRUNED)
-        return code or (PREEMPTED if self.asked and left else 0 if ended else 1)
+        return code or (PREEMPTED if self.asked and left else 0 if self.trials.count(TrialState.COMPLETE) else 1)
 
 
 def _rows(history: Path) -> list[dict[str, float]]:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_modules.ema import Ema
-from models.pretrained import AVERAGED, read_checkpoint
+from models.pretrained import AVERAGED, check_finite, read_checkpoint
 
 
 def parse(text: str) -> tuple[str, int]:
@@ -23,9 +23,10 @@ def parse(text: str) -> tuple[str, int]:
 
 def mean(states: Any) -> dict[str, Tensor]:
     """The mean of state dicts, by name, as timm's avg_checkpoints.py takes it: in float64, buffers and whole numbers (cut off, as when
-    timm's file is loaded) included. `states` is any iterable; one of them is held at a time. Raises ValueError for other names."""
+    timm's file is loaded) included. `states` is any iterable; one of them is held at a time. Raises ValueError for other names, and for NaN."""
     total, dtypes, count = {}, {}, 0
     for state in states:
+        check_finite(state, "weights to average")
         if not count:
             dtypes = {name: value.dtype for name, value in state.items()}
             total = {name: value.to(torch.float64, copy=True) for name, value in state.items()}

@@ -5,10 +5,12 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_modules.columns import fixed_rows, table, write
+from lightning_modules.finite import NotFinite
 from lightning_modules.targets import predict
 
 
@@ -17,7 +19,7 @@ class Predictions(Callback):
     `oof.csv`. The last one with targets is told on rank 0 in `shown` too: id -> all it predicted, of its `fixed_rows`.
 
     Columns: see `columns.table`; the id of what is no table is the picture's name in its split, and `fold` is in oof.csv. Each rank leaves a
-    shard beside the file; rank 0 merges them by row. Raises RuntimeError when a row is missing or there twice.
+    shard beside the file; rank 0 merges them by row. Raises RuntimeError when a row is missing or there twice, NotFinite for NaN.
     """
 
     def __init__(self, folder: Path, spec: dict[str, Any], fold: int | None = None):
@@ -53,6 +55,10 @@ class Predictions(Callback):
     def _finish(self, trainer: L.Trainer, name: str) -> None:
         index, target, prediction = (np.concatenate(values) for values in zip(*self.parts))
         self.parts = []
+        counts = torch.tensor([(~np.isfinite(prediction).all(1)).sum(), len(prediction)], device=trainer.strategy.root_device)
+        bad, rows = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        if bad:
+            raise NotFinite(f"{name}: the predictions of {bad} of {rows} pictures are NaN or infinite, so they are not written")
         with open(self._shard(trainer.global_rank), "wb") as file:
             np.savez(file, index=index, target=target, prediction=prediction)
         trainer.strategy.barrier("predictions")

@@ -7,11 +7,14 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_modules.aux_targets import Aux
 from lightning_modules.evaluation import Metrics
+from lightning_modules.finite import Finite, NotFinite
 from lightning_modules.freeze import hold_frozen
+from lightning_modules.messages import warn
 from lightning_modules.metrics import Metric, find
 from lightning_modules.optim import set_lr
 
@@ -68,6 +71,10 @@ class Task(L.LightningModule):
         hold_frozen(self.model)
         return self
 
+    def configure_callbacks(self) -> list[Callback]:
+        """In any Trainer, what ends a training that is not finite."""
+        return [] if any(isinstance(each, Finite) for each in self.trainer.callbacks) else [Finite()]
+
     def on_train_start(self) -> None:
         """Hold what is frozen: Lightning's fit does not call `train`, and after a validation puts back each module's mode from before."""
         hold_frozen(self.model)
@@ -116,6 +123,24 @@ class Task(L.LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Logits of the batch's rows, (V, num_outputs); padding left out."""
         return self.model(*inputs(batch))[batch["valid"]]
+
+    def on_validation_epoch_end(self) -> None:
+        self._check_outputs("val", self.val_metrics)
+        if self.ema is not None:
+            self._check_outputs("val_ema", self.val_ema_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._check_outputs("test", self.test_metrics)
+
+    def _check_outputs(self, stage: str, metrics: Metrics) -> None:
+        """Say how many outputs are not finite: such an epoch has no score. A collective. Raises NotFinite but within a training."""
+        bad, rows = metrics.not_finite()
+        if not bad:
+            return
+        line = f"{stage}: the outputs of {bad} of {rows} pictures are NaN or infinite, so they are not scored"
+        if self.trainer.state.fn != "fit":
+            raise NotFinite(line)
+        warn(f"{line} (epoch {self.current_epoch + 1})")
 
     def _evaluate(self, network: nn.Module, batch: dict[str, Tensor], stage: str, metrics: Metrics) -> Tensor:
         """Count the batch and return its logits (B, num_outputs)."""

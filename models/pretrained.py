@@ -103,6 +103,22 @@ def _refusal(path: Path, error: Exception) -> str:
             "alone: torch.save(torch.load(FILE, weights_only=False)[KEY], 'weights.pth'), KEY as model or state_dict")
 
 
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity; one look at the device."""
+    names = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1]
+    if not names:
+        return []
+    marks = torch.stack([state[name].isfinite().all().to(state[names[0]].device) for name in names])
+    return [name for name, sound in zip(names, marks.tolist()) if not sound]
+
+
+def check_finite(state: dict[str, Tensor], file: str | Path) -> None:
+    """Raises ValueError for weights that hold NaN or infinity."""
+    if names := not_finite(state):
+        raise ValueError(f"{file}: {len(names)} of {len(state)} tensors hold NaN or infinity (the first is {names[0]}): its training has failed, and "
+                         "nothing can be made of it")
+
+
 def read_weights(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
     """Names -> tensors of a file or run directory, unwrapped from the trainer's dict; of one of our checkpoints the network's own.
 
@@ -115,6 +131,7 @@ def read_weights(path: str | Path, use_ema: bool | None = None) -> dict[str, Ten
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)} if isinstance(state, dict) else {}
     if not state:
         raise ValueError(f"{path} holds no tensors by name")
+    check_finite(state, file)
     return state
 
 
@@ -327,8 +344,9 @@ def columns_of(spec: dict[str, Any]) -> int:
 
 
 def network_state(content: dict[str, Any], use_ema: bool | None, file: Path) -> dict[str, Tensor]:
-    """The network's own state dict out of one of our checkpoints' content. Raises ValueError when it has no such weights."""
+    """The network's own state dict out of one of our checkpoints' content. Raises ValueError when it has no such weights, or they hold NaN."""
     state = _chosen(content, use_ema, file)
-    if file.suffix == ".safetensors":
-        return state
-    return {key[len("model."):]: value for key, value in state.items() if key.startswith("model.")}
+    if file.suffix != ".safetensors":
+        state = {key[len("model."):]: value for key, value in state.items() if key.startswith("model.")}
+    check_finite(state, file)
+    return state

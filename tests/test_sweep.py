@@ -78,9 +78,9 @@ class Acted:
             self.done += 1
         elif self.code is None:
             self.code = self.ends
-            if not self.ends:
+            if not self.ends or self.says:
                 values = [row["val/acc1"] for row in self.rows if "val/acc1" in row]
-                result = {"metric": "val/acc1", "best": max(values, default=None), "params": 9, "finished": True} | self.says
+                result = {"metric": "val/acc1", "best": max(values, default=None), "params": 9, "finished": not self.ends} | self.says
                 (self.folder / "result.json").write_text(json.dumps(result))
         return self.code
 
@@ -322,6 +322,25 @@ def test_the_last_epoch_is_not_cut_off(acted, tmp_path):
     assert trials_of(tmp_path / "runs" / "space", "state") == [("finished",)] * 4
 
 
+@pytest.mark.parametrize("early", [None, {"type": "hyperband", "min_iter": 1, "eta": 3}])
+def test_a_metric_that_is_never_a_number_is_said(acted, tmp_path, capsys, early):
+    acted(lambda settings: ([float("nan")] * 2, 0, {"best": None}))
+    parameters = {**{key: {"value": value} for key, value in (TINY | {"epochs": 2}).items()}, "seed": {"min": 0, "max": 2}}
+    assert sweep.main([str(write(tmp_path, method="grid", parameters=parameters, early_terminate=early))]) == 1
+    assert trials_of(tmp_path / "runs" / "space", "state") == [("pruned",)] * 3
+    assert "no best: val/acc1 was not a number in 3 of 3 trials" in capsys.readouterr().out
+
+
+def test_trials_that_are_not_finite_are_no_failures_of_the_sweep(acted, tmp_path, capsys):
+    """Four in a row end with exit code 1: what they tried is to blame, and the next is tried."""
+    acts = [([0.5], 1, {"not_finite": "the loss is nan at step 2 (epoch 1). Try less."})] * 4 + [([0.5, 0.6], 0, {})]
+    acted(lambda settings: acts[int(settings["seed"])])
+    parameters = {**{key: {"value": value} for key, value in (TINY | {"epochs": 2}).items()}, "seed": {"min": 0, "max": 4}}
+    assert sweep.main([str(write(tmp_path, method="grid", parameters=parameters))]) == 0
+    assert trials_of(tmp_path / "runs" / "space", "state") == [("pruned",)] * 4 + [("finished",)]
+    assert "(the loss is nan at step 2 (epoch 1))" in capsys.readouterr().out
+
+
 def test_a_loss_that_is_no_number_costs_a_trial_not_the_sweep(acted, tmp_path, capsys):
     nan = float("nan")
     acts = {"0": ([0.5, 0.6, 0.7, 0.8], 0, {}), "1": ([nan] * 4, 0, {"best": None}), "2": ([0.1, float("inf"), nan, nan], 0, {"best": None}),
@@ -330,7 +349,7 @@ def test_a_loss_that_is_no_number_costs_a_trial_not_the_sweep(acted, tmp_path, c
     parameters = {**{key: {"value": value} for key, value in TINY.items()}, "seed": {"min": 0, "max": 4}}
     assert sweep.main([str(write(tmp_path, method="grid", parameters=parameters))]) == 0
     assert trials_of(tmp_path / "runs" / "space", "state") == [(each,) for each in ("finished", "pruned", "pruned", "pruned", "finished")]
-    assert "its val/acc1 is None, not a number" in capsys.readouterr().out
+    assert "its val/acc1 is NaN, not a number" in capsys.readouterr().out
     early = write(tmp_path, "early.yaml", method="grid", early_terminate={"type": "hyperband", "min_iter": 1, "eta": 3}, parameters=parameters)
     assert sweep.main([str(early)]) == 0
     assert trials_of(tmp_path / "runs" / "early", "state", "epochs")[1] == ("pruned", "1")
