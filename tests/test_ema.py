@@ -176,7 +176,7 @@ def test_both_are_scored_and_one_is_chosen(pics, launch, monkeypatch, line, rank
         if ranks == 1 or use_ema:  # each rank scores raw weights with its own statistics
             assert {name: rows[-1][f"{stage}/{name}"] for name in expected} == pytest.approx(expected, rel=1e-4)
     stage = "val_ema" if chosen else "val"
-    best = max(rows, key=lambda row: (row[f"{stage}/acc1"], row["epoch"]))
+    best = max(rows, key=lambda row: (row[f"{stage}/acc1"], -row["epoch"]))
     assert (result["metric"], result["best"], result["best_epoch"]) == (f"{stage}/acc1", best[f"{stage}/acc1"], best["epoch"])
     assert checkpoint(run, "best.ckpt")["epoch"] == best["epoch"] and result["val_ema/loss"] == best["val_ema/loss"]
     assert equal(models.load(run)[0].state_dict(), models.load(run, chosen)[0].state_dict())
