@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 import datamodules
 import models
+from datamodules import imagenet
 from datamodules.decode import PictureError
 from experiments import early, launched, plan, preflight, rendezvous, rundir
 from experiments.config import Command, Config, read
@@ -49,16 +51,18 @@ class Run:
     model: nn.Module
     teacher: Teacher | Teachers | CachedTeacher | None = None
     asked: str | None = None  # `early.asked`
+    assumed: tuple[str, ...] = ()  # what a plan takes for granted
 
 
-def resolve(command: Command) -> Run:
-    """Decide once, in the launching process; ranks take its result. Raises ValueError or FileNotFoundError for what a person must mend."""
+def resolve(command: Command, *, assume: bool = False) -> Run:
+    """Decide once, in the launching process; ranks take its result. `assume`: see `decide`. Raises ValueError or FileNotFoundError for what a
+    person must mend."""
     quiet()
     if DECISION in os.environ and "LOCAL_RANK" in os.environ:
         return _build(json.loads(os.environ[DECISION]))
     place = plan.environment(command.config)
     if not place.creates_processes_externally or place.world_size() == 1:
-        run = enter(decide(command))
+        run = enter(decide(command, assume=assume))
         os.environ[DECISION] = json.dumps(_decision(run))
         return run
     if problem := launched.problem(command.config):
@@ -106,19 +110,22 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # ours is: its position is in the checkpoint
 
 
-def decide(command: Command) -> Run:
-    """Check names, read the folder, fill what was left out, look into the run directory. Writes nothing; `enter` does."""
+def decide(command: Command, *, assume: bool = False) -> Run:
+    """Check names, read the folder, fill what was left out, look into the run directory. Writes nothing; `enter` does.
+
+    assume: for a plan alone, go on without the GPUs asked for and without ImageNet's files; `Run.assumed` tells.
+    """
     typed = command.config
     command = _with_saved(_with_data(_with_saved(command)))  # reading the line again forgets what was taken
     cfg, alone = _tried(command.config), command.recipe_alone
     preflight.check_names(cfg)
-    problems = [plan.device_problem(cfg)]
-    left_out = _left_out(cfg)
-    cfg, alone = (replace(each.filled(**left_out), precision=plan.precision(each) if each.precision == "auto" else each.precision)
+    assumed = [_assumed_gpus(cfg)] if assume and plan.lacks_gpus(cfg) else []
+    away, problems, left_out = bool(assumed), [None if assumed else plan.device_problem(cfg)], _left_out(cfg)
+    cfg, alone = (replace(each.filled(**left_out), precision=plan.precision(each, assumed=away) if each.precision == "auto" else each.precision)
                   for each in (cfg, alone))
     data = None
     try:
-        data = datamodule(cfg)
+        data = _published(cfg, assumed) if assume else datamodule(cfg)
         guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
         cfg, alone = cfg.filled(**guessed), alone.filled(**guessed)
         args = getattr(data, "resolved_args", dict)()
@@ -143,7 +150,7 @@ def decide(command: Command) -> Run:
     cfg = replace(cfg, name=cfg.name or rundir.run_name(cfg, replace(alone, data=cfg.data, model=cfg.model)),
                   data_dir=data.data_dir and str(data.data_dir))
     cfg, longer = extended(cfg, data.steps_per_epoch, command.chosen)
-    cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta))
+    cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta, assumed=away))
     data.micro_batch_size = cfg.micro_batch_size
     network, line = model(cfg, data)
     guide = teacher(cfg, data)
@@ -153,9 +160,26 @@ def decide(command: Command) -> Run:
     for note in () if TOLD in os.environ else words:
         print(note)
     folder = Path(cfg.runs_dir) / cfg.name
-    run = Run(cfg, folder, None, False, data, network, guide, early.asked(typed, folder))
+    run = Run(cfg, folder, None, False, data, network, guide, early.asked(typed, folder), tuple(assumed))
     run.finished = rundir.look(cfg, _identity(run))
     return run
+
+
+def _assumed_gpus(cfg: Config) -> str:
+    here = torch.cuda.device_count()
+    like = f"like the {here} of this machine" if here else f"of {plan.ASSUMED_BYTES // 2**30} GB with bfloat16; this machine has none"
+    return f"{cfg.devices} GPU{'s' * (cfg.devices > 1)} {like}"
+
+
+def _published(cfg: Config, assumed: list[str]) -> L.LightningDataModule:
+    """The data set, or ImageNet by its published numbers where no folder is named and none is found; `assumed` then has a line more."""
+    try:
+        return datamodule(cfg)
+    except FileNotFoundError:
+        if cfg.data != "imagenet" or cfg.data_dir:
+            raise
+    assumed.append("ImageNet's published numbers of pictures; its folder is not named (--data_dir, $IMAGENET_DIR) and data/imagenet is not there")
+    return datamodule(cfg, unreadable=[], make=imagenet.Published)
 
 
 def enter(run: Run) -> Run:
@@ -182,7 +206,7 @@ def _tried(cfg: Config) -> Config:
     return replace(cfg, limit_val=few, runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
 
 
-def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> int:
+def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module, *, assumed: bool) -> int:
     """Once chosen it stays: a resume splits its batches as before. Pictures mixed within a pass are mixed as a cached teacher saw them."""
     if cfg.micro_batch_size is not None:
         return cfg.micro_batch_size
@@ -191,7 +215,7 @@ def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module)
         return before["micro_batch_size"]
     if cfg.teacher and data.mixing and teacher_cache.is_cache(cfg.teacher):
         return teacher_cache.read_about(cfg.teacher)["identity"]["pass_size"]
-    return plan.micro_batch_size(meta, cfg)
+    return plan.micro_batch_size(meta, cfg, assumed=assumed)
 
 
 def listed(command: Command) -> L.LightningDataModule:
@@ -299,10 +323,11 @@ def _with_saved(command: Command) -> Command:
     return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
 
 
-def datamodule(cfg: Config, unreadable: list[str] | None = None) -> L.LightningDataModule:
+def datamodule(cfg: Config, unreadable: list[str] | None = None, make: Callable[..., Any] | None = None) -> L.LightningDataModule:
     """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's order, targets its range.
 
     unreadable: pictures that cannot be read, as the launching process has found them; None looks for them.
+    make: what builds it; None: `datamodules.create`.
     """
     names = {}
     if saved := _saved(cfg):
@@ -324,8 +349,8 @@ def datamodule(cfg: Config, unreadable: list[str] | None = None) -> L.LightningD
         table["folds_at"] = str(over if cfg.name == f"fold{cfg.fold}" and over.is_file() else over.with_suffix(""))
     table |= {"metric": cfg.metric} if "metric" in known and cfg.metric else {}
     encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))
-    data = datamodules.create(
-        cfg.data, encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,
+    data = (make or partial(datamodules.create, cfg.data))(
+        encoding=encoding, outputs_per_target=outputs, **table, data_dir=cfg.data_dir, image_size=size(cfg.image_size), mean=cfg.mean,
         std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, crop_scale=cfg.crop_scale,
         hflip=cfg.hflip, val_fraction=cfg.val_fraction, rand_augment=cfg.rand_augment, random_erasing=cfg.random_erasing,
         repeated_augment=cfg.repeated_augment, mixup=cfg.mixup, cutmix=cfg.cutmix, label_smoothing=cfg.label_smoothing,

@@ -26,7 +26,7 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
         line += ["--devices", "1", "--strategy", "auto"]
         if plan.on_gpu(cfg) and torch.cuda.device_count() < cfg.devices:
             raise UsageError(f"--devices {cfg.devices} --strategy {APART}: this machine has {torch.cuda.device_count()} GPUs")
-    run = build.decide(read(line))
+    run = build.decide(read(line), assume=not write)
     if not write:
         report.dry_run(run)
         print(f"all of this {cfg.folds} times, once for each fold")

@@ -47,6 +47,8 @@ def problem(cfg: "Config") -> str | None:
         fitting = f"--devices {step // machines}" + f" --num_nodes {machines}" * (machines > 1)
         return None if (step, machines) == (world, cfg.num_nodes) else f"srun started {step} tasks on {machines} machine{'s' * (machines > 1)}, " \
                                                                        f"and {asked} means {world}: {fitting}, or srun --ntasks {world}"
+    if cfg.dry_run:
+        return None  # the ranks are yet to start
     job = int(os.environ.get("SLURM_NTASKS") or 1)
     if job > 1 and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE and not {"SLURM_STEP_ID", "SLURM_STEPID"} & os.environ.keys():
         return f"{job} SLURM tasks, {asked}, and this process was not started by srun: srun python experiments/run.py ... (as " \

@@ -16,7 +16,14 @@ from experiments.usage import UsageError, size
 from lightning_modules.preemption import COLLECTIVE_TIMEOUT
 from models import cost
 
+ASSUMED_BYTES = 40 * 2**30  # of a GPU that a plan is made for and that is not here: an A100's smaller size
 FREE_SHARE = 0.8  # of the memory found; the rest is for the framework, buffers and fragmentation
+
+
+def lacks_gpus(cfg: Config) -> bool:
+    """Whether more GPUs are asked for than this machine has; one device in an `auto` is the CPU where there is none."""
+    gpus = torch.cuda.device_count()
+    return cfg.accelerator != "cpu" and gpus < cfg.devices and (gpus > 0 or cfg.devices > 1 or cfg.accelerator == "gpu")
 
 
 def device_problem(cfg: Config) -> str | None:
@@ -75,15 +82,19 @@ def on_gpu(cfg: Config) -> bool:
     return cfg.accelerator != "cpu" and torch.cuda.device_count() > 0
 
 
-def precision(cfg: Config) -> str:
-    """The precision that `auto` means on this machine."""
+def precision(cfg: Config, *, assumed: bool = False) -> str:
+    """The precision that `auto` means on this machine, or on an `assumed` GPU where it has none."""
+    if assumed and torch.cuda.device_count() == 0:
+        return "bf16-mixed"
     if not on_gpu(cfg):
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
-def free_bytes(cfg: Config) -> int:
-    """Memory one process may use: of its GPU, or its share of what the machine has free."""
+def free_bytes(cfg: Config, *, assumed: bool = False) -> int:
+    """Memory one process may use: of its GPU, or its share of what the machine has free; or of an `assumed` GPU where it has none."""
+    if assumed and torch.cuda.device_count() == 0:
+        return ASSUMED_BYTES
     if on_gpu(cfg):
         return torch.cuda.mem_get_info(0)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // cfg.devices
@@ -95,16 +106,16 @@ def memory(meta: nn.Module, cfg: Config) -> tuple[int, int]:
     return (16 if cfg.ema_decay is None else 20) * cost.parameters(meta), per_picture // (1 if cfg.precision in ("auto", "32-true") else 2)
 
 
-def micro_batch_size(meta: nn.Module, cfg: Config) -> int:
+def micro_batch_size(meta: nn.Module, cfg: Config, *, assumed: bool = False) -> int:
     """The most pictures in one pass of one device that fit the memory free now, and no more than its share of the global batch.
 
     Raises UsageError when not even one fits.
     """
     fixed, per_picture = memory(meta, cfg)
-    room = int((FREE_SHARE * free_bytes(cfg) - fixed) / per_picture)
+    room = int((FREE_SHARE * free_bytes(cfg, assumed=assumed) - fixed) / per_picture)
     if room < 1:
         raise UsageError(f"model {cfg.model} needs about {(fixed + per_picture) / 2**30:.1f} GB for one picture of "
-                         f"{size(cfg.image_size)} and {free_bytes(cfg) / 2**30:.1f} GB are free: a smaller --model or --image_size")
+                         f"{size(cfg.image_size)} and {free_bytes(cfg, assumed=assumed) / 2**30:.1f} GB are free: a smaller --model or --image_size")
     return max(1, min(room, cfg.global_batch_size // world_size(cfg)))
 
 

@@ -44,11 +44,9 @@ def dry_run(run: Run) -> int:
     passes = data.accumulation(world)
     micro = cfg.global_batch_size // world // passes
     steps = cfg.epochs * data.steps_per_epoch
-    speed = plan.images_per_second(run.model, cfg, min(micro, 8 if not plan.on_gpu(cfg) else micro))
-    parallel = world if plan.on_gpu(cfg) else cfg.num_nodes
-    seconds = steps * cfg.global_batch_size / (speed * parallel)
-    gigabytes = 2**30
+    gigabytes, room = 2**30, plan.free_bytes(cfg, assumed=bool(run.assumed))
     print(plan.table([
+        *(("assumed", line) for line in run.assumed),
         ("model", f"{cfg.model}, {cost.parameters(run.model):,} parameters, {build.gmacs(run):.2f} GMACs at {cfg.image_size}"),
         ("data", f"{cfg.data}, train {data.sizes['train']:,}, val {data.sizes['val']:,}, test {data.sizes['test']:,}, "
                  f"{_targets(data.spec)}"),
@@ -56,10 +54,20 @@ def dry_run(run: Run) -> int:
         ("steps", f"{steps:,} = {cfg.epochs} epochs x {data.steps_per_epoch:,}, peak lr {cfg.lr:g}, precision {cfg.precision}"),
         *_recipe_rows(cfg),
         ("memory", f"about {(fixed + micro * per_picture) / gigabytes:.2f} GB a device (weights, gradients, moments {fixed / gigabytes:.2f}; "
-                   f"{micro} pictures {micro * per_picture / gigabytes:.2f}); {plan.free_bytes(cfg) / gigabytes:.2f} GB free"),
-        ("time", f"about {clock(seconds)} of training steps, at {speed:.1f} images/s measured now on one device without data loading"),
+                   f"{micro} pictures {micro * per_picture / gigabytes:.2f}); {room / gigabytes:.2f} GB free"),
+        ("time", _time(run, micro, steps)),
         ("run directory", f"{run.folder} ({_state(run)})")]))
     return 0
+
+
+def _time(run: Run, micro: int, steps: int) -> str:
+    """A forecast, from a speed measured where the run would be."""
+    cfg, on_gpu = run.cfg, plan.on_gpu(run.cfg)
+    if plan.lacks_gpus(cfg) and not on_gpu:
+        return "not measured: none of its devices is here"
+    speed = plan.images_per_second(run.model, cfg, micro if on_gpu else min(micro, 8))
+    seconds = steps * cfg.global_batch_size / (speed * (plan.world_size(cfg) if on_gpu else cfg.num_nodes))
+    return f"about {clock(seconds)} of training steps, at {speed:.1f} images/s measured now on one device without data loading"
 
 
 def _targets(spec: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         if folder := early.finished(command.config):
             return early.tell(folder)
         from experiments import build, report, training  # torch and lightning: seconds, so after --help and mistakes
-        run = build.resolve(command)
+        run = build.resolve(command, assume=command.config.dry_run)
         if run.cfg.dry_run:
             return report.dry_run(run)
         if run.finished:

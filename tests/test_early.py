@@ -141,3 +141,18 @@ def test_torchrun_sh_takes_no_generic_variables_and_a_port_of_its_own(monkeypatc
     monkeypatch.setenv("VITLAB_HEAD", "node0")
     monkeypatch.setenv("VITLAB_NODES", "4")
     assert script._places(["2"]) == (2, 4, ["--rdzv-backend=c10d", "--rdzv-id=vitlab", "--rdzv-endpoint=node0:29500"])
+
+
+@pytest.mark.parametrize("line, devices", [("--devices 8", "1 nodes x 8 devices"), ("--devices 8 --num_nodes 4", "4 nodes x 8 devices")])
+def test_a_plan_without_the_gpus_and_the_data_tells_what_it_assumes(tmp_path, monkeypatch, capsys, line, devices):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+    assert run.main(f"--model vit_nano4 --image_size 32 --recipe vit_b16 --dry_run {line}".split()) == 0
+    out = capsys.readouterr().out
+    for words in ("8 GPUs of 40 GB with bfloat16; this machine has none", "ImageNet's published numbers", "train 1,281,167, val 50,000", devices,
+                  "bf16-mixed", "40.00 GB free", "not measured"):
+        assert words in out, out
+    assert not [*tmp_path.iterdir()]
+    for refused in (f"--model vit_nano4 --image_size 32 {line}", f"--model vit_nano4 --dry_run --data_dir nowhere {line}",
+                    "--model vit_nano4 --data csv --dry_run"):
+        assert run.main(refused.split()) == 2, refused
