@@ -152,6 +152,7 @@ def decide(command: Command, *, assume: bool = False) -> Run:
     cfg, longer = extended(cfg, data.steps_per_epoch, command.chosen)
     cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta, assumed=away))
     data.micro_batch_size = cfg.micro_batch_size
+    preflight.check_pass(meta, cfg, data)
     network, line = model(cfg, data)
     guide = teacher(cfg, data)
     if isinstance(guide, CachedTeacher):

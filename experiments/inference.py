@@ -201,6 +201,7 @@ class Ensemble:
         self.dtype, self.precision = autocast_type(how.precision, device)
         self.inputs = inputs_of(found)
         self.again = 0  # batches that 16 bits could not hold
+        self.failed: set[str] = set()  # files whose network has given NaN or infinity
         for source in found:
             network, spec = models.load(source.file, how.use_ema)
             kind = {key: spec[key] for key in PREPARATION}
@@ -216,8 +217,8 @@ class Ensemble:
     @torch.inference_mode()
     def __call__(self, views: list[Tensor], columns: np.ndarray) -> Tensor:
         """For each kind (B, V, 3, H, W) uint8, and (B, I) columns `inputs` in own units -> (B, O) float64 on CPU: probabilities, or values in
-        the targets' own units; the mean over views, then over networks by their weight. Raises RuntimeError, naming the network, for what is not
-        finite."""
+        the targets' own units; the mean over views, then over networks by their weight. What is not finite stays so, and its file goes to
+        `failed`."""
         views, total = [each.to(self.device, non_blocking=True) for each in views], 0
         if self.how.tta == "hflip":
             views = [torch.cat([each, each.flip(4)], 1) for each in views]
@@ -229,7 +230,7 @@ class Ensemble:
                 self.again += 1
                 values = self._mean(network, images, more, source.spec, None)
             if not values.isfinite().all():
-                raise RuntimeError(f"{source.file} answers NaN or infinity: its training has failed")
+                self.failed.add(source.file)
             total = total + source.weight * values[:, source.order]
         return total
 
@@ -251,10 +252,10 @@ def predict(ensemble: Ensemble, root: str, names: np.ndarray, rows: np.ndarray, 
     """((len(rows), O) float64 in the order of `rows`, {row: problem} of pictures that could not be read, whose values are NaN).
 
     columns: (N, I) of all rows, `ensemble.inputs` in own units.
-    Raises PictureError for the first such picture with `bad_images` error.
+    Raises PictureError for the first such picture with `bad_images` error; RuntimeError, with the count, where outputs are NaN or infinite.
     """
     columns = np.zeros((len(names), 0)) if columns is None else columns
-    how, problems, parts, start, told = ensemble.how, {}, [], time.monotonic(), time.monotonic()
+    how, problems, parts, wrong, start, told = ensemble.how, {}, [], [], time.monotonic(), time.monotonic()
     workers = min(worker_count(how.workers, False, local_ranks), -(-len(rows) // how.batch_size))
     loader = DataLoader(Pictures(root, names, rows, ensemble.views(), columns, how.decoding), batch_size=how.batch_size, num_workers=workers,
                         timeout=WORKER_TIMEOUT_SECONDS if workers else 0, worker_init_fn=heed_only_the_parent,
@@ -264,10 +265,15 @@ def predict(ensemble: Ensemble, root: str, names: np.ndarray, rows: np.ndarray, 
         if bad and how.bad_images == "error":
             raise PictureError(f"{next(iter(bad.values()))} (row {next(iter(bad))}; --bad_images fill predicts the mean of the others for it)")
         values = ensemble(batch["views"], batch["columns"].numpy()).numpy()
+        wrong += batch["row"].numpy()[~np.isfinite(values).all(1)].tolist()
         values[[error != "" for error in batch["error"]]] = np.nan
         problems |= bad
         parts.append(values)
         if time.monotonic() - told > SECONDS_BETWEEN_LINES:
             told, done = time.monotonic(), sum(map(len, parts))
             print(f"{done} of {len(rows)} pictures, {done / (told - start):.0f} a second", file=sys.stderr, flush=True)
+    if wrong:
+        shown = ", ".join(map(str, wrong[:5])) + ", ..." * (len(wrong) > 5)
+        raise RuntimeError(f"{len(wrong)} of {len(rows)} pictures (rows {shown}, from 0) get NaN or infinity from "
+                           f"{', '.join(sorted(ensemble.failed))}, and nothing is written: its weights are too large")
     return np.concatenate(parts) if parts else np.zeros((0, len(outputs_of(ensemble.members[0][0].spec)))), problems

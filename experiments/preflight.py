@@ -12,13 +12,14 @@ import datamodules
 import models
 from datamodules.augment import Augment
 from datamodules.base import PictureData
-from experiments import attention_picture
+from experiments import attention_picture, plan
 from experiments.config import Config
 from experiments.keywords import check_values
 from experiments.recipe import recipe_model
 from experiments.usage import UsageError, did_you_mean, size
 from lightning_modules import distill_losses, losses, metrics, teacher_cache
 from lightning_modules.ema import uses_ema
+from lightning_modules.freeze import freeze, hold_frozen
 from lightning_modules.layer_decay import PLAIN_DEPTH, for_depth
 from lightning_modules.optim import check_optimizer
 
@@ -52,7 +53,10 @@ def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
     if cfg.teacher and (flags := [flag for flag in ("input_columns", "aux_targets") if getattr(data, flag, None)]):
         problems.append(f"--data_args.{flags[0]} does not go with --teacher, which learns and is asked by pictures only")
     try:
-        metrics.find(cfg.metric or getattr(data, "metric_name", None), data.task)
+        chosen = metrics.find(cfg.metric or getattr(data, "metric_name", None), data.task)
+        targets = next((data.splits[name].targets for name in ("val", "test", "train") if data.sizes.get(name)), ())
+        if chosen.name not in metrics.METRICS and len(targets):
+            metrics.attempt(chosen, data.spec, targets)
     except ValueError as error:
         problems.append(str(error))
     return problems
@@ -103,6 +107,25 @@ def check_network(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> 
     _check_train_sizes(meta, cfg, data)
     if cfg.logger_args.get("attention") and (problems := attention_picture.no_maps(meta, data, size(cfg.image_size))):
         raise UsageError("\n".join(problems))
+
+
+def check_pass(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+    """Raises UsageError where a training pass has one picture, and batch norm would see one value of a channel."""
+    pictures = cfg.global_batch_size // plan.world_size(cfg) // data.accumulation(plan.world_size(cfg))
+    if cfg.eval_only or pictures > 1 or not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in meta.modules()):
+        return
+    if cfg.freeze:
+        freeze(meta, cfg.freeze)
+    hold_frozen(meta.train())
+    try:
+        for height, width in sorted({*data.train_sizes}):
+            meta(torch.zeros(1, 3, height, width, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(f"--micro_batch_size {pictures}: a pass of one picture (--global_batch_size {cfg.global_batch_size} over "
+                         f"{plan.world_size(cfg)} processes) gives the batch norm of {cfg.model} one value of a channel, and no spread: at least 2") \
+            from None
 
 
 def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:

@@ -1,4 +1,5 @@
 """What a run says of itself: the plan, the result on screen and in result.json."""
+import math
 import os
 import re
 import sys
@@ -23,6 +24,7 @@ from lightning_modules.ema import uses_ema
 from lightning_modules.finite import NotFinite
 from lightning_modules.history import History
 from lightning_modules.meter import Meter, clock, peak_memory_mb
+from lightning_modules.metrics import MetricError
 from lightning_modules.preemption import Preempted, disarm_launcher
 from lightning_modules.signals import PREEMPTED, notice
 from models import cost, pretrained
@@ -127,6 +129,11 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         raise SystemExit(1) from None
     except BrokenPipeError as error:
         print(f"run.py: nobody reads the output any more ({error}); the same command goes on", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None
+    except MetricError as error:
+        if trainer.is_global_zero:
+            print(f"run.py: {error}. The training is saved up to step {trainer.global_step}, the scores of its epoch are not: mend the function, and "
+                  "the same command goes on", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
     except NotFinite as error:
         _not_finite(error, run, trainer)
@@ -246,7 +253,8 @@ def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str
             _stop(trainer, str(error))
     rows = next(logger.rows for logger in trainer.loggers if isinstance(logger, History))
     best = next((row for row in reversed(rows) if row["epoch"] <= epoch and task.monitor in row), {})
-    scores = {"metric": task.monitor, "best": best.get(task.monitor), "best_epoch": int(best["epoch"]) if best else None,
+    scores = {"metric": task.monitor, "best": best.get(task.monitor),
+              "best_epoch": int(best["epoch"]) if math.isfinite(best.get(task.monitor, math.nan)) else None,
               "stopped_epoch": trainer.current_epoch - 1}
     if averaged:
         state, scores["averaged_epochs"] = pretrained.network_state(averaged, None, file), " ".join(map(str, averaged["averaged_epochs"]))

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from lightning_modules.messages import warn
+from lightning_modules.metrics import MetricError
 from models.pretrained import LAST, SEAL, read_checkpoint
 
 DATA = "DataModule"  # the class of every data set: the name under which Lightning keeps its state
@@ -144,6 +145,13 @@ def save(trainer: L.Trainer, path: Path) -> bool:
     return trainer.strategy.broadcast(getattr(trainer.strategy.checkpoint_io, "error", None) is None)
 
 
+def validation_to_do(checkpoint: dict[str, Any]) -> None:
+    """Let a state saved in validation be what Lightning calls restarted in the middle of its first batch: it validates again, from the start."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    for count in ("total", "current"):
+        progress[count] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
 class BestCheckpoint(Checkpoint):
     """`best.ckpt`: saved whenever the monitored validation metric is better than in every epoch before; of equals the first stays, as in timm
     and Lightning. NaN and infinity never win; nor does an epoch that could not be saved."""
@@ -169,8 +177,10 @@ class BestCheckpoint(Checkpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """`last.ckpt`: at every epoch's end, after validation, and every `every_n_steps` optimizer steps inside it. `unsaved`: the last
-    attempt failed; after the last step it is made once more."""
+    """`last.ckpt`: at every epoch's end, after validation, and every `every_n_steps` optimizer steps inside it; also where the metric of an epoch
+    fails, with its validation still to do. `unsaved`: the last attempt failed; after the last step it is made once more."""
+
+    before_validation = False
 
     def __init__(self, folder: Path, every_n_steps: int | None = None):
         self.path, self.every_n_steps, self.saved_step, self.unsaved = folder / LAST[0], every_n_steps, 0, False
@@ -190,6 +200,15 @@ class LastCheckpoint(Checkpoint):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.unsaved:
             self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, MetricError) and trainer.state.fn == "fit":  # the same on all ranks, which score the same rows
+            self.before_validation = True
+            self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.before_validation:
+            validation_to_do(checkpoint)
 
     def _save(self, trainer: L.Trainer) -> None:
         self.saved_step = trainer.global_step

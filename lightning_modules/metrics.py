@@ -5,6 +5,8 @@ probabilities, or (N, T) own units (lightning_modules/targets.py `predict`). A u
 """
 import importlib.util
 import inspect
+import os
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,10 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {}
+
+
+class MetricError(ValueError):
+    """A function of one's own that fails, or does not give a number; says why and where."""
 
 
 def metric(mode: str, *tasks: str) -> Callable:
@@ -76,10 +82,31 @@ def score(name: str | Metric, target: np.ndarray, prediction: np.ndarray, spec: 
         return float("nan")
     if chosen.name not in METRICS and spec["task"] == REGRESSION and target.shape[1] == 1:
         target, prediction = target[:, 0], prediction[:, 0]
-    value = chosen.compute(target, prediction)
-    if np.ndim(value):
-        raise ValueError(f"metric {chosen.name} gives {np.shape(value)} numbers, not one")
-    return float(value)
+    if chosen.name in METRICS:
+        return float(chosen.compute(target, prediction))
+    try:
+        value = chosen.compute(target, prediction)
+        if np.ndim(value):
+            raise ValueError(f"it gives {np.shape(value)} numbers, not one")
+        return float(value)
+    except Exception as error:  # a person's own code
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+        own = [frame for frame in frames if frame.filename == inspect.getfile(chosen.compute)] or frames
+        where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+        raise MetricError(f"--metric {chosen.name} fails on {len(target)} rows: {type(error).__name__}: {error}{where}") from error
+
+
+def attempt(chosen: Metric, spec: dict[str, Any], target: np.ndarray) -> None:
+    """Score made predictions, drawn at random, of up to 1,000 real targets, so that a function of one's own fails before a training and not
+    after its first epoch. Raises MetricError."""
+    target = target[np.linspace(0, len(target) - 1, min(len(target), 1000)).astype(int)].copy()
+    rng = np.random.default_rng(0)
+    if spec["task"] == REGRESSION:
+        prediction = rng.permutation(target) + rng.normal(size=target.shape) * (target.std(0) + TINY)
+    else:
+        prediction = rng.random((len(target), spec["num_outputs"]))
+        prediction /= prediction.sum(1, keepdims=True) if spec["task"] == CLASSIFICATION else 1
+    score(chosen, target, prediction, spec)
 
 
 def shown(name: str, value: float) -> str:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from lightning_modules import signals
+from lightning_modules.checkpoints import validation_to_do
 from lightning_modules.signals import ORDER, notice
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)  # a rank that died is noticed at once; this is for one that hangs, or lists data on a slow disk
@@ -71,11 +72,8 @@ class Preemption(Callback):
         self.before_validation = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """In validation: what Lightning calls restarted in the middle of its first batch. It then validates again, from the start."""
         if self.before_validation:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            for count in ("total", "current"):
-                progress[count] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            validation_to_do(checkpoint)
 
     def _leave_if_asked(self, trainer: L.Trainer, *, save: bool) -> None:
         """One agreement, a collective. Raises Preempted on all ranks when any rank was asked."""

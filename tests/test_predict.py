@@ -449,9 +449,13 @@ def test_what_overflows_in_fp16_is_predicted_again_and_what_is_nan_fails(comp, c
     exact = predicted("large", "--data_dir", "comp")
     assert all(np.allclose(predicted("large", "--data_dir", "comp", "--precision", "fp16")[key], exact[key], atol=1e-6) for key in exact)
     assert "no finite answer in fp16" in capsys.readouterr().err
+    write_run(comp / "huge", scale=3e39)
+    predicted("huge", "--data_dir", "comp", "--batch_size", 4, code=1)
+    said = capsys.readouterr().err
+    assert " of 9 pictures (rows " in said and " get NaN or infinity from huge/checkpoints/best.ckpt" in said
     write_run(comp / "nan", scale=math.inf)
-    predicted("nan", "--data_dir", "comp", code=1)
-    assert "nan/checkpoints/best.ckpt answers NaN or infinity" in capsys.readouterr().err
+    predicted("nan", "--data_dir", "comp", code=2)
+    assert "nan/checkpoints/best.ckpt: 1 of " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, line", [

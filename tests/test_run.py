@@ -306,3 +306,13 @@ def test_a_fast_dev_run_goes_through_everything_and_keeps_nothing(pics, monkeypa
     assert {"result.json", "report.html", "predictions.csv", "checkpoints"} <= {file.name for file in left.iterdir()}
     remove(folder)
     assert not Path(folder).exists() and not (pics / "runs").exists()
+
+
+@pytest.mark.parametrize("more", ["--global_batch_size 8 --micro_batch_size 1", "--global_batch_size 1"])
+def test_batch_norm_of_one_picture_is_refused_before_the_first_step(pics, monkeypatch, capsys, more):
+    monkeypatch.chdir(pics)
+    line = f"--data_dir pics --model timm/resnet10t --recipe none --image_size 32 --epochs 1 --workers 0 --logger csv --accelerator cpu {more}"
+    assert run.main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("run.py: --micro_batch_size 1: a pass of one picture") and "timm/resnet10t" in said and len(said.splitlines()) == 1
+    assert not (pics / "runs").exists()
