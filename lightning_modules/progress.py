@@ -1,4 +1,5 @@
 """How far a run is, for the person who waits: a bar on a terminal, lines elsewhere."""
+import os
 import sys
 import time
 from typing import Any
@@ -25,7 +26,7 @@ class Progress(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.since = trainer.global_step, self.meter.train_seconds
-        if trainer.is_global_zero and sys.stderr.isatty():
+        if trainer.is_global_zero and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:  # 0: of unknown size
             self.bar = tqdm(total=self.meter.total_steps, initial=trainer.global_step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -76,6 +77,8 @@ class Progress(Callback):
                            *(shown(name, row[name]) for name in ("train/acc1", *(f"{stage}/{pl_module.metric.name}" for stage in ("val", "val_ema")))
                              if name in row),
                            pace(row.get("perf/images_per_sec", 0.0)), f"{clock(self.meter.seconds_left(trainer))} left"])
+        if self.bar is not None:
+            self.bar.update(trainer.global_step - self.bar.n)
         (self.bar.write if self.bar is not None else print)(line)
         sys.stdout.flush()
         self.shown, self.since = time.monotonic(), (trainer.global_step, self.meter.train_seconds)

@@ -1,11 +1,14 @@
 """W&B, the real client against a server here: one run a directory over kills, resumes and ranks; its states; nothing of it costs a run."""
+import fcntl
 import json
 import os
 import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from functools import partial
@@ -359,6 +362,7 @@ def test_weights_that_are_not_taken_cost_a_warning(clean, tmp_path, capsys):
 def terminal() -> None:
     """Give this process a pseudo-terminal, as a person has one; what it says there goes on into the log."""
     log, (ours, theirs) = os.dup(1), pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
     for stream in (0, 1, 2):
         os.dup2(theirs, stream)
     hurry()
@@ -375,3 +379,4 @@ def test_at_a_terminal_without_a_key_nothing_is_asked(launch, tmp_path):
     assert ended.code == 0 and re.search("^no W&B key found", ended.out, re.MULTILINE) and result_of(tmp_path / "runs" / "tracked")["finished"], \
         ended.out
     assert not re.search("enter your choice|paste|api key.*:", ended.out, re.IGNORECASE), ended.out
+    assert "| 0/4 [" in ended.out and "epoch 1/1 | loss" in ended.out, ended.out  # a bar from the first step on, a line an epoch
