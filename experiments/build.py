@@ -160,6 +160,7 @@ def decide(command: Command, *, assume: bool = False) -> Run:
     words = (*command.notes, *notes, *more, *longer, *([line] if line else []), *_pictures_line(cfg), *preflight.advice(cfg, data, meta))
     for note in () if TOLD in os.environ else words:
         print(note)
+    cfg = rundir.placed(cfg)
     folder = Path(cfg.runs_dir) / cfg.name
     run = Run(cfg, folder, None, False, data, network, guide, early.asked(typed, folder), tuple(assumed))
     run.finished = rundir.look(cfg, _identity(run))

@@ -82,7 +82,7 @@ def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
     if rank == 0:
         for note in [*notes, *more]:
             print(f"predict.py: {note}", file=sys.stderr)
-        _make_room(out.parent, args)
+        _make_room(out.parent, args, rows.root)
     with tempfile.TemporaryDirectory() as folder:
         job = Job(found, how, rows, world, gpus, str(out.with_name(f".{out.name}")) if launched > 1 else f"{folder}/shard")
         if launched > 1:
@@ -238,15 +238,23 @@ def _name(args: argparse.Namespace) -> str:
     return f"{name}{more}-predict" + f"-{args.tta}" * (args.tta != "none") + f"-{where}" * (where != "test")
 
 
-def _make_room(folder: Path, args: argparse.Namespace) -> None:
-    """The folder of the output; a run directory of predict.py's own is written over, another thing's is not. Raises ValueError, OSError."""
+def _make_room(folder: Path, args: argparse.Namespace, root: str) -> None:
+    """The folder of the output; a run directory of predict.py's own, of the same networks and rows, is written over, another thing's is not. Raises
+    ValueError, OSError."""
     if args.out and os.path.isdir(args.out):
         raise ValueError(f"--out {args.out}: is a folder; it names the file to write")
     if args.name and not re.fullmatch(r"\w[\w.+=-]*", args.name):
         raise ValueError(f"--name {args.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.out and any(folder.iterdir()) and about(folder).get("verb") != "predict":
+    before = {} if args.out else about(folder)
+    if not args.out and any(folder.iterdir()) and before.get("verb") != "predict":
         raise ValueError(f"{folder} is there and not of predict.py: --name another, or --out FILE")
+    now = {"runs": [os.path.abspath(run) for run in args.run], "data_dir": [os.path.abspath(root)]}
+    there = {"runs": before.get("runs") or now["runs"], "data_dir": [before.get("data_dir") or root]}
+    apart = [f"{key} {', '.join(there[key])} -> {', '.join(now[key])}" for key in now
+             if [*map(os.path.realpath, there[key])] != [*map(os.path.realpath, now[key])]]
+    if apart and os.path.exists(there["data_dir"][0]):
+        raise ValueError(f"{folder} holds other predictions ({', '.join(apart)}): --name another, or --out FILE")
 
 
 def about(folder: Path) -> dict[str, Any]:

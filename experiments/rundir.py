@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,15 @@ from experiments.usage import UsageError
 
 CONFIG, RESULT = "config.yaml", "result.json"
 OPTIMIZER = ("optimizer", "optimizer_args", "weight_decay", "layer_decay", "head_lr_scale", "freeze")  # what its saved state is the state of
+PATHS = ("data_dir", "cache_dir", "init", "extend", "teacher", "teacher_init", "group", "metric", "augment")  # knobs that name a file or folder, or may do
+MOST_SHOWN = 8  # differences in one line
 NAMED_APART = ("model", "data", "distill", "seed", "fold", "eval_only")  # stand in every name
 
 
 def run_name(cfg: Config, recipe_alone: Config) -> str:
     """`<data>-<model>[-<distill>]-s<seed>[-f<fold>][-eval]` and what else differs from the recipe: up to two keys spelled out, more as six hex
     digits."""
-    ours, theirs = flat(cfg, "training", "numerics"), flat(recipe_alone, "training", "numerics")
+    ours, theirs = (_for_name(each) for each in (cfg, recipe_alone))
     apart = {key: ours.get(key) for key in {**theirs, **ours} if key not in NAMED_APART and ours.get(key) != theirs.get(key)}
     if len(apart) > 2:
         tail = "-" + hashlib.sha256(json.dumps(apart, sort_keys=True, default=str).encode()).hexdigest()[:6]
@@ -36,6 +38,25 @@ def run_name(cfg: Config, recipe_alone: Config) -> str:
 def name_start(cfg: Config) -> str:
     """`<data>-<model>[-<distill>]-s<seed>`."""
     return f"{'-'.join(filter(None, (cfg.data, cfg.model, cfg.distill)))}-s{cfg.seed}".replace("/", "_").replace(" ", "")
+
+
+def _for_name(cfg: Config) -> dict[str, Any]:
+    """Knobs that a name tells, so that they read alike from any folder: weights as the absolute path, files of one's own as the file's name."""
+    flat = _spread(plain(cfg), "training", "numerics")
+    flat |= {key: os.path.abspath(flat[key]) for key in ("init", "extend", "teacher", "teacher_init")
+             if flat.get(key) and os.path.exists(flat[key])}
+    return flat | {key: os.path.basename(flat[key]) for key in ("group", "metric", "augment") if flat.get(key) and "." in flat[key]}
+
+
+def placed(cfg: Config) -> Config:
+    """The config with absolute paths, as it is kept: it means the same from any folder."""
+    def whole(path: str) -> str:
+        file, mark, function = path.rpartition(":") if ".py:" in path else (path, "", "")
+        return os.path.abspath(file) + mark + function if os.path.exists(file) else path
+    given = {key: getattr(cfg, key) for key in PATHS if getattr(cfg, key)}
+    found = {key: ",".join(whole(part.strip()) for part in path.split(",")) if key == "teacher" else whole(path) for key, path in given.items()}
+    found |= {key: os.path.abspath(given[key]) for key in ("data_dir", "cache_dir") if key in given}
+    return replace(cfg, **found)
 
 
 def look(cfg: Config, identity: dict[str, Any]) -> bool:
@@ -58,7 +79,10 @@ def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[
     other data, cannot be written, has no checkpoint left that can be read, or is something else altogether.
     """
     folder = Path(cfg.runs_dir) / cfg.name
-    if look(cfg, identity):
+    finished, gone = look(cfg, identity), None if cfg.overwrite else _gone(stored(folder), cfg, folder)
+    if gone:
+        print(f"data folder {gone} of {folder} is gone, and {cfg.data_dir} is taken: it must hold the same files and classes")
+    if finished:
         return folder, None, True
     start = None if cfg.overwrite else resume_point(folder, cfg)
     if start:
@@ -79,8 +103,9 @@ def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[
 def _prepare(folder: Path, cfg: Config, start: "Start | None") -> None:
     """Write what must be there before training; that it can be written is seen here, not after the first epoch. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG).is_file():
-        write_text(folder / CONFIG, yaml.safe_dump(plain(cfg), sort_keys=False))
+    before = stored(folder)
+    if not before or before.get("data_dir") != cfg.data_dir:
+        write_text(folder / CONFIG, yaml.safe_dump({**plain(cfg), **before, "data_dir": cfg.data_dir}, sort_keys=False))
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     for place in (folder, checkpoints):
@@ -245,32 +270,65 @@ def _check_free(folder: Path) -> None:
 
 
 def differences(folder: Path, cfg: Config) -> list[str]:
-    """`key before -> now` of the training values and places that a run directory's config has otherwise."""
-    there, here = _spread(stored(folder), "training", "where"), flat(cfg, "training", "where")
-    return [f"{key} {there.get(key)} -> {here.get(key)}" for key in {**there, **here} if there.get(key) != here.get(key)]
+    """`key before -> now` of the training values and places that a run directory's config has otherwise. Knobs that it does not have stood at their
+    defaults; paths are compared as places, and a data folder that is gone may be another one now (its content is compared elsewhere)."""
+    before = stored(folder)
+    there, here = _spread(plain(Config()) | before, "training", "where"), flat(cfg, "training", "where")
+    same = {key for key in PATHS if _same_place(there.get(key), here.get(key), folder) or key == "data_dir" and _gone(before, cfg, folder)}
+    return [f"{key} {there.get(key)} -> {here.get(key)}" for key in {**there, **here} if key not in same and there.get(key) != here.get(key)]
+
+
+def _same_place(before: str | None, now: str | None, folder: Path) -> bool:
+    """Whether two values are the same files; a relative one was meant from here, or from a folder around the run's."""
+    if not before or not now:
+        return before == now
+    def same(one: str, other: str) -> bool:
+        (file, _, function), (their, _, theirs) = (each.rpartition(":") if ".py:" in each else (each, "", "") for each in (one, other))
+        return function == theirs and os.path.exists(their) and any(os.path.samefile(place, their) for place in _places(file, folder))
+    parts, others = ([part.strip() for part in each.split(",")] for each in (before, now))
+    return same(before, now) or len(parts) == len(others) > 1 and all(map(same, parts, others))
+
+
+def _places(path: str, folder: Path) -> list[Path]:
+    """Where a path that a run has kept is, of those that are there."""
+    places = [Path(path), *(parent / path for parent in folder.absolute().parents[:3])]
+    return [place for place in places if place.exists()]
+
+
+def _gone(before: dict[str, Any], cfg: Config, folder: Path) -> str | None:
+    """The data folder that a run was made with, where there is none at its place any more, and another one is given."""
+    path = before.get("data_dir")
+    return path if path and cfg.data_dir and os.path.isdir(cfg.data_dir) and not _places(path, folder) else None
 
 
 def _check_same(folder: Path, cfg: Config) -> None:
-    if apart := differences(folder, cfg):
-        longer = result(folder).get("finished") and cfg.epochs > stored(folder).get("epochs", cfg.epochs)
-        raise UsageError(f"{folder} is a run with other values ({', '.join(apart)}): --name another, or --overwrite it"
-                         + f". To train longer what is finished: --extend {folder} --name other goes on with its state, --init {folder} --name other "
-                           "starts anew from its weights" * bool(longer))
+    apart = differences(folder, cfg)
+    if not apart:
+        return
+    recipe = stored(folder).get("recipe")
+    more = [f"recipe {recipe} -> {cfg.recipe}"] * (recipe != cfg.recipe)
+    shown = ", ".join([*more, *apart[:MOST_SHOWN]]) + f" and {len(apart) - MOST_SHOWN} more" * (len(apart) > MOST_SHOWN)
+    ends = [os.path.basename(os.path.abspath(cfg.data_dir))] * any(each.startswith("data_dir ") for each in apart) + [cfg.recipe] * bool(more)
+    other = f"{cfg.name}-{'-'.join(ends)}".replace(" ", "_") if ends else "another"
+    longer = result(folder).get("finished") and cfg.epochs > stored(folder).get("epochs", cfg.epochs)
+    raise UsageError(f"{folder} is a run with other values ({shown}): --name {other}, or --overwrite it"
+                     + f". To train longer what is finished: --extend {folder} --name other goes on with its state, --init {folder} --name other "
+                       "starts anew from its weights" * bool(longer))
 
 
 def flat(cfg: Config, *roles: str) -> dict[str, Any]:
-    """Knobs of these roles, dictionaries spread out, in plain values that survive YAML."""
-    return _spread(plain(cfg), *roles)
+    """Knobs of these roles, dictionaries spread out, in plain values that survive YAML; paths are absolute."""
+    return _spread(plain(placed(cfg)), *roles)
 
 
 def _spread(values: dict[str, Any], *roles: str) -> dict[str, Any]:
+    """Knobs of these roles, dictionaries spread out, in plain values that survive YAML."""
     flat = {}
     for knob in fields(Config):
         if knob.metadata["role"] in roles and knob.name in values:
             value = values[knob.name]
             flat |= {f"{knob.name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {knob.name: value}
-    return flat | {key: os.path.abspath(flat[key]) for key in ("data_dir", "init", "extend", "teacher", "teacher_init")
-                   if flat.get(key) and os.path.exists(flat[key])}
+    return flat
 
 
 def _spelled(value: Any) -> str:
