@@ -14,7 +14,7 @@ from datamodules.base import PictureData
 from datamodules.decode import MAX_PIXELS, Decoding
 from datamodules.folder import Files
 from datamodules.pictures import Split
-from datamodules.table import Report, counted, listed, plainly, spelled_twice
+from datamodules.table import Report, counted, listed, plainly, spelled_twice, whole
 from datamodules.table_guess import Tables
 from datamodules.table_pictures import Folder
 from datamodules.table_rows import Rows, find_rows
@@ -196,7 +196,7 @@ class DataModule(PictureData):
             report.finish()
         splits, for_test = {}, train.take(np.flatnonzero(part == "test"))
         if scheme["split_column"]:
-            self.lines.append(self._told_split(part, "test" in beside))
+            self.lines += [self._told_split(part, "test" in beside), *self._crossed(tables.train, part)]
         if for_test.good.any() and "test" not in beside:
             splits["test"], self.rows["test"] = for_test.split(self.files), np.flatnonzero(part == "test")[for_test.good]
         if held is None:
@@ -213,6 +213,16 @@ class DataModule(PictureData):
         folded = f"; --folds {self.folds} divides the rows of train and val anew" * bool(self.folds and there["val"])
         apart = "; its rows for test are left out, since test.csv has labels" * bool(beside and there["test"])
         return f"table split by column {column} ({why}): {counts}{folded}{apart}; --data_args.split_column none does without"
+
+    def _crossed(self, frame: pd.DataFrame, part: np.ndarray) -> list[str]:
+        """A line on groups that the split column puts on several sides."""
+        name, column = self.table_scheme["group"], self.table_scheme["split_column"]
+        if name not in frame:
+            return []
+        sides = pd.Series(np.where((part == "val") & bool(self.folds), "train", part)).groupby(frame[name].map(whole).to_numpy()).nunique()
+        crossed = sides.index[(sides > 1) & (sides.index != "")]
+        return [f"table split by column {column}: {counted(len(crossed), 'group')} of {name} lie on several sides, so scores are too good there: "
+                f"{listed(crossed)}"] if len(crossed) else []
 
     def _held_out(self, frame: pd.DataFrame, rows: np.ndarray, names: list[str] | None, for_val: np.ndarray) -> np.ndarray | None:
         """(R,) bool of the rows with pictures: held out; None for none. Folds are of all rows that are divided, so that a picture that comes or

@@ -91,6 +91,9 @@ def test_classes_that_one_side_never_sees_are_named(tmp_path, monkeypatch, capsy
     write_comp(tmp_path / "comp", {"Id": ids(48), "patient_id": [row[0] for row in rows], "label": [row[1] for row in rows]})
     data = decided(monkeypatch, "--data_dir", "comp", "--folds", "3", "--fold", "0").data
     assert f"is never learned by that fold, which gets all of them wrong; fold {data.fold_numbers[0]}: rare (8 rows)" in capsys.readouterr().out
-    write_comp(tmp_path / "split", {"Id": ids(40), "label": ["a", "b"] * 12 + ["c"] * 8 + ["a", "b"] * 4, "split": PARTS})
+    patients = [f"p{n}" for n in range(30)] + [f"{'p' * (n > 1)}{n}" for n in range(10)]
+    write_comp(tmp_path / "split", {"Id": ids(40), "label": ["a", "b"] * 12 + ["c"] * 8 + ["a", "b"] * 4, "patient_id": patients, "split": PARTS})
     decided(monkeypatch, "--data_dir", "split", "--name", "split")
-    assert "table val has classes that train has no row of, so they are never learned: c (8 rows)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "table val has classes that train has no row of, so they are never learned: c (8 rows)" in said
+    assert "table split by column split: 8 groups of patient_id lie on several sides, so scores are too good there: p2, p3," in said
