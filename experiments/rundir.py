@@ -17,7 +17,7 @@ from experiments.usage import UsageError
 
 CONFIG, RESULT = "config.yaml", "result.json"
 OPTIMIZER = ("optimizer", "optimizer_args", "weight_decay", "layer_decay", "head_lr_scale", "freeze")  # what its saved state is the state of
-PATHS = ("data_dir", "cache_dir", "init", "extend", "teacher", "teacher_init", "group", "metric", "augment")  # knobs that name a file or folder, or may do
+PATHS = ("data_dir", "cache_dir", "init", "extend", "teacher", "teacher_init", "group", "metric", "augment")  # knobs that may name files
 MOST_SHOWN = 8  # differences in one line
 NAMED_APART = ("model", "data", "distill", "seed", "fold", "eval_only")  # stand in every name
 
@@ -52,7 +52,7 @@ def placed(cfg: Config) -> Config:
     """The config with absolute paths, as it is kept: it means the same from any folder."""
     def whole(path: str) -> str:
         file, mark, function = path.rpartition(":") if ".py:" in path else (path, "", "")
-        return os.path.abspath(file) + mark + function if os.path.exists(file) else path
+        return os.path.abspath(file) + mark + function if os.path.exists(file) and path != "pretrained" else path
     given = {key: getattr(cfg, key) for key in PATHS if getattr(cfg, key)}
     found = {key: ",".join(whole(part.strip()) for part in path.split(",")) if key == "teacher" else whole(path) for key, path in given.items()}
     found |= {key: os.path.abspath(given[key]) for key in ("data_dir", "cache_dir") if key in given}
