@@ -2,18 +2,17 @@
 import re
 from typing import TYPE_CHECKING, TypedDict
 
+from datamodules.ranges import broken
 from experiments.keywords import check_values
 from experiments.usage import UsageError
 
 if TYPE_CHECKING:
     from experiments.config import Config
 
-AT_LEAST_1 = ("epochs", "global_batch_size", "micro_batch_size", "lr_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps",
-              "patience", "repeated_augment", "limit_val")
-NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "clip_grad", "seed", "split_seed", "workers",
-                "mixup", "cutmix", "head_lr_scale", "hours")
+AT_LEAST_1 = ("lr_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps", "patience", "limit_val")
+NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "warmup_epochs", "warmup_steps", "warmup_lr", "clip_grad", "head_lr_scale", "hours")
 TAG_LENGTH = 64  # W&B's limit
-SHARES = ("hflip", "label_smoothing", "val_fraction", "crop_pct", "random_erasing", "layer_decay", "ema_decay")
+SHARES = ("layer_decay", "ema_decay")
 
 
 def check(cfg: "Config") -> None:
@@ -45,6 +44,8 @@ def check(cfg: "Config") -> None:
 
 
 def _check_ranges(cfg: "Config") -> None:
+    if found := broken(cfg):
+        raise UsageError("--{} {}: {}".format(*found))
     for keys, fits, rule in ((AT_LEAST_1, lambda value: value >= 1, "must be at least 1"),
                              (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
                              (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1")):
@@ -52,15 +53,11 @@ def _check_ranges(cfg: "Config") -> None:
             value = getattr(cfg, key)
             if value is not None and not fits(value):
                 raise UsageError(f"--{key} {value}: {rule}")
-    for key in ("crop_pct", "layer_decay", "head_lr_scale", "clip_grad"):
+    for key in ("layer_decay", "head_lr_scale", "clip_grad"):
         if getattr(cfg, key) == 0:
             raise UsageError(f"--{key} 0: must be above 0" + "; null does not clip" * (key == "clip_grad"))
-    for key in ("label_smoothing", "ema_decay"):
-        if getattr(cfg, key) == 1:
-            raise UsageError(f"--{key} 1: must be below 1")
-    low, high = cfg.crop_scale
-    if not 0 < low <= high <= 1:
-        raise UsageError(f"--crop_scale [{low},{high}]: give two shares of the area, smaller first, above 0 and up to 1")
+    if cfg.ema_decay == 1:
+        raise UsageError("--ema_decay 1: must be below 1")
 
 
 def _check_training(cfg: "Config") -> None:

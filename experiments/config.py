@@ -205,6 +205,9 @@ def _read(argv: list[str]) -> Command:
     values = vars(_parser([*layers, Path(config_file)] if config_file else layers).parse_args(argv))
     chosen = {*stored, *given}
     notes = [f"recipe {recipe} ({why})"]
+    if values["model"] != recipes.recipe_model(recipe) and recipes.recipe_model(recipe) and alone["model_args"]:
+        notes.append(f"model_args of the recipe are for {alone['model']} and left out: {', '.join(alone['model_args'])}")
+        values["model_args"], alone["model_args"] = {**(stored.get("model_args") or {}), **(given.get("model_args") or {})}, {}
     _shorten_warmup(values, alone, chosen, notes)
     if values["data_dir"] and "data" not in chosen:  # the folder says what it is; a recipe's data set is for where nothing is said
         values["data"] = alone["data"] = None

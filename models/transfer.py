@@ -189,8 +189,16 @@ def fit_head(model: nn.Module, weights: State, theirs: dict[str, Any], ours: dic
     left, new = [name for name in names if name not in {*wanted}], [name for name in wanted if name not in place]
     if not left and not new:
         return weights, [f"rows of the head put in the order of these {len(wanted)} {_kind(ours)}", *_other_range(theirs, ours)]
-    note = f"rows of the head by name: {len(taken)} of {len(wanted)} {_kind(ours)} taken, fresh: {some(_words(new))}, left out: {some(_words(left))}"
-    return weights, [note, *_other_range(theirs, ours)]
+    note = (f"rows of the head by name: {len(taken)} of {len(wanted)} {_kind(ours)} taken, "
+            f"fresh: {some(_words(new))}, left out: {some(_words(left))}")
+    return weights, [note, *_other_encoding(names, wanted), *_other_range(theirs, ours)]
+
+
+def _other_encoding(names: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> list[str]:
+    """A line where the outputs have the same names and stand for something else."""
+    (_, theirs, each, _), (_, ours, here, _) = names[0], wanted[0]
+    apart = {row[0] for row in names} & {row[0] for row in wanted} and (theirs, each) != (ours, here)
+    return [f"its outputs are {theirs} ({each} a target), these {ours} ({here})"] * bool(apart)
 
 
 def outputs(spec: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -9,13 +9,16 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from timm.data.loader import PrefetchLoader
 
 import datamodules
 from datamodules.decode import PictureError, open_picture
+from experiments.config import Config
+from experiments.usage import UsageError
 
 COMMON = dict(image_size=32, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic", crop_pct=0.9, workers=0)
 WNIDS = ImageNetInfo().label_names()
@@ -270,3 +273,15 @@ def test_unreadable_picture_is_named(tree, monkeypatch, fault, cause, workers):
         list(data.val_dataloader())
     del caught
     gc.collect()
+
+
+def test_one_range_for_flags_and_data_modules():
+    """And what networks bring with them is in it: the preparation of the pictures of all weights that timm publishes."""
+    prepared = (resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict()) for name in timm.list_pretrained())
+    keys = ("mean", "std", "crop_pct", "interpolation", "crop_mode")
+    for values in {tuple(each[key] for key in keys) for each in prepared}:
+        Config().filled(**dict(zip(keys, values)))
+    with pytest.raises(ValueError, match="hflip 2: must lie between 0 and 1"):
+        datamodules.create("digits", hflip=2)
+    with pytest.raises(UsageError, match="--hflip 2: must lie between 0 and 1"):
+        Config(hflip=2)

@@ -13,6 +13,7 @@ import torchvision
 import yaml
 from conftest import weights_of, write_pictures
 from safetensors.torch import save_file
+from table_files import ids, write_comp
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.utils import CheckpointSaver
 
@@ -144,6 +145,26 @@ def test_rows_of_the_head_go_by_class(folder, run, words, outputs):
             assert not after[key][2].any() if "bias" in key else 0 < after[key][2].std() < 0.02
         elif not key.endswith("num_batches_tracked") and "running" not in key:
             assert torch.equal(after[key], before[key]), key
+
+
+@pytest.mark.parametrize("task", ["regression", "multilabel"])
+def test_rows_of_the_head_go_by_target(folder, run, task):
+    draw, rows = np.random.RandomState(0), 12
+    for name, targets in (("one", "pq"), ("two", "qr")):
+        values = {target: draw.rand(rows) * 10 if task == "regression" else np.arange(rows) // (1 + ord(target) % 3) % 2 for target in targets}
+        write_comp(folder / f"{task}-{name}", {"Id": ids(rows)} | values)
+    line = f"{VIT} --task {task} --image_size 16"
+    code, said = run(f"{line} --target p,q --lr 0.01", f"{task}-p", data=f"{task}-one")
+    assert code == 0, said
+    code, said = run(f"{line} --target q,r --init {task}-p --lr 0", f"{task}-q", data=f"{task}-two")
+    kind = "targets" if task == "regression" else "classes"
+    assert code == 0 and f"1 of 2 {kind} taken, fresh: 1 (r), left out: 1 (p)" in said, said
+    assert ("its targets lay within" in said) == (task == "regression")
+    before, after = network(folder, f"{task}-p"), network(folder, f"{task}-q")
+    assert torch.equal(after["head.weight"][0], before["head.weight"][1]) and before["head.weight"].any()
+    if task == "regression":  # outputs that speak another way stand for something else
+        code, said = run(f"{line} --target p,q --init {task}-p --loss mse --lr 0", f"{task}-mse", data=f"{task}-one")
+        assert code == 0 and "0 of 2 targets taken" in said and "outputs are sigmoid (1 a target), these linear" in said, said
 
 
 def test_other_classes_and_another_number(folder, run, first):

@@ -205,3 +205,14 @@ def test_layer_decay_of_finetune_follows_the_depth(tmp_path, monkeypatch, capsys
     for given in ("--layer_decay 0.75", "--model vit_nano4"):
         assert main([*deep.split(), *given.split()] if "decay" in given else f"{given} --recipe finetune --data digits --dry_run".split()) == 0
         assert "0.8611" not in capsys.readouterr().out
+
+
+def test_a_recipes_model_args_are_for_its_model(capsys, tmp_path):
+    line = f"--dry_run --logger csv --accelerator cpu --workers 0 --global_batch_size 4 --runs_dir {tmp_path}"
+    assert main(f"--recipe demo --model timm/test_convnext --model_args.drop_path 0.1 {line}".split()) == 0
+    said = capsys.readouterr().out
+    assert "model_args of the recipe are for vit_nano4 and left out: patch_size, embed_dim, depth, num_heads, pool" in said
+    assert parse(["--recipe", "demo", "--model", "timm/test_convnext", "--model_args.drop_path", "0.1"]).model_args == {"drop_path": 0.1}
+    assert parse(["--recipe", "demo", "--model_args.depth", "2"]).model_args == {
+        "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "pool": "mean"}
+    assert parse(["--recipe", "convnext_b_384", "--model", "convnext_s"]).model_args == {}
