@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from experiments import plan, run_page, rundir, trackers
 from experiments.build import Run
 from experiments.extension import warmup_steps
+from experiments.teacher_score import TeacherScore
 from lightning_modules import distill_losses, ema, losses, metrics
 from lightning_modules.aux_targets import Aux
 from lightning_modules.averaging import Averaging
@@ -21,6 +22,7 @@ from lightning_modules.progress import Progress
 from lightning_modules.schedules import SCHEDULES, later
 from lightning_modules.seen import Seen
 from lightning_modules.task import Task
+from lightning_modules.teacher_cache import CachedTeacher
 from models import cost
 
 
@@ -61,7 +63,8 @@ def trainer(run: Run) -> L.Trainer:
     watched, mode = monitor(run), metric(run).mode
     waits = Waits()
     meter = Meter(cfg.global_batch_size, cfg.log_every_steps, cfg.epochs * run.data.steps_per_epoch, waits, partial(cost.training_flops, run.model))
-    callbacks = [meter, Progress(meter, cfg.epochs),
+    live = run.teacher is not None and not isinstance(run.teacher, CachedTeacher)
+    callbacks = [*([TeacherScore(run.teacher, cfg.teacher)] if live else []), meter, Progress(meter, cfg.epochs),
                  Predictions(run.folder, run.data.spec, cfg.fold)]
     if not cfg.eval_only:  # before those that save
         callbacks += [ema.Ema(cfg.ema_decay)] if cfg.ema_decay is not None else []

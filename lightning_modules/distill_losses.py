@@ -1,7 +1,8 @@
 """What a student learns from a teacher: one decorated function a loss, found by its name, its keyword-only arguments its hyper-parameters.
 
 Every function is pure: student_logits (B, K), teacher_logits (B, K), target (B,) int64 or (B, K) soft -> a scalar, computed in float32, with
-gradients to the student only. Where a loss needs the true class of a mixed picture, it is the argmax of the soft target.
+gradients to the student only. Of a regression both are predictions (B, T), scaled to the range of the student's targets. Where a loss needs the
+true class of a mixed picture, it is the argmax of the soft target.
 Legend: B pictures, K classes, D width, tau temperature.
 """
 import inspect
@@ -216,7 +217,7 @@ def binary(student_logits: Tensor, teacher_logits: Tensor, target: Tensor, *, ta
 
 @distill_loss("mse", tasks=TASKS)
 def mse(student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-    """Squared difference of the logits, mean over batch and outputs; the teacher's numbers themselves, for regression."""
+    """Squared difference of the logits, of a regression of the predictions scaled to the student's range; mean over batch and outputs."""
     return F.mse_loss(student_logits.float(), teacher_logits.detach().float())
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.distill_losses import Features, warmup
+from lightning_modules.targets import expectation, scale
 from lightning_modules.task import Task
 from lightning_modules.teacher import Teacher, Teachers
 from lightning_modules.teacher_cache import CachedTeacher
@@ -20,7 +21,8 @@ class Distill(Task):
     dict, optimizer or EMA.
 
     Args:
-        teacher: pictures (B, 3, H, W) -> logits (B, K); a cached one answers by the rows of the batch instead.
+        teacher: pictures (B, 3, H, W) -> logits (B, K), of a regression targets in own units (B, T); a cached one answers by the rows of the
+            batch instead.
         distill: (student's logits, teacher's, targets) -> scalar, or `Features` on pooled features.
         weights: of (loss on the labels, loss on the teacher).
         warmup_epochs: over which the second weight rises (`distill_losses.warmup`).
@@ -38,7 +40,7 @@ class Distill(Task):
         self.teacher.to(self.device)
 
     def told(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the teacher says of a batch: logits (B, K) float32."""
+        """What the teacher says of a batch: logits (B, K) float32, of a regression targets in own units (B, T) float64."""
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher(batch["index"], self.current_epoch, batch.get("copy"))
         return self.teacher(batch["image"])
@@ -53,6 +55,9 @@ class Distill(Task):
         else:
             output, told = self.model(image), self.told(batch)
             seen = output[1] if isinstance(output, tuple) else output
+            if self.spec["task"] == "regression":  # both as predictions, scaled by the range of the student's data: (B, T)
+                told = scale(told, self.spec["target_range"])
+                seen = expectation(seen.float(), self.spec["encoding"], told.shape[1])
         logits = (output[0] if isinstance(output, tuple) else output).float()
         base = self.loss(logits, target)
         part = self.distill(seen, told) if isinstance(self.distill, Features) else self.distill(seen, told, target)

@@ -19,8 +19,8 @@ ABOUT, FORMAT = "cache.json", 1
 HALF = torch.finfo(torch.float16).max
 TRANSFORM = ("crop_scale", "hflip", "rand_augment", "random_erasing", "augment_args", "train_size", "mixup", "cutmix", "cache_side",
              "augment")
-COMMON = ("task", "num_outputs", "class_names", "target_names", "target_range", "encoding", "data",
-          "data_args", "fingerprint", "sizes", "image_size", "mean", "std", "interpolation")
+COMMON = ("task", "class_names", "target_names", "data", "data_args", "fingerprint", "sizes", "image_size", "mean", "std", "interpolation")
+TOLD = ("num_outputs", "target_range", "encoding", "crop_pct", "crop_mode")  # kept beside those
 KNOBS = {  # what must be equal, by the view of the pictures that the teacher saw
     "replayed": (*COMMON, *TRANSFORM, "repeated_augment", "seed", "global_batch_size"),  # the very pictures of training, another view in each epoch
     "still": (*COMMON, *TRANSFORM),  # those of training, where it shows a picture in one way only
@@ -39,7 +39,7 @@ def identity(config: dict[str, Any], data: dict[str, Any], spec: dict[str, Any],
     names = {*TRANSFORM, "repeated_augment", "data", "data_args", "seed", "global_batch_size", "val_fraction", "split_seed", "epochs"}
     whole = {key: config[key] for key in names} | {key: data[key] for key in ("fingerprint", "sizes")}
     whole["augment"] = data.get("augment")  # what the file says, wherever it is
-    whole |= {key: spec.get(key) for key in (*COMMON, "crop_pct", "crop_mode") if key not in whole}
+    whole |= {key: spec.get(key) for key in (*COMMON, *TOLD) if key not in whole}
     return json.loads(json.dumps(whole | {"world_size": world_size, "pass_size": pass_size, "device": device}))
 
 
@@ -97,12 +97,12 @@ def compress(logits: Tensor, topk: int, task: str) -> dict[str, Tensor]:
     """What is stored of logits (B, C).
 
     classification: `value` (B, C) float16, the log probabilities; where topk < C, (B, K + 1) of the K likeliest classes and, last, of each other
-    class if these share what is left; then `index` (B, K) int16 (int32 of more than 32768 classes). Other tasks: `value` (B, C) float32.
+    class if these share what is left; then `index` (B, K) int16 (int32 of more than 32768 classes).
+    Other tasks: `value`, the float32 logits (B, C), of a regression float64 in own units (B, T).
     """
-    logits = logits.float()
     if task != "classification":
         return {"value": logits}
-    logits, classes = logits.log_softmax(-1), logits.shape[-1]
+    logits, classes = logits.float().log_softmax(-1), logits.shape[-1]
     if topk >= classes:
         return {"value": _half(logits)}
     value, index = logits.topk(topk)
@@ -115,11 +115,11 @@ def _half(values: Tensor) -> Tensor:
 
 
 def restore(value: Tensor, index: Tensor | None, num_outputs: int) -> Tensor:
-    """What `compress` has stored -> logits (B, C) float32. What the stored classes leave is spread evenly over the others, as TinyViT does
-    (microsoft/Cream TinyViT/main.py:320-330)."""
-    value = value.float()
+    """What `compress` has stored -> logits (B, C) float32, of a regression float64 in own units (B, T). What the stored classes leave is
+    spread evenly over the others, as TinyViT does (microsoft/Cream TinyViT/main.py:320-330)."""
     if index is None:
-        return value
+        return value.float() if value.dtype == torch.float16 else value
+    value = value.float()
     return value[:, -1:].expand(-1, num_outputs).scatter(1, index.long(), value[:, :-1])
 
 
@@ -191,6 +191,8 @@ class CachedTeacher:
         """Raises ValueError that names each difference between the run it was made for and this one (`identity`), an original teacher that has
         changed since, and shards that are missing."""
         apart = differences(self.about["identity"], here, self.about["view"])
+        if here["task"] == "regression" and self.about.get("units") != "own":
+            apart.append("its answers are logits, as once was done: those of a regression are kept in the targets' own units now")
         for teacher in self.about["teachers"]:
             file = teacher.get("file")
             if file and Path(file).is_file() and sha256_of(file) != teacher["sha256"]:
@@ -202,7 +204,7 @@ class CachedTeacher:
             raise ValueError(f"--teacher {self.folder} is not complete: {len(gone)} shards are missing, the first is {gone[0].name}; {AGAIN}")
 
     def __call__(self, index: Tensor, epoch: int, copy: Tensor | None = None) -> Tensor:
-        """index, copy (B,) of a batch on the device -> logits (B, C) float32; NaN for a picture that the epoch does not have.
+        """index, copy (B,) of a batch on the device -> what `restore` makes of it; NaN for a picture that the epoch does not have.
 
         Raises ValueError at an epoch's first batch for a shard that is missing or damaged. Nothing waits for the device in between.
         """
