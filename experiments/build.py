@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import datamodules
 import models
 from datamodules import imagenet
 from datamodules.decode import PictureError
-from experiments import early, launched, plan, preflight, rendezvous, rundir
+from experiments import early, fold_dirs, held_out, launched, plan, preflight, rendezvous, rundir
 from experiments.config import Command, Config, read
 from experiments.extension import extended
 from experiments.recipe import recipe_data
@@ -29,7 +30,7 @@ from experiments.usage import TOLD, UsageError, size
 from lightning_modules import distill_losses, targets, teacher_cache
 from lightning_modules.freeze import freeze
 from lightning_modules.signals import notice
-from lightning_modules.teacher import Teacher, Teachers
+from lightning_modules.teacher import Teacher, Teachers, check_spec
 from lightning_modules.teacher_cache import CachedTeacher
 from models import cost, pretrained
 
@@ -141,6 +142,7 @@ def decide(command: Command, *, assume: bool = False) -> Run:
     problems += preflight.unlearnable(cfg, data.spec) if data and not cfg.eval_only else []
     if any(problems):
         raise UsageError("\n".join(filter(None, problems)))
+    seen = [] if assumed else held_out.check(cfg, data, datamodule)
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
     preflight.check_network(meta, cfg, data)
@@ -157,7 +159,8 @@ def decide(command: Command, *, assume: bool = False) -> Run:
     guide = teacher(cfg, data)
     if isinstance(guide, CachedTeacher):
         guide.check(seen_by_teacher(cfg, data))
-    words = (*command.notes, *notes, *more, *longer, *([line] if line else []), *_pictures_line(cfg), *preflight.advice(cfg, data, meta))
+    words = (*command.notes, *notes, *more, *longer, *([line] if line else []), *_pictures_line(cfg), *seen,
+             *getattr(guide, "notes", ()), *preflight.advice(cfg, data, meta))
     for note in () if TOLD in os.environ else words:
         print(note)
     cfg = rundir.placed(cfg)
@@ -236,7 +239,7 @@ def _left_out(cfg: Config) -> dict[str, Any]:
 
 def _preparation(cfg: Config) -> dict[str, Any]:
     """How the pictures were prepared that the weights in `--init` were trained on; {} where it is not known."""
-    spec = pretrained.about(cfg.init, cfg.model).get("spec", {}) if cfg.init else {}
+    spec = pretrained.about(fold_dirs.own(cfg.init, cfg, "--init"), cfg.model).get("spec", {}) if cfg.init else {}
     return {key: tuple(spec[key]) if isinstance(spec[key], list) else spec[key] for key in PREPARATION if key in spec}
 
 
@@ -310,7 +313,7 @@ def _saved(cfg: Config) -> dict[str, Any]:
     """The checkpoint of ours that an evaluation takes its weights from, without its weights; {} where it is none."""
     if not cfg.eval_only or not Path(cfg.init).exists():
         return {}
-    return pretrained.read_about(cfg.init)
+    return pretrained.read_about(fold_dirs.own(cfg.init, cfg, "--init"))
 
 
 def _with_saved(command: Command) -> Command:
@@ -321,6 +324,7 @@ def _with_saved(command: Command) -> Command:
     taken = {key: saved.get(key) for key in ("model", "model_args") if cfg.model is None}
     if not (cfg.data or cfg.data_dir):
         taken |= {key: saved[key] for key in ("data", "data_dir", "data_args", "bad_images", *TABLE, "metric") if key in saved}
+    taken |= {key: saved[key] for key in ("val_fraction", "split_seed") if key in saved and key not in command.chosen}
     taken |= {key: saved[key] for key in ("loss", "loss_args") if key in saved and cfg.loss is None}  # they say what the outputs mean
     return replace(command, config=replace(cfg, **taken), recipe_alone=replace(command.recipe_alone, **taken))
 
@@ -375,7 +379,7 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), columns=pretrained.columns_of(data.spec), **cfg.model_args)
     use_ema = cfg.use_ema if cfg.eval_only or cfg.ema_decay is None else None
-    line = pretrained.initialise(network, cfg.init, name=cfg.model, spec=data.spec, reset_head=cfg.init_head == "reset",
+    line = pretrained.initialise(network, fold_dirs.own(cfg.init, cfg, "--init"), name=cfg.model, spec=data.spec, reset_head=cfg.init_head == "reset",
                                  partial=cfg.init_partial, whole=cfg.eval_only, use_ema=use_ema) if cfg.init else ""
     if cfg.train_size is not None and hasattr(network, "set_any_size"):
         network.set_any_size()
@@ -393,7 +397,13 @@ def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | Ca
         return None
     if teacher_cache.is_cache(cfg.teacher):
         return CachedTeacher(cfg.teacher)
-    found = [Teacher.load(source.strip(), cfg.teacher_init, student=data.spec, precision=cfg.precision) for source in cfg.teacher.split(",")]
+    first, *others = range(cfg.folds) if cfg.folds and cfg.fold is None else [cfg.fold]  # over all: none is refused after another was trained
+    sources = [source.strip() for source in cfg.teacher.split(",")]
+    for fold, source in product(others, filter(fold_dirs.is_over_folds, sources)):
+        place = fold_dirs.own(source, replace(cfg, fold=fold), "--teacher")
+        check_spec(place, pretrained.read_about(place)["spec"], data.spec)
+    found = [Teacher.load(fold_dirs.own(source, replace(cfg, fold=first), "--teacher"), cfg.teacher_init, student=data.spec, precision=cfg.precision)
+             for source in sources]
     return found[0] if len(found) == 1 else Teachers(found, data.spec["task"])
 
 

@@ -16,6 +16,8 @@ from experiments.checks import check, check_teacher
 from experiments.usage import UsageError, did_you_mean, size
 
 BOOLEAN = (bool, bool | None)
+SPLIT = ("data", "data_args", "target", "task", "image", "group", "bad_images", "folds", "fold", "val_fraction",
+         "split_seed", "limit_val")  # the knobs that decide which rows are held out
 
 
 def knob(default: Any, text: str, *, role: Literal["training", "place", "where", "numerics"] = "training") -> Any:
@@ -34,13 +36,15 @@ class Config:
     model: str | None = knob(None, "network: a name of --list models, or timm/<name>")
     model_args: dict[str, Any] = knob(dict, "the network's own keywords, as --model_args.drop_path 0.2")
     image_size: int | str | None = knob(None, "side in pixels, or HEIGHTxWIDTH; left out: the model's own")
-    init: str | None = knob(None, "weights to start from: pretrained, a file, a run directory, or a tag of timm's")
+    init: str | None = knob(None, "weights to start from: pretrained, a file, a run directory (over folds: each fold takes its own), or a "
+                              "tag of timm's")
     init_head: Literal["keep", "reset"] = knob("keep", "keep takes the rows of --init's head by the names of classes or targets, where both are "
                                                "known; reset starts a fresh head where the one in --init has another size or other names")
     init_partial: bool = knob(False, "take weights that lack tensors of the model beside its head, which start fresh")
+    allow_seen: bool = knob(False, "take weights (--init, --teacher) although they have learned rows that are held out here", role="place")
     # from whom
-    teacher: str | None = knob(None, "trained network to learn from: a run, a file, a name of --list models or timm/<name>; several by commas; or "
-                              "the folder of prepare.py teacher")
+    teacher: str | None = knob(None, "trained network to learn from: a run (over folds: each takes its own), a file, a name of --list models "
+                              "or timm/<name>; several by commas; or the folder of prepare.py teacher")
     teacher_init: str | None = knob(None, "weights of a teacher given by name: a file or a run; left out: those timm publishes")
     distill: str | None = knob(None, "what is learned from the teacher: a name of --list losses; left out: hard, DeiT's (mse for regression)")
     distill_args: dict[str, Any] = knob(dict, "its keywords, as --distill_args.tau 3; alpha: the teacher's share of the loss; "

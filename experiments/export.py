@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import models
+from experiments.config import SPLIT
 from experiments.usage import piped
 from models import pretrained
 
@@ -36,7 +37,8 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the name must end in .safetensors")
     config = content["config"]
-    about = {"config": {key: config[key] for key in ("model", "model_args", "image_size")}, "spec": spec,
+    kept = ("model", "model_args", "image_size", "init", "teacher", *SPLIT)  # the split, so that nobody scores it on what it has learned
+    about = {"config": {key: config[key] for key in kept if key in config}, "spec": spec, "fingerprint": pretrained.read_about(file)["fingerprint"],
              "use_ema": pretrained.chooses_ema(content, use_ema),
              "epoch": content.get("epoch"), "step": content.get("global_step"), "source": file.name, "source_sha256": sha256(file)}
     shown = {"model": config["model"], "model_args": config["model_args"], "classes": spec["class_names"], "image_size": spec["image_size"],

@@ -9,6 +9,7 @@ import yaml
 from experiments import rundir
 from experiments.config import Config, plain
 from experiments.usage import UsageError
+from models import pretrained
 
 
 def enter(cfg: Config) -> None:
@@ -33,6 +34,37 @@ def take_in(parent: Path, cfg: Config, fold: int) -> None:
     if not own.exists() and rundir.result(alone).get("finished") and not rundir.differences(alone, replace(cfg, fold=fold)):
         own.unlink(missing_ok=True)
         own.symlink_to(os.path.relpath(alone, parent))
+
+
+def is_over_folds(path: str | Path) -> bool:
+    """Whether a path is the directory over the folds of a run: it has no weights of its own."""
+    return not (Path(path) / "checkpoints").is_dir() and (Path(path) / "fold0").is_dir()
+
+
+def of_fold(source: str, fold: int | None) -> str:
+    """Of a run over folds the directory of one; any other source as it is."""
+    return str(Path(source) / f"fold{fold or 0}") if is_over_folds(source) else source
+
+
+def own(source: str, cfg: Config, flag: str) -> str:
+    """Where the weights are that a run takes of `source`: of a run over folds those of the run's own fold (over all folds, of the first).
+
+    Raises UsageError for a run over folds without such weights, over another number of folds, or where this one is of no fold.
+    """
+    if not is_over_folds(source):
+        return source
+    count = rundir.stored(Path(source)).get("folds")
+    if not cfg.folds:
+        raise UsageError(f"{flag} {source} is a run over {count} folds: one of them is {flag} {Path(source) / 'fold0'}; with --folds {count} each "
+                         "fold takes its own")
+    if count != cfg.folds:
+        raise UsageError(f"{flag} {source} is a run over {count} folds, not {cfg.folds}: their rows are others")
+    place = of_fold(source, cfg.fold)
+    try:
+        pretrained.checkpoint_in(place)
+    except FileNotFoundError:
+        raise UsageError(f"{flag} {source}: its fold {cfg.fold or 0} has no weights yet") from None
+    return place
 
 
 def name_and_group(folder: Path, cfg: Config) -> tuple[str, str | None]:

@@ -95,6 +95,9 @@ def _check_distill(cfg: Config, task: str) -> None:
         raise ValueError(f"--distill {cfg.distill} compares the features of one teacher, not of several")
     if caches and len(sources) > 1:
         raise ValueError(f"--teacher {caches[0]} is a cache and stands alone: prepare.py teacher makes one of several teachers together")
+    if caches and cfg.folds and cfg.fold is None:
+        raise ValueError(f"--teacher {caches[0]} is a cache of answers to the rows that one fold trains on: --fold I names it, and each fold has a "
+                         "cache of its own")
     if caches and entry.on_features:
         raise ValueError(f"--distill {cfg.distill} compares features, and the cache {caches[0]} holds logits: give the teacher itself")
     if caches and cfg.teacher_init:

@@ -15,7 +15,7 @@ import torch
 import models
 from datamodules.base import PictureData
 from datamodules.decode import PictureError
-from experiments import build, plan, rundir
+from experiments import build, fold_dirs, plan, rundir, teacher_score
 from experiments.config import Command, read
 from experiments.usage import UsageError
 from lightning_modules import teacher_cache
@@ -74,6 +74,8 @@ def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[buil
              "copies": data.repeated_augment if view == "replayed" else 1,
              "rows": data.steps_per_epoch * data.global_batch_size if view == "replayed" else data.sizes["train"],
              "teachers": _named(run), "identity": build.seen_by_teacher(run.cfg, run.data)}
+    if spec["task"] == "regression":
+        about["units"] = "own"
     return run, json.loads(json.dumps(about))
 
 
@@ -89,7 +91,7 @@ def _named(run: build.Run) -> list[dict[str, Any]]:
     """Which weights the teachers have and how they see: plain values."""
     cfg, found = run.cfg, []
     for name, each in zip(cfg.teacher.split(","), getattr(run.teacher, "teachers", [run.teacher])):
-        source = name.strip()
+        source = fold_dirs.own(name.strip(), cfg, "--teacher")
         weights = source if Path(source).exists() else cfg.teacher_init
         if weights in (None, "pretrained"):
             arch = source.removeprefix("timm/") if source.startswith("timm/") else models.REGISTRY[source].timm
@@ -159,6 +161,8 @@ def _write(run: build.Run, about: dict[str, Any], out: Path) -> int:
             if not all(teacher_cache.shard_file(out, about, epoch, rank).is_file() for rank in world)]
     said = print if trainer.is_global_zero else lambda *words, **how: None
     said(f"teacher {_teachers(about)}, view {view}: {len(epochs)} epochs x {about['rows']:,} pictures, {len(epochs) - len(left)} there already")
+    if left and trainer.is_global_zero:
+        teacher_score.tell(run.teacher, run.cfg.teacher, run.data, trainer.strategy.root_device)
     recorder, start = Recorder(run.teacher, out, about), time.monotonic()
     _show(run.data, view)
     for epoch in left:

@@ -94,7 +94,7 @@ class Averaging(Callback):
         if trainer.is_global_zero:
             content = {"state_dict": mean(read_checkpoint(self.file(epoch))["state_dict"] for epoch in epochs), "use_ema": self.use_ema,
                        "averaged_epochs": epochs, "epoch": epochs[-1], "global_step": trainer.global_step, "config": pl_module.config,
-                       "spec": pl_module.spec}
+                       "spec": pl_module.spec, "fingerprint": getattr(trainer.datamodule, "fingerprint", None)}
             trainer.strategy.checkpoint_io.save_checkpoint(content, path)
             if trainer.strategy.checkpoint_io.error is None:
                 for file in {*self.folder.glob("weights-*.ckpt")} - {self.file(epoch) for epoch in epochs}:

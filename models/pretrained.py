@@ -49,6 +49,8 @@ def checkpoint_in(path: str | Path, names: tuple[str, ...] = FILES) -> Path:
     for name in names:
         if (path / "checkpoints" / name).is_file():
             return path / "checkpoints" / name
+    if (path / "fold0").is_dir():
+        raise FileNotFoundError(f"{path} is a run over folds and has no weights of its own: name one of them, as {path / 'fold0'}")
     raise FileNotFoundError(f"{path} is not a run with weights: there is no checkpoints/best.ckpt or checkpoints/last.ckpt in it")
 
 
@@ -268,7 +270,8 @@ def _line(error: Exception) -> str:
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """`config` and `spec` as kept in one of our checkpoints or exported files; {} for other weights."""
+    """`config`, `spec` and the `fingerprint` of its data (None where it was not kept) of one of our checkpoints or exported files; {} for other
+    weights."""
     file = checkpoint_in(path)
     stat = file.stat()
     return copy.deepcopy(_read_about(file, stat.st_mtime_ns, stat.st_size))
@@ -278,7 +281,10 @@ def read_about(path: str | Path) -> dict[str, Any]:
 def _read_about(file: Path, mtime_ns: int, size: int) -> dict[str, Any]:
     content = _exported(file) if file.suffix == ".safetensors" else read_checkpoint(file)
     known = isinstance(content, dict) and all(isinstance(content.get(key), dict) for key in ("config", "spec"))
-    return {key: content[key] for key in ("config", "spec")} if known else {}
+    if not known:
+        return {}
+    fingerprint = content.get("fingerprint") or (content.get("DataModule") or {}).get("fingerprint")
+    return {"config": content["config"], "spec": content["spec"], "fingerprint": fingerprint}
 
 
 def _exported(file: Path) -> dict[str, Any]:

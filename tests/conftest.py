@@ -122,6 +122,11 @@ def launch(tmp_path: Path):
 
     `before` is called in each process before the command; `watch` here, with the processes, once they have started.
     """
+    return launcher(tmp_path)
+
+
+def launcher(tmp_path: Path) -> Callable[..., Finished]:
+    """What `launch` is, in a folder that outlives the test."""
     def run(line: str, *, ranks: int = 1, kill_at_step: int | None = None, env: dict[str, str] | None = None, timeout: float = 120,
             before: Callable[[], None] | None = None, watch: Callable[[list], None] | None = None) -> Finished:
         port, children, logs = free_port(), [], []
