@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -156,3 +157,23 @@ def test_a_plan_without_the_gpus_and_the_data_tells_what_it_assumes(tmp_path, mo
     for refused in (f"--model vit_nano4 --image_size 32 {line}", f"--model vit_nano4 --dry_run --data_dir nowhere {line}",
                     "--model vit_nano4 --data csv --dry_run"):
         assert run.main(refused.split()) == 2, refused
+
+
+@pytest.mark.parametrize("codes, says", [({0: 2, 1: 2}, 2), ({0: 75, 1: 75}, 75), ({0: 76}, 76), ({0: 1, 1: 75}, 1), ({0: -9}, 1), ({}, 0)])
+def test_torchrun_sh_leaves_with_the_code_of_the_ranks(monkeypatch, capsys, codes, says):
+    from torch.distributed import run as elastic
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+    monkeypatch.syspath_prepend(str(TORCHRUN.parent))
+    import torchrun as script
+    failures = {rank: ProcessFailure(rank, 1, code, "") for rank, code in codes.items()}
+    agent = SimpleNamespace(_remaining_restarts=3)
+    monkeypatch.setattr(LocalElasticAgent, "_monitor_workers", lambda agent: SimpleNamespace(failures=failures))
+
+    def ended(line):
+        LocalElasticAgent._monitor_workers(agent)
+        if failures:
+            raise ChildFailedError("run.py", failures)
+    monkeypatch.setattr(elastic, "main", ended)
+    assert script._torchrun([]) == says
+    assert agent._remaining_restarts == (0 if 2 in codes.values() else 3) and (capsys.readouterr().err == "") is (says in (0, 2))

@@ -57,6 +57,12 @@ def _places(argv: list[str]) -> tuple[int, int, list[str]]:
     return int(argv[0]), int(nodes), meet
 
 
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Not that a rank was refused, which has said why, nor that the others are told to end."""
+    message = record.getMessage()
+    return f"exitcode: {REFUSED})" not in message and "closing signal" not in message
+
+
 def _torchrun(line: list[str]) -> int:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else a restarted attempt may read the dead one's addresses ("connectFullMesh")
     from torch.distributed import run
@@ -64,19 +70,16 @@ def _torchrun(line: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     watch = LocalElasticAgent._monitor_workers
-    loggers = [logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}") for name in ("api", "errors")]
 
     def monitor(agent: LocalElasticAgent, *args: object) -> object:
         result = watch(agent, *args)
         if any(failure.exitcode == REFUSED for failure in result.failures.values()):
             agent._remaining_restarts = 0  # it would be refused again
-            for each in loggers:
-                each.disabled = True
         return result
 
     LocalElasticAgent._monitor_workers = monitor
-    for each in loggers:
-        each.addFilter(lambda record: f"exitcode: {REFUSED})" not in record.getMessage())
+    for name in ("api", "errors"):
+        logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}").addFilter(_worth_telling)
     try:
         run.main(line)
     except ChildFailedError as error:

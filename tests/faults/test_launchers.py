@@ -197,7 +197,7 @@ def test_row8_the_batch_scripts_start_the_command_they_say(pics, script, words):
     command = [LAUNCH / script, "--model", "vit_nano4", "--data", "digits", "--dry_run", "--runs_dir", pics / "runs"]
     process = open_command(pics, command, "log", **{f"SLURM_{key}": str(value) for key, value in slurm.items()},
                            PATH=f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert process.wait(90) == 0 and words in (pics / "log").read_text(), (pics / "log").read_text()
+    assert process.wait(200) == 0 and words in (pics / "log").read_text(), (pics / "log").read_text()
     assert "--cpus-per-task=7 python experiments/run.py" in (pics / "srun-line").read_text()
 
 
@@ -208,4 +208,18 @@ def test_row20_one_rank_dies_and_run_py_by_itself_leaves(pics):  # noqa: F811
     os.kill(ranks_of(pics)[0, 1], signal.SIGKILL)
     died = time.monotonic()
     assert process.wait(30) not in (0, 75) and time.monotonic() - died < 10
+    assert_none_left(pics)
+
+
+@pytest.mark.slow
+def test_row9_two_torchruns_on_one_machine_and_what_is_refused_is_told_once(pics):  # noqa: F811
+    first = by_torchrun(pics, f"{LINE} --epochs 4000 --name told")
+    assert by_torchrun(pics, f"{LINE} --epochs 1 --name second", "second").wait(150) == 0, (pics / "second").read_text()
+    refused = by_torchrun(pics, f"{LINE} --name third --model_args.dept 3", "refused")
+    assert refused.wait(150) == 2
+    said = (pics / "refused").read_text()
+    assert said.count("no argument 'dept'; did you mean depth?") == 1 and "Traceback" not in said and said.count("\n") == 1, said
+    in_training(pics)
+    first.send_signal(TERM)
+    assert first.wait(60) == 75, (pics / "log").read_text()
     assert_none_left(pics)
