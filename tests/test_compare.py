@@ -492,6 +492,7 @@ def test_thirty_runs_are_one_page_that_fetches_nothing(tmp_path, capsys):
     assert all(value.startswith("data:image/svg+xml;base64,") for tag, attrs in page.tags for key, value in attrs.items() if key in ("src", "href"))
     assert sum(tag == "img" for tag, _ in page.tags) == 6 and all(attrs["alt"] for tag, attrs in page.tags if tag == "img")
     assert "http" not in re.sub(r"data:[^\"]*", "", text) and "url(" not in text and len(text) < 3_000_000
+    assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text and text.count('class="scroll"') == 2  # the matrix and the runs
     assert max(map(len, out.splitlines()[2:33])) <= 160
 
