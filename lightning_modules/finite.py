@@ -98,9 +98,9 @@ class Finite(Callback):
             what, value, rows = found
             line = f"the {what} is {value} at {where}{_rows(trainer, rows)}"
         if self.sound is None:
-            return f"{line}; no loss before was finite, learning rate {pl_module.schedule(step - 1):g}"
+            return f"{line}; no loss before was finite, learning rate {pl_module.schedule(step - 1):.4g}"
         number, loss, norm = self.sound
-        return f"{line}; the last finite loss was {loss:.5g} at step {number}, with learning rate {pl_module.schedule(number - 1):g}" \
+        return f"{line}; the last finite loss was {loss:.5g} at step {number}, with learning rate {pl_module.schedule(number - 1):.4g}" \
             + (f" and gradient norm {norm:.4g}" if norm is not None else "")
 
 
