@@ -26,7 +26,7 @@ def check(pics, launch, line, kills, ranks=1):
     one, other = pics / "runs" / "whole", pics / "runs" / "killed"
     assert same_weights(last(one), last(other)) and same_weights(last(one, "best.ckpt"), last(other, "best.ckpt"))
     first, second = result_of(one), result_of(other)
-    assert {key for key in first if first[key] != second[key]} <= {"train_seconds", "seconds_per_epoch", "images_per_sec", "peak_memory_mb"}
+    assert {key for key in first if first[key] != second[key]} <= {"train_seconds", "seconds_per_epoch", "images_per_sec", "peak_memory_mb", "asked"}
     first, second = ([{key: value for key, value in row.items() if "perf" not in key} for row in read_history(run / "metrics.csv")]
                      for run in (one, other))
     assert first == (second if ranks == 1 else [pytest.approx(row, rel=1e-6) for row in second])
