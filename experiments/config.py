@@ -38,8 +38,9 @@ class Config:
     image_size: int | str | None = knob(None, "side in pixels, or HEIGHTxWIDTH; left out: the model's own")
     init: str | None = knob(None, "weights to start from: pretrained, a file, a run directory (over folds: each fold takes its own), or a "
                               "tag of timm's")
-    init_head: Literal["keep", "reset"] = knob("keep", "keep takes the rows of --init's head by the names of classes or targets, where both are "
-                                               "known; reset starts a fresh head where the one in --init has another size or other names")
+    init_head: Literal["keep", "reset"] = knob("keep", "keep takes the head's rows by the names of classes or "
+                                               "targets, where both are known; reset starts a fresh head where the "
+                                               "one in --init has another size or other names")
     init_partial: bool = knob(False, "take weights that lack tensors of the model beside its head, which start fresh")
     allow_seen: bool = knob(False, "take weights (--init, --teacher) although they have learned rows that are held out here", role="place")
     # from whom

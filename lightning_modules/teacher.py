@@ -168,14 +168,16 @@ def _named(name: str, init: str | None, student: dict[str, Any],
             raise ValueError(f"--teacher {name} --teacher_init {init}: that is a {about['config']['model']}")
         return *models.load(init), []
     try:
+        about = {} if init else pretrained.about("pretrained", name)
         weights = pretrained.read_weights(init) if init else pretrained.published_weights(name, None)
     except ValueError as error:
         if init:
             raise
         raise ValueError(f"--teacher {name} has no trained weights ({error}); give them: --teacher_init PATH, or a run as --teacher") from None
-    preparation, num_outputs = models.preprocessing(name), student["num_outputs"]
+    preparation = about.get("spec") or models.preprocessing(name)  # timm's may differ from ours: they are of its weights
+    num_outputs = student["num_outputs"]
     network = models.create(name, num_outputs, image_size or preparation["image_size"])
-    weights, _ = pretrained.fit(network, weights, init or "pretrained")
+    weights, _ = pretrained.fit(network, weights, init or "pretrained", pretrained.saved_network(about))
     own, heads = network.state_dict(), pretrained.head_keys(network)
     where = f"--teacher {name}" + (f" --teacher_init {init}" if init else "")
     for key in sorted(own.keys() & weights.keys()):

@@ -1,4 +1,4 @@
-"""Files <-> weights: read any common weight file safely, start a network from it, bring a trained network back from its checkpoint."""
+"""Files <-> weights: read common weight files safely, start a network from one, bring a trained network back."""
 import argparse
 import copy
 import hashlib
@@ -139,7 +139,10 @@ def read_weights(path: str | Path, use_ema: bool | None = None) -> dict[str, Ten
 
 
 def published_name(name: str, tag: str | None = None) -> str:
-    """timm's full name, `architecture.tag`, of the weights it publishes for a model; of its default ones without a tag. Raises ValueError."""
+    """timm's full name, `architecture.tag`, of the weights it publishes for a model; without a tag its default ones.
+
+    Raises ValueError.
+    """
     arch = name[len("timm/"):] if name.startswith("timm/") else models.REGISTRY[name].timm
     if arch is None:
         raise ValueError(f"there are no published weights for {name}" + (f", and no file or run {tag}" if tag else ""))
@@ -169,15 +172,19 @@ WORDS = {"in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k"
 
 
 def trained_on(tag: str) -> str:
-    """What the words of timm's tag tell of the training, as `ImageNet-22k, then ImageNet-1k` of `ms_in22k_ft_in1k`; "" where they do not."""
+    """What the words of timm's tag tell of the training, as `ImageNet-22k, then ImageNet-1k` of `ms_in22k_ft_in1k`; ""
+    where they do not."""
     known = [WORDS[word] for word in tag.split("_") if word in WORDS]
     others = re.search(r"(laion|openai|dfn|metaclip|webli|lvd|merged|datacomp|cc12m|yfcc|ig1b|swag|swsl|ssl)[^_]*", tag)
     return ", then ".join([*([others[0]] if others else []), *known])
 
 
 def about(source: str, name: str) -> dict[str, Any]:
-    """`config` (model, model_args) and `spec` (image size, normalisation, classes) of what `--init` names: one of our files, or weights that timm
-    publishes for the model `name`; {} for a file that does not tell. Raises ValueError or FileNotFoundError."""
+    """`config` (model, model_args) and `spec` (image size, normalisation, classes) of what `--init` names: one of our files,
+    or weights that timm publishes for the model `name`; {} for a file that does not tell.
+
+    Raises ValueError or FileNotFoundError.
+    """
     if not is_published(source):
         return read_about(source)
     arch = published_name(name, None if source == "pretrained" else source)
@@ -191,8 +198,9 @@ def is_published(source: str) -> bool:
     return source == "pretrained" or not Path(source).exists() and _looks_like_tag(source)
 
 
-def _saved_network(known: dict[str, Any], factor: int = 1) -> nn.Module | None:
-    """The network that weights are of, on no device, at its image size times `factor`; None where it is not known or cannot be built."""
+def saved_network(known: dict[str, Any], factor: int = 1) -> nn.Module | None:
+    """The network that weights are of, on the meta device, at its image size times `factor`; None where it is not known or
+    cannot be built."""
     if not known:
         return None
     config, spec = known["config"], known["spec"]
@@ -208,19 +216,20 @@ def initialise(model: nn.Module, source: str, *, name: str, spec: dict[str, Any]
                partial: bool = False, whole: bool = False, use_ema: bool | None = None) -> str:
     """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that says what was loaded.
 
-    Unexpected tensors are reported in the line; tensors that depend on the image size are resized, from the size that the file's
-    specification tells. Rows of the head are taken by the names of classes or targets, where the file and `spec`, the data's, tell them; with
-    `reset_head` another head starts fresh. A head of another size raises ValueError unless `reset_head`, which published weights imply; so does
-    any other misfit, tensors missing beside the head unless `partial`, and with `whole`, as for an evaluation, a tensor left at its fresh
-    values. `use_ema` chooses among the weights of a file, as for `load`.
+    Unexpected tensors are reported in the line; tensors that depend on the image size are resized, from the size that the
+    file's specification tells. Rows of the head are taken by the names of classes or targets, where the file and `spec`,
+    the data's, tell them; with `reset_head` another head starts fresh. A head of another size raises ValueError unless
+    `reset_head`, which published weights imply; so does any other misfit, tensors missing beside the head unless
+    `partial`, and with `whole`, as for an evaluation, a tensor left at its fresh values. `use_ema` chooses among the
+    weights of a file, as for `load`.
     """
     published, known = is_published(source), about(source, name)
     arch = known["config"]["model"].removeprefix("timm/") if published else ""
     weights = published_weights(f"timm/{arch}") if published else read_weights(source, use_ema)
-    saved, reset_head = _saved_network(known), reset_head or published
+    saved, reset_head = saved_network(known), reset_head or published
     weights, notes = fit(model, weights, source, saved)
     own, heads = model.state_dict(), head_keys(model)
-    if saved is not None and name.startswith("timm/") and (larger := _saved_network(known, 2)) is not None:
+    if saved is not None and name.startswith("timm/") and (larger := saved_network(known, 2)) is not None:
         transfer.check_resized(weights, saved, larger, own, source)
     theirs, ours = (known.get("spec") or {}, spec or {}) if not whole else ({}, {})
     weights, head_notes = _with_head(model, weights, source, theirs, ours, reset_head)
@@ -231,15 +240,17 @@ def initialise(model: nn.Module, source: str, *, name: str, spec: dict[str, Any]
     if not partial:
         transfer.check_whole([key for key in missing if key not in heads], unexpected, own, source)
     model.load_state_dict(weights, strict=False)
-    notes += head_notes + [f"missing: {some(missing)}"] * bool(missing) + [f"unexpected: {some(unexpected)}"] * bool(unexpected)
+    notes += [*head_notes, *[f"missing: {some(missing)}"] * bool(missing)]
+    notes += [f"unexpected: {some(unexpected)}"] * bool(unexpected)
     training = trained_on(arch.partition(".")[2])
     origin = f" ({arch}{', trained on ' * bool(training)}{training})" if published else ""
-    return f"init {source}{origin}: {len(weights) - len(unexpected)} of {len(own)} tensors" + "".join(f"; {note}" for note in notes)
+    return "; ".join([f"init {source}{origin}: {len(weights) - len(unexpected)} of {len(own)} tensors", *notes])
 
 
 def _with_head(model: nn.Module, weights: dict[str, Tensor], source: str, theirs: dict[str, Any], ours: dict[str, Any],
                reset: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights with a head that fits: its rows by name, or left out for a fresh one, with a note. Raises ValueError for any misfit."""
+    """The weights with a head that fits, its rows by name or left out for a fresh one, and notes. Raises ValueError for
+    any misfit."""
     own, heads = model.state_dict(), head_keys(model)
 
     def wrong() -> list[str]:
@@ -247,8 +258,8 @@ def _with_head(model: nn.Module, weights: dict[str, Tensor], source: str, theirs
 
     if beside := [key for key in wrong() if key not in heads]:  # before the head: another width makes both misfit
         key = beside[0]
-        raise ValueError(f"--init {source}: {len(beside)} tensors have another shape, the first is {key} {tuple(weights[key].shape)} for "
-                         f"{tuple(own[key].shape)}; is it another model or patch size?")
+        raise ValueError(f"--init {source}: {len(beside)} tensors have another shape, the first is {key} "
+                         f"{tuple(weights[key].shape)} for {tuple(own[key].shape)}; is it another model or patch size?")
     if reset and (wrong() or transfer.outputs(theirs) and transfer.outputs(ours) not in ([], transfer.outputs(theirs))):
         count = len(weights[(wrong() or sorted(heads & weights.keys()))[-1]])
         start_small_({key: own[key] for key in heads})
@@ -257,8 +268,8 @@ def _with_head(model: nn.Module, weights: dict[str, Tensor], source: str, theirs
     weights, notes = transfer.fit_head(model, weights, theirs, ours)
     if misfits := wrong():
         key = misfits[-1]
-        raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} ({key}); "
-                         "--init_head reset starts a fresh one")
+        raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} "
+                         f"({key}); --init_head reset starts a fresh one")
     return weights, notes
 
 

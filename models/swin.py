@@ -205,8 +205,8 @@ class Swin(Hierarchy):
     def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
         """The authors' names become timm's (which are ours), stored masks and indices go, bias tables of another window are resized.
 
-        `saved` is the network that the weights are of, where it is known: its windows are theirs. Else a table of our size is of our window,
-        another of a square one.
+        `saved` is the network that the weights are of, where it is known: its windows are theirs. Else a table of our size
+        is of our window, another of a square one.
         """
         own, adapted = self.state_dict(), {}
         official = "layers.0.downsample.reduction.weight" in state  # merging closes a stage there and opens the next one here

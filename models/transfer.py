@@ -1,4 +1,4 @@
-"""Weights of one network -> another: names and prefixes, positions of another image size, rows of a classifier by the classes' names.
+"""Weights of one network -> another: names and prefixes, positions of another image size, rows of a head by classes.
 
 Legend: K outputs of a network, D features.
 """
@@ -55,13 +55,14 @@ def fit(model: nn.Module, weights: State, source: str, saved: nn.Module | None =
     alike = len(adapted) == len(own) and all(theirs.shape == ours.shape or key in heads
                                              for theirs, (key, ours) in zip(adapted.values(), own.items()))
     if not alike:
-        raise ValueError(f"--init {source}: none of its {len(adapted)} tensors has a name of this model (first: {next(iter(adapted))}; "
-                         f"the model's first: {next(iter(own))}{library_of(adapted)})")
+        raise ValueError(f"--init {source}: none of its {len(adapted)} tensors has a name of this model "
+                         f"(first: {next(iter(adapted))}; the model's first: {next(iter(own))}{library_of(adapted)})")
     return dict(zip(own, adapted.values())), [*notes, "no name matched, every shape did: taken in order"]
 
 
 def _prefix(weights: State, own: Iterable[str], adapt: Callable[[State], State]) -> str:
-    """What stands before the network's names in a file ("" is nothing): the first of the leading paths whose removal makes most names fit."""
+    """What stands before the network's names in a file: the first of the leading paths whose removal makes most names
+    fit; "" is nothing."""
     own, paths = {*own}, Counter()
     for key in weights:
         parts = key.split(".")
@@ -95,25 +96,29 @@ def _adapter(model: nn.Module, source: str, saved: nn.Module | None) -> Callable
     def adapt(weights: State) -> State:
         try:
             return own(weights, saved) if own else _adapt_timm(model, weights, saved)
-        except (RuntimeError, KeyError, AttributeError, AssertionError, IndexError) as error:  # timm's, of tensors it did not expect
-            raise ValueError(f"--init {source}: its tensors cannot be brought to this model ({str(error).splitlines()[0]})") from None
+        except (RuntimeError, KeyError, AttributeError, AssertionError, IndexError) as error:  # timm's own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"--init {source}: its tensors cannot be brought to this model ({reason})") from None
     return adapt
 
 
 def _adapt_timm(model: nn.Module, weights: State, saved: nn.Module | None) -> State:
-    """timm's key map and resizing for one of its models (`checkpoint_filter_fn` in the model's file), with the grid and the windows that the
-    weights really have: timm takes them as square."""
+    """timm's key map and resizing for one of its models (`checkpoint_filter_fn` in the model's file), with the grid and
+    the windows that the weights really have: timm takes them as square."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     weights, own, tables = dict(weights), model.state_dict(), {}
     positions, ours = weights.get("pos_embed"), own.get("pos_embed")
-    if _has_grid(model) and positions is not None and positions.ndim == 3 and "mask_token" not in weights:  # else timm converts another's names
+    foreign = "mask_token" in weights  # DINOv2's names, which timm converts, positions included
+    if _has_grid(model) and positions is not None and positions.ndim == 3 and not foreign:
         weights["pos_embed"] = _fit_positions(positions, ours, model.patch_embed.grid_size, _grid(saved))
-        model.pretrained_model_args = {"img_size": tuple(model.patch_embed.img_size)}  # so that timm leaves them as they are now
+        model.pretrained_model_args = {"img_size": tuple(model.patch_embed.img_size)}  # so that timm leaves them as now
     for key in [key for key in weights if saved is not None and key.endswith(TABLE) and key in own]:
         window, old = window_of(model, key), window_of(saved, key)
         if window and old:
             table = weights.pop(key)
-            tables[key] = table if window == old else resize_rel_pos_bias_table(table, window, own[key].shape, old_window_size=old)
+            if window != old:
+                table = resize_rel_pos_bias_table(table, window, own[key].shape, old_window_size=old)
+            tables[key] = table
     return {**(convert(weights, model) if convert else weights), **tables}
 
 
@@ -128,7 +133,8 @@ def _grid(network: nn.Module | None) -> tuple[int, int] | None:
 
 
 def _fit_positions(saved: Tensor, ours: Tensor, grid: tuple[int, int], old: tuple[int, int] | None) -> Tensor:
-    """Positions (1, P + N, D) of the grid `old`, or where it is None of the likeliest, resized to ours; those of other prefix tokens stay."""
+    """Positions (1, P + N, D) of the grid `old`, or where it is None of the likeliest, resized to ours; those for
+    another number of prefix tokens are returned as they are."""
     lead = ours.shape[1] - grid[0] * grid[1]
     if old is None and saved.shape[1] == ours.shape[1]:
         return saved
@@ -145,7 +151,8 @@ def _doubtful_grid(model: nn.Module, weights: State) -> list[str]:
     if not _has_grid(model) or positions is None or positions.ndim != 3 or grid[0] == grid[1]:
         return []
     tokens = sum(key in weights for key in ("cls_token", "dist_token"))
-    lead, old = saved_grid(positions.shape[1], grid, (tokens, 0) if model.pos_embed.shape[1] > grid[0] * grid[1] else (0, tokens))
+    leads = (tokens, 0) if model.pos_embed.shape[1] > grid[0] * grid[1] else (0, tokens)
+    _, old = saved_grid(positions.shape[1], grid, leads)
     side = math.isqrt(old[0] * old[1])
     doubtful = old[0] != old[1] and side * side == old[0] * old[1]
     return [f"positions taken as those of {old[0]}x{old[1]} patches, as asked for, not of {side}x{side}"] * doubtful
@@ -157,19 +164,20 @@ def check_resized(weights: State, saved: nn.Module, larger: nn.Module, own: Stat
     `larger` is the network `saved` at another size: what differs between the two in shape depends on it.
     """
     theirs, other = saved.state_dict(), larger.state_dict()
-    bound = [key for key, value in theirs.items() if value.ndim < 4 and key in other and other[key].shape != value.shape]
+    bound = [key for key, value in theirs.items()
+             if value.ndim < 4 and key in other and other[key].shape != value.shape]
     wrong = [key for key in bound if key != "pos_embed" and not key.endswith(TABLE) and key in own and key in weights
              and weights[key].shape == theirs[key].shape == own[key].shape]
     if wrong:
-        raise ValueError(f"--init {source}: {some(wrong)} are of the image size it was trained at, and nothing resizes them for this model; "
-                         "give that --image_size")
+        raise ValueError(f"--init {source}: {some(wrong)} are of the image size it was trained at, and nothing resizes "
+                         "them for this model; give that --image_size")
 
 
 def fit_head(model: nn.Module, weights: State, theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[State, list[str]]:
     """Take the rows of the classifier by the names of what they predict, where both data specifications tell them.
 
-    Rows whose name the file lacks start fresh (`start_small_`). Nothing is taken, and nothing is noted, where the names are the same or not
-    known, or where another number of outputs shares none: that is a head of another size.
+    Rows whose name the file lacks start fresh (`start_small_`). The weights are returned as they are where the names
+    are the same or not known, or where another number of outputs shares none: that is a head of another size.
     """
     names, wanted = outputs(theirs), outputs(ours)
     if not names or not wanted or names == wanted:
@@ -188,7 +196,8 @@ def fit_head(model: nn.Module, weights: State, theirs: dict[str, Any], ours: dic
             weights[key] = fresh
     left, new = [name for name in names if name not in {*wanted}], [name for name in wanted if name not in place]
     if not left and not new:
-        return weights, [f"rows of the head put in the order of these {len(wanted)} {_kind(ours)}", *_other_range(theirs, ours)]
+        note = f"rows of the head put in the order of these {len(wanted)} {_kind(ours)}"
+        return weights, [note, *_other_range(theirs, ours)]
     note = (f"rows of the head by name: {len(taken)} of {len(wanted)} {_kind(ours)} taken, "
             f"fresh: {some(_words(new))}, left out: {some(_words(left))}")
     return weights, [note, *_other_encoding(names, wanted), *_other_range(theirs, ours)]
@@ -202,7 +211,7 @@ def _other_encoding(names: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]])
 
 
 def outputs(spec: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """What each output of a network of these data stands for, in order: equal ones mean the same. [] where it is not known."""
+    """What each output of a network of these data stands for, in order: equal ones mean the same. [] if not known."""
     names = spec.get("class_names") or spec.get("target_names") or []
     each = spec["num_outputs"] // len(names) if names else 0
     kind = spec.get("encoding") if spec.get("task") == "regression" else "class"
@@ -224,14 +233,16 @@ def _other_range(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 def _output_keys(model: nn.Module) -> set[str]:
     """Names of the tensors (K, ...) whose rows are the outputs: weight and bias of each classifier's last layer."""
-    last = {id(layers[-1]) for head in _heads(model) if (layers := [m for m in head.modules() if isinstance(m, nn.Linear | nn.Conv2d)])}
-    return {f"{name}.{key}" for name, module in model.named_modules() if id(module) in last for key, _ in module.named_parameters()}
+    layers = [[each for each in head.modules() if isinstance(each, nn.Linear | nn.Conv2d)] for head in _heads(model)]
+    last = {id(each[-1]) for each in layers if each}
+    return {f"{name}.{key}" for name, module in model.named_modules() if id(module) in last
+            for key, _ in module.named_parameters()}
 
 
 @torch.no_grad()
 def start_small_(head: State) -> None:
-    """A fresh classifier on trained features: matrices N(0, 0.01), biases 0, so that it starts without an opinion. A family's own start may be
-    far from it: timm's EfficientNets draw U(-1, 1) for one output."""
+    """A fresh classifier on trained features: matrices N(0, 0.01), biases 0, so that it starts without an opinion. A
+    family's own start may be far from it: timm's EfficientNets draw U(-1, 1) for one output."""
     for tensor in head.values():
         nn.init.trunc_normal_(tensor, std=0.01) if tensor.ndim > 1 else nn.init.zeros_(tensor)
 
@@ -241,20 +252,22 @@ def check_whole(missing: list[str], unexpected: list[str], own: State, source: s
     if not missing:
         return
     if unexpected:
-        why = f"{len(unexpected)} of the file's have no place in it ({unexpected[0]}, ...): another network, or its names in another library"
-        why += library_of(unexpected)
+        why = f"{len(unexpected)} of the file's have no place in it ({unexpected[0]}, ...): another network, or its " \
+              f"names in another library{library_of(unexpected)}"
     elif all(".ls" in key or "gamma" in key for key in missing):
         why = "the file is of a network without LayerScale"
     else:
         why = "the file holds a part of a network, or one of fewer layers"
     raise ValueError(f"--init {source}: {len(missing)} of the model's {len(own)} tensors are missing beside the head "
-                     f"({', '.join(missing[:3])}{', ...' * (len(missing) > 3)}): {why}; --init_partial starts them fresh")
+                     f"({', '.join(missing[:3])}{', ...' * (len(missing) > 3)}): {why}; --init_partial starts them "
+                     "fresh")
 
 
 def library_of(keys: Iterable[str]) -> str:
-    """`, as torchvision's are`, where the names tell it."""
+    """`; they look like those of torchvision`, where the names tell it; "" where not."""
     keys = [*keys]
-    return next((f"; they look like those of {name}" for pattern, name in LIBRARIES.items() if any(re.match(pattern, key) for key in keys)), "")
+    found = [name for pattern, name in LIBRARIES.items() if any(re.match(pattern, key) for key in keys)]
+    return f"; they look like those of {found[0]}" if found else ""
 
 
 def some(keys: list[str]) -> str:

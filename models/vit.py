@@ -114,10 +114,11 @@ class PlainTransformer(nn.Module):
     def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
         """Fit weights saved at another image size or under the names of DeiT III's and ViT-5's authors (`gamma_1`, `gamma_2`).
 
-        Positions are resized bicubically: antialiased as timm does, without for files with the authors' names, as their code does. (DeiT's
-        code does without, too; its files have timm's names. From 224 to 384 pixels the two differ by under a tenth of a standard deviation
-        of the positions, which fine-tuning adapts.)
-        `saved` is the network that the weights are of, where it is known: its grid is theirs. Else the grid is guessed (`saved_grid`).
+        Positions are resized bicubically: antialiased as timm does, without for files with the authors' names, as their
+        code does. (DeiT's code does without, too; its files have timm's names. From 224 to 384 pixels the two differ by
+        under a tenth of a standard deviation of the positions, which fine-tuning adapts.)
+        `saved` is the network that the weights are of, where it is known: its grid is theirs. Else the grid is guessed
+        (`saved_grid`).
         """
         official = any(key.endswith(".gamma_1") for key in state)
         names = {key: key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma") for key in state}
@@ -129,10 +130,11 @@ class PlainTransformer(nn.Module):
         return state
 
     def _fit_positions(self, saved: Tensor, tokens: int, old: tuple[int, int] | None, antialias: bool) -> Tensor:
-        """Saved positions for 0 or `tokens` prefix tokens and the grid `old`, resized to ours; prefix positions the file lacks stay as they are.
+        """Saved positions for 0 or `tokens` prefix tokens and the grid `old`, resized to ours; those of prefix tokens that
+        the file lacks stay as they are.
 
-        Without `old`, positions as many as ours are ours; of others, prefix tokens are taken to have positions in the file as they have
-        here, else the other way. Raises ValueError when nothing fits the number of positions.
+        Without `old`, positions as many as ours are ours; of others, prefix tokens are taken to have positions in the file
+        as they have here, else the other way. Raises ValueError when nothing fits the number of positions.
         """
         grid, count = self.patch_embed.grid_size, saved.shape[1]
         if saved.shape[2] != self.embed_dim or old is None and count == self.pos_embed.shape[1]:
