@@ -81,7 +81,8 @@ def nearest(start: int, length: int, whole: int, here: int) -> slice:
 
 def resize(pixels: np.ndarray, interpolation: str, axes: list[int], out: torch.Tensor) -> None:
     """(H, W, 3) uint8, rows of a larger picture or not, into out (3, h, w), channels last in memory, flipped along `axes` (0 height, 1 width)."""
-    size, cv2, pixels = tuple(out.shape[1:]), opencv(), np.ascontiguousarray(pixels)  # the kernels take twice as long on a part of a picture
+    size, cv2 = tuple(out.shape[1:]), opencv()
+    pixels = np.array(pixels, order="C")  # a copy: the kernels take twice as long on a part of a picture, and torch wants it writable
     shrink = max(pixels.shape[0] / size[0], pixels.shape[1] / size[1])
     if cv2 and interpolation in FAST and shrink <= SHRINK:
         taps, into = cv2.INTER_LINEAR if interpolation == "bilinear" else cv2.INTER_CUBIC, out.permute(1, 2, 0).numpy()

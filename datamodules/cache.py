@@ -8,6 +8,7 @@ A cache is a folder `<cache_dir>/pictures-<side>-<filter>-<key>/`; N pictures of
 The key is of names, sizes and times of the files and of the settings, so changed files get another cache; nothing is ever changed in place.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -176,13 +177,20 @@ class Store:
 
     @cached_property
     def maps(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels (bytes,) uint8, index (N, 5) and names (N,); plain arrays: slicing a `np.memmap` is slow. Private to the process: writing to
-        pixels would not reach the file."""
+        """Pixels (bytes,) uint8, index (N, 5) and names (N,), read-only; plain arrays: slicing a `np.memmap` is slow.
+
+        The pixels are one shared mapping: a private one, which could be written to, must find room for all of them in memory and swap.
+        """
         try:
             index, names = (np.load(os.path.join(self.folder, file), mmap_mode="r") for file in (INDEX, NAMES))
-            pixels = np.memmap(os.path.join(self.folder, PIXELS), np.uint8, mode="c")
+            pixels = np.memmap(os.path.join(self.folder, PIXELS), np.uint8, mode="r")
             whole = index.shape == (len(names), 5) and index[-1, 0] + index[-1, 1] * index[-1, 2] * 3 == len(pixels)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise ValueError(f"the picture cache {self.folder} is damaged ({error}): delete it, and it is built again") from None
+            why = f"{error.strerror}, which is no damage" + "; ulimit -v may be too small for it" * (error.errno == errno.ENOMEM)
+            raise ValueError(f"the picture cache {self.folder} cannot be read: {why}") from None
+        except ValueError as error:
             raise ValueError(f"the picture cache {self.folder} cannot be read ({error}): delete it, and it is built again") from None
         if not whole:
             raise ValueError(f"the picture cache {self.folder} is damaged: delete it, and it is built again")

@@ -270,6 +270,7 @@ def cache_pictures(data: L.LightningDataModule, prog: str = "run.py") -> None:
     before, notice.together = notice.together, False
     try:
         data.cache.build()
+        data.cache.store.maps  # noqa: B018  what is damaged is said here
     except (PictureError, ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

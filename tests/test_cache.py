@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import resource
 import signal
 from pathlib import Path
 
@@ -213,9 +214,38 @@ def test_what_is_stored(root, side):
     assert len(again) < 2000 and np.array_equal(pickle.loads(again).pixels(name)[0], pixels)  # workers may be spawned
     with pytest.raises(KeyError, match="not in the picture cache"):
         served.open(b"train/cat/no.png")
-    before = (folder / "pixels.bin").read_bytes()
-    pixels[:] = 0
-    assert (folder / "pixels.bin").read_bytes() == before
+    with pytest.raises(ValueError, match="read-only"):
+        pixels[:] = 0
+
+
+def test_a_cache_larger_than_memory_is_mapped(root, recwarn):
+    """A sparse file. A private mapping of it is refused where the kernel looks at single requests (vm.overcommit_memory 0 and 2)."""
+    data = make(root)
+    data.cache.build()
+    folder = Path(data.cache.folder)
+    index = np.load(folder / "index.npy")
+    index[-1, 0] = 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    np.save(folder / "index.npy", index)
+    os.truncate(folder / "pixels.bin", int(index[-1, 0] + index[-1, 1] * index[-1, 2] * 3))
+    batch = batches(make(root).train_dataloader())
+    assert len(batch) == 4 and not [each for each in recwarn if "writable" in str(each.message)]
+
+
+def test_lack_of_memory_is_not_called_damage(pics, launch):
+    """Of address space, which the command is given too little of for 64 GB of pixels."""
+    assert launch(f"{TINY} --epochs 1 --cache_dir cache --name one").code == 0
+    (folder,) = (pics / "cache").iterdir()
+    index = np.load(folder / "index.npy")
+    index[-1, 0] = 2**36
+    np.save(folder / "index.npy", index)
+    os.truncate(folder / "pixels.bin", int(index[-1, 0] + index[-1, 1] * index[-1, 2] * 3))
+    ended = launch(f"{TINY} --epochs 1 --cache_dir cache --name two", before=little_address_space)
+    assert ended.code == 1 and "cannot be read: Cannot allocate memory, which is no damage; ulimit -v" in ended.out, ended.out
+    assert "delete it" not in ended.out and "Traceback" not in ended.out
+
+
+def little_address_space() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (2**35, 2**35))
 
 
 def test_several_folders_with_the_same_names_do_not_mix(root):
