@@ -25,6 +25,7 @@ from torchvision.transforms.functional import InterpolationMode
 from tqdm import tqdm
 
 from datamodules.cache import ABOUT, FORMAT, INDEX, NAMES, PIXELS, PictureCache
+from datamodules.cores import cores
 from datamodules.decode import PictureError
 from datamodules.workers import heed_only_the_parent
 
@@ -145,7 +146,7 @@ def _resumed(partial: str) -> int:
 
 def _write(cache: PictureCache, pixels: BinaryIO, rows: BinaryIO, done: int) -> None:
     """Append the pictures from number `done` on. A row is written only when its pixels are on disk."""
-    workers = len(os.sched_getaffinity(0)) if cache.workers is None and hasattr(os, "sched_getaffinity") else cache.workers or 0
+    workers = cores() if cache.workers is None else cache.workers
     loader = DataLoader(Resized(cache), batch_size=BATCH, sampler=range(done, len(cache.names)), num_workers=workers, collate_fn=_joined,
                         worker_init_fn=heed_only_the_parent, generator=torch.Generator())
     pending, position, synced = [], pixels.tell(), pixels.tell()

@@ -8,6 +8,7 @@ import threading
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datamodules.cores import cores
 from datamodules.pictures import collate
 
 TIMEOUT_SECONDS = 300
@@ -56,10 +57,9 @@ def keep_memory() -> None:
 
 
 def worker_count(asked: int | None, in_memory: bool, local_ranks: int) -> int:
-    """Worker processes of a loader: as asked, or else none for data in memory, or else the cores over the local ranks, 1 to 12."""
+    """Worker processes of a loader: as asked, or else none for data in memory, or else the cores of this rank (`cores`), 12 at most."""
     if asked is not None:
         return asked
     if in_memory:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(12, max(1, cores // local_ranks))
+    return min(12, cores(local_ranks))

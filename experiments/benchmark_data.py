@@ -50,7 +50,10 @@ def _data(words: Words) -> PictureData:
 def contenders(words: Words, cache_dir: str) -> dict[str, Callable[[], tuple[Iterable, Callable[[int], None]]]]:
     """Who is measured. Builds the cache."""
     cached = {**words, "cache_dir": cache_dir}
-    _data(cached).cache.build()
+    data = _data(cached)
+    if not data.sizes["train"]:
+        raise ValueError(f"--data_dir {words['data_dir']} has no train folder: training batches are measured")
+    data.cache.build()
     files = {**words, "cache_side": None}
     found = {f"cache, {array_transforms.filter_name(words['interpolation'])}": partial(ours, cached)}
     if array_transforms.opencv():
@@ -71,15 +74,22 @@ def serve(make: Callable, batches: int, pipe: Connection) -> None:
 
 
 def rounds_of(found: dict[str, Callable], rounds: int, batches: int) -> dict[str, list[float]]:
-    """Each contender in a process of its own; in every round each works once, alone, in a shuffled order."""
+    """Each contender in a process of its own; in every round each works once, alone, in a shuffled order.
+
+    Raises ValueError for one that fails.
+    """
     pipes, times = {}, {name: [] for name in found}
     for name, make in found.items():
         pipes[name], theirs = multiprocessing.Pipe()
         multiprocessing.Process(target=serve, args=(make, batches, theirs), daemon=True).start()
+        theirs.close()  # so that the end of a process that fails is seen here
     for number in range(rounds + 1):  # one to warm up
         for name in random.sample(list(found), len(found)):
             pipes[name].send(number)
-            taken = pipes[name].recv()
+            try:
+                taken = pipes[name].recv()
+            except EOFError:
+                raise ValueError(f"the process of {name!r} has failed, its own words tell why") from None
             if number:
                 times[name].append(taken)
     for pipe in pipes.values():

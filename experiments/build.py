@@ -59,6 +59,7 @@ def resolve(command: Command, *, assume: bool = False) -> Run:
     """Decide once, in the launching process; ranks take its result. `assume`: see `decide`. Raises ValueError or FileNotFoundError for what a
     person must mend."""
     quiet()
+    plan.share_cores(command.config)
     if DECISION in os.environ and "LOCAL_RANK" in os.environ:
         return _build(json.loads(os.environ[DECISION]))
     place = plan.environment(command.config)

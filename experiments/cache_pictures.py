@@ -19,5 +19,6 @@ def main(command: Command) -> int:
         return 2
     build.cache_pictures(data, "prepare.py")
     megabytes = os.path.getsize(os.path.join(data.cache.folder, "pixels.bin")) / 2**20
-    print(f"{data.cache.folder}: {megabytes:.1f} MB; --cache_dir {command.config.cache_dir} trains with it")
+    print(f"{data.cache.folder}: {megabytes:.1f} MB; a run of these data uses it with --cache_dir {command.config.cache_dir} --cache_side "
+          f"{data.cache.side} --interpolation {data.cache.interpolation}, given or as its other flags come to")
     return 0

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 import datamodules
 import models
 from datamodules import folds, likeness
+from datamodules.cores import cores
 from datamodules.decode import PictureError
 from datamodules.transforms import eval_transform
 from datamodules.workers import worker_count
@@ -79,7 +80,7 @@ def _hashed(parts: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(N, 256) units of all pictures, of their mirror images, and which could be read."""
     blank, found = np.zeros((2, likeness.BITS), bool), []
     for name, split in parts.items():
-        every = likeness.hashes(split.names.tolist(), split.open, threads=os.cpu_count() or 1)
+        every = likeness.hashes(split.names.tolist(), split.open, threads=cores())
         found += _bar(every, f"hashes of {name}", len(split))
     bits = np.stack([blank if pair is None else np.stack(pair) for pair in found])  # (N, 2, 256)
     return likeness.units(bits[:, 0]), likeness.units(bits[:, 1]), np.array([pair is not None for pair in found])

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from datamodules.cores import cores, free_memory
 from experiments import launched
 from experiments.config import Config
 from experiments.usage import UsageError, size
@@ -91,13 +92,22 @@ def precision(cfg: Config, *, assumed: bool = False) -> str:
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
+def share_cores(cfg: Config) -> None:
+    """Compute with the threads of this rank's cores (`cores`): PyTorch counts no container's CPU quota. OMP_NUM_THREADS wins."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    torch.set_num_threads(cores(cfg.devices))
+    if cfg.devices > 1:
+        os.environ["OMP_NUM_THREADS"] = str(cores(cfg.devices))  # for the ranks that Lightning starts, and against its own count
+
+
 def free_bytes(cfg: Config, *, assumed: bool = False) -> int:
-    """Memory one process may use: of its GPU, or its share of what the machine has free; or of an `assumed` GPU where it has none."""
+    """Memory one process may use: of its GPU, or its share of what machine and container have free; or of an `assumed` GPU where it has none."""
     if assumed and torch.cuda.device_count() == 0:
         return ASSUMED_BYTES
     if on_gpu(cfg):
         return torch.cuda.mem_get_info(0)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // cfg.devices
+    return free_memory() // cfg.devices
 
 
 def memory(meta: nn.Module, cfg: Config) -> tuple[int, int]:

@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
+from datamodules.cores import cores
 from datamodules.decode import Decoding, PictureError
 from experiments import inference
 from experiments.inference import How, Source
@@ -135,8 +136,8 @@ def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any]
 
 def _work(job: Job, rank: int, local_rank: int = 0, local_ranks: int = 1) -> None:
     """Predict this process's rows and leave them in its shard."""
-    if local_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // local_ranks))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(cores(local_ranks))
     if job.gpus and local_rank >= job.gpus:
         raise ValueError(f"{local_ranks} processes on a machine with {job.gpus} GPUs")
     device = torch.device("cuda", local_rank) if job.gpus else torch.device("cpu")

@@ -12,6 +12,9 @@ import datamodules
 import models
 from datamodules.augment import Augment
 from datamodules.base import PictureData
+from datamodules.cores import cores
+from datamodules.table import counted
+from datamodules.workers import worker_count
 from experiments import attention_picture, plan
 from experiments.config import Config
 from experiments.keywords import check_values
@@ -22,6 +25,9 @@ from lightning_modules.ema import uses_ema
 from lightning_modules.freeze import freeze, hold_frozen
 from lightning_modules.layer_decay import PLAIN_DEPTH, for_depth
 from lightning_modules.optim import check_optimizer
+
+FEW_WORKERS = 4  # feed no GPU from files
+DECODED_PER_SECOND = 100  # JPEGs of 110 kB to training crops of 224 pixels, on one core of a server
 
 
 def check_names(cfg: Config) -> None:
@@ -167,11 +173,23 @@ def with_layer_decay(cfg: Config, alone: Config, model: nn.Module, given: bool) 
     return cfg if given else replace(cfg, layer_decay=factor), replace(alone, layer_decay=factor), [] if given else [note]
 
 
+def _loading(cfg: Config, data: L.LightningDataModule) -> list[str]:
+    """A line on cores and workers of a rank, which warns where a GPU is there and they are too few for one."""
+    if data.in_memory:
+        return []
+    share, workers = cores(cfg.devices), worker_count(cfg.workers, False, cfg.devices)
+    line = f"loading with {counted(workers, 'worker')} on {counted(share, 'core')}" + f", for each of {cfg.devices} processes" * (cfg.devices > 1)
+    if plan.on_gpu(cfg) and min(max(workers, 1), share) < FEW_WORKERS and data.cache is None:
+        line += (f": a core decodes about {DECODED_PER_SECOND} pictures of ImageNet's size a second, and a GPU may wait: more cores "
+                 "(srun --cpus-per-task, the container's quota), more --workers, or --cache_dir")
+    return [line]
+
+
 def advice(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> list[str]:
     """Lines on what is allowed but perhaps not meant."""
     if cfg.eval_only:
         return data.notes()
-    lines, steps = data.notes(), cfg.epochs * data.steps_per_epoch
+    lines, steps = [*data.notes(), *_loading(cfg, data)], cfg.epochs * data.steps_per_epoch
     if uses_ema(cfg.ema_decay, cfg.use_ema) and cfg.ema_decay < 1 and steps < 5 / (1 - cfg.ema_decay):
         lines.append(f"ema_decay {cfg.ema_decay:g} looks back over {1 / (1 - cfg.ema_decay):.0f} of only {steps} steps, so its weights stay near the "
                      f"first ones: --ema_decay {max(0.0, 1 - 10 / steps):.4g}, or --use_ema false")

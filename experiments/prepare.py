@@ -50,12 +50,17 @@ def duplicates(argv: list[str]) -> int:
 def cache(argv: list[str]) -> int:
     """Decode and resize the pictures of a run once, so that its training reads no picture file (`--cache_dir DIR`)."""
     parser = argparse.ArgumentParser(prog="prepare.py cache", description=cache.__doc__, allow_abbrev=False,
-                                     usage="prepare.py cache --cache_dir DIR <the flags of run.py>",
-                                     epilog="The other flags are those of the runs that will use it (run.py --help): data, model or image_size, "
-                                            "cache_side. The same command again goes on where it was stopped.")
+                                     usage="prepare.py cache --cache_dir DIR --data_dir DIR --model NAME <the other flags of the run>",
+                                     epilog="Side and filter of the pictures follow from the flags of the run that uses them (run.py --help): "
+                                            "--model, --image_size, --crop_pct, --train_size and --interpolation, or a recipe; --cache_side gives the "
+                                            "side itself. The same command again goes on where it was stopped.")
     parser.add_argument("--cache_dir", required=True, help="folder of all caches")
     args, flags = parser.parse_known_args(argv)
     command = read([*flags, "--cache_dir", args.cache_dir], "prepare.py")
+    if command.config.model is None:
+        print("prepare.py: --model is missing: side and filter of the cached pictures follow from the flags of the run, so give those here "
+              "(--help tells which count)", file=sys.stderr)
+        return 2
     from experiments import cache_pictures
     return cache_pictures.main(command)
 

@@ -18,6 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from datamodules.cores import cores
 from experiments import children, config, fold_runs, launched, sweep_space
 from experiments.sweep_space import OURS, Space
 from experiments.usage import Parser, UsageError, piped, positive
@@ -116,7 +117,7 @@ def _slots(cfg: config.Config, parallel: int) -> list[dict[str, str]]:
         count = int(subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True,
                                    check=True).stdout)
     if not count:
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // parallel))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(cores(parallel))
         return [{"OMP_NUM_THREADS": threads}] * parallel
     names, each = children.gpu_names(count), cfg.devices
     if len(names) < parallel * each:

@@ -427,11 +427,16 @@ def test_prepare_makes_the_cache_that_a_run_finds(pics, monkeypatch, capsys, lau
     words = ["cache", "--cache_dir", "cache", *TINY.split()]
     assert prepare.main(words) == 0
     said = capsys.readouterr().out
-    assert "53 pictures" in said and "--cache_dir cache trains with it" in said
+    assert "53 pictures" in said and "uses it with --cache_dir cache --cache_side 16 --interpolation bicubic" in said
     assert prepare.main(words) == 0 and "ready" in capsys.readouterr().out
     spoil(pics / "pics")
     ended = launch(f"{TINY} --epochs 1 --cache_dir cache")
     assert ended.code == 0 and "ready" in ended.out, ended.out
+    ended = launch(f"{TINY} --epochs 1 --cache_dir cache --image_size 16x12 --cache_side 16 --interpolation bicubic --name other --dry_run")
+    assert ended.code == 0 and "ready" in ended.out, ended.out  # another size, the flags of the hint
+    assert prepare.main(["cache", "--cache_dir", "cache", "--data_dir", "pics"]) == 2
+    said = capsys.readouterr().err
+    assert "--model is missing: side and filter of the cached pictures" in said and len(said.splitlines()) == 1
     assert prepare.main(["cache", "--cache_dir", "cache", "--recipe", "demo", "--data", "digits"]) == 2 and "in memory" in capsys.readouterr().err
 
 
@@ -442,3 +447,5 @@ def test_benchmark_names_filter_and_ratio(pics, capfd):
     out = capfd.readouterr().out
     assert "times timm's loader" in out and "bicubic" in out and "pictures/s a core" in out
     assert benchmark.main(["data", "--data_dir", "nowhere"]) == 2
+    (pics / "pics/train").rename(pics / "pics/val")
+    assert benchmark.main(words) == 2 and "has no train folder: training batches are measured" in capfd.readouterr().err

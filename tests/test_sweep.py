@@ -496,7 +496,7 @@ def test_two_at_once_on_one_sweep_are_refused(acted, tmp_path, capsys):
 def test_several_at_once_have_slots_of_their_own(acted, tmp_path, monkeypatch):
     started = acted()
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(sweep, "cores", lambda parallel: 8 // parallel)
     assert sweep.main([str(write(tmp_path)), "--trials", "5", "--parallel", "4"]) == 0
     assert len(started) == 5 and {env["OMP_NUM_THREADS"] for _, env in started} == {"2"} and len(trials_of(tmp_path / "runs" / "space")) == 5
 
