@@ -11,7 +11,7 @@ import pandas as pd
 
 from datamodules import folds, table_columns, table_scheme, table_split, table_targets
 from datamodules.base import PictureData
-from datamodules.decode import MAX_PIXELS, Decoding
+from datamodules.decode import MAX_PIXELS, SUFFIXES, Decoding
 from datamodules.folder import Files
 from datamodules.pictures import Split
 from datamodules.table import Report, counted, listed, plainly, spelled_twice, whole
@@ -115,6 +115,8 @@ class DataModule(PictureData):
         self.files = Files(self.data_dir, Decoding(self.max_pixels, self.white))
         folder, report = Folder(self.data_dir, self.files.how), Report(f"--data_dir {self.data_dir}")
         scheme, self.lines = table_scheme.decide(tables, folder, self._given | {"usual_metric": self.usual_metric})
+        folder.taken.clear()  # by the guess
+        folder.suffix_guessed = self._given["image"] is None and scheme["image"].lower().endswith(SUFFIXES)
         self.table_scheme, self.task, self.metric_name, self.id_column = scheme, scheme["task"], scheme["metric"], scheme["id_column"]
         table_columns.check_use(self.inputs, scheme, INPUTS)
         table_columns.check_use(self.aux, scheme, AUX)
@@ -131,7 +133,7 @@ class DataModule(PictureData):
             hollow = (marked == "test") | (self.bad_rows == "skip")
             parts = {"train": find(tables.train, "train", tables.names["train"], more=inputs | aux, hollow=hollow)} | self._asked(tables, find)
             splits = self._divide(parts["train"], marked, tables, names, report, beside=parts.keys())
-        self.lines += table_scheme.advice(tables, scheme, names)
+        self.lines += [*table_scheme.advice(tables, scheme, names), *folder.notes()]
         self.skipped = pd.concat([part.skipped() for part in parts.values()], ignore_index=True)
         for split in parts.keys() - {"train"}:
             splits[split], self.rows[split] = parts[split].split(self.files), np.flatnonzero(parts[split].good)

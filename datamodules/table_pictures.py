@@ -7,11 +7,13 @@ suffix that is left out is found. Two templates by a comma are for train and for
 import os
 import posixpath
 import re
+from contextlib import suppress
 from functools import cache
 
 import pandas as pd
 
 from datamodules.decode import SUFFIXES, USUALLY, Decoding
+from datamodules.listing import composed
 from datamodules.picture_check import faults
 from datamodules.table import near_miss
 
@@ -19,9 +21,13 @@ FIELD = re.compile(r"\{([^{}]+)\}")
 
 
 def part_of(template: str, split: str) -> str:
-    """The template of train or of test, where there are two."""
-    parts = template.split(",")
-    return template if len(parts) != 2 else parts[split != "train"].strip()
+    """The template of train or of test, where there are two; a comma within the name of a folder divides none."""
+    commas = [place for place, sign in enumerate(template) if sign == ","]
+    for place in commas:
+        parts = template[:place], template[place + 1:]
+        if all(FIELD.search(part) for part in parts):
+            return parts[split != "train"].strip()
+    return template
 
 
 def columns_in(template: str, columns: list[str], split: str = "test") -> list[str]:
@@ -66,6 +72,9 @@ class Folder:
 
     def __init__(self, root: str, how: Decoding = USUALLY):
         self.root, self.how, self.listing, self.folders = root, how, cache(self._listing), cache(self._folders)
+        self.likely, self.real_folder = cache(self._likely), cache(self._real_folder)
+        self.suffix_guessed = False  # of a template, so that ids with several pictures are told
+        self.taken: dict[str, dict[str, str]] = {}  # what was taken in place of what the table says: kind -> path -> file
 
     def _listing(self, folder: str) -> tuple[dict[str, str | None], dict[str, str]]:
         """({file name: why it cannot be used, or None}, {name without the suffix or with it in lower case: file name}) of the pictures in it."""
@@ -82,6 +91,40 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError, ValueError):
             pass
         return names, stems
+
+    def _likely(self, folder: str) -> dict[tuple[str, str | int, str], list[str]]:
+        """{(kind, stem, suffix in lower case or ""): names} of the pictures in it: `number` for stems of digits alone, `spelling` in Unicode's NFC,
+        `several` as it is."""
+        found: dict[tuple[str, str | int, str], list[str]] = {}
+        for name in [name for name, fault in self.listing(folder)[0].items() if fault is None]:
+            stem, suffix = os.path.splitext(name)
+            keys = [("several", stem, ""), *(("spelling", composed(stem), each) for each in ("", suffix.lower()))]
+            keys += [("number", int(stem), each) for each in ("", suffix.lower())] if re.fullmatch(r"[0-9]+", stem) else []
+            for key in keys:
+                found.setdefault(key, []).append(name)
+        return found
+
+    def _real_folder(self, folder: str) -> str:
+        """The folder as the disk spells it: a Mac's é may be two characters there and one in the table."""
+        if not folder or os.path.isdir(os.path.join(self.root, folder)):
+            return folder
+        parent, name = posixpath.split(folder)
+        parent = self.real_folder(parent)
+        with suppress(OSError):
+            for each in sorted(os.listdir(os.path.join(self.root, parent))):
+                if composed(each) == composed(name):
+                    return posixpath.join(parent, each)
+        return folder
+
+    def notes(self) -> list[str]:
+        """A line for each kind of picture that was taken in place of what the table says."""
+        words = {"number": "ids are the numbers of files that are written otherwise",
+                 "spelling": "names are spelled otherwise in Unicode on the disk",
+                 "several": "ids have several pictures, and the first by name is taken (--image with a suffix chooses)",
+                 "backslash": "paths have Windows' backslashes",
+                 "elsewhere": "paths are absolute, of another place, and are looked for in the data folder"}
+        return [f"table {len(found):,} {words[kind]}, as {', '.join(' for '.join(pair[::-1]) for pair in [*found.items()][:2])}"
+                for kind, found in self.taken.items()]
 
     def _inside(self, folder: str) -> list[str]:
         first = folder.split("/")[0]
@@ -114,24 +157,67 @@ class Folder:
 
     def resolve(self, path: str) -> tuple[str | None, str]:
         """(file relative to the data folder or None, why not) of a path as a template spells it. Raises Outside for one that leaves it."""
-        if path.startswith(("/", "~")) or "\\" in path or re.match(r"[A-Za-z]:", path):
+        given, kinds = path, []
+        if "\\" in path:
+            path, kinds = path.replace("\\", "/"), ["backslash"]
+        if path.startswith("/") or re.match(r"[A-Za-z]:/", path):
+            file, why = self._below(path), "is missing"
+            kinds = ["elsewhere"]
+            if file is None:
+                raise Outside("is not relative to the data folder")
+        else:
+            file, why = self._find(path, kinds)
+        for kind in kinds if file else ():
+            self.taken.setdefault(kind, {}).setdefault(given, file)
+        return file, why
+
+    def _below(self, path: str) -> str | None:
+        """The file at the longest end of an absolute path that is in the data folder."""
+        parts = [part for part in path.split("/") if part]
+        for start in range(len(parts)):
+            try:
+                if file := self._find("/".join(parts[start:]), [])[0]:
+                    return file
+            except Outside:
+                continue
+        return None
+
+    def _find(self, path: str, kinds: list[str]) -> tuple[str | None, str]:
+        """`resolve` of a relative path with slashes; adds to `kinds` why another name was taken."""
+        if path.startswith("~"):
             raise Outside("is not relative to the data folder")
         path = posixpath.normpath(path)
         if path == ".." or path.startswith("../"):
             raise Outside("leaves the data folder")
         folder, name = posixpath.split(path)
+        folder = self.real_folder(folder)
         names, stems = self.listing(folder)
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in SUFFIXES:  # as it is, or in capitals, or twice, as of an id that has one already
             found = name if name in names else stems.get(stem + suffix.lower())
             found = found or (stem if stem in names else None)
+            several = self.suffix_guessed and found == name
         else:
-            found = stems.get(name)
+            found, stem, suffix, several = stems.get(name), name, "", True
+        if several and len(self.likely(folder).get(("several", stem, ""), ())) > 1:
+            kinds.append("several")
+        if found is None:
+            found = self._near(folder, stem, suffix.lower(), kinds)
         if found is None:
             return None, f"is missing (there is {posixpath.join(folder, stems[stem])})" if stem in stems else "is missing"
         if names[found] and "leaves" in names[found]:
             raise Outside(names[found])
         return (None, names[found]) if names[found] else (posixpath.join(folder, found), "")
+
+    def _near(self, folder: str, stem: str, suffix: str, kinds: list[str]) -> str | None:
+        """The one picture whose name is the same in Unicode's NFC, or the same number."""
+        number = re.fullmatch(r"([0-9]+)(\.0+)?", stem)
+        for kind, key in (("spelling", composed(stem)), ("number", int(number[1]) if number else "")):
+            near = self.likely(folder).get((kind, key, suffix), [])
+            if len(near) == 1:
+                kinds.append(kind)
+                return near[0]
+        return None
 
 
 class Outside(Exception):
