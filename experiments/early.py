@@ -15,7 +15,8 @@ MOST_ENTRIES = 200_000  # of a data folder; beyond, a listing takes as long as i
 
 def check(cfg: Config, *, by_launcher: bool = False) -> None:
     """Raises UsageError for names and folders that are not there, and for ranks that are not those asked for, unless they are yet to start."""
-    known, problems = datamodules.names(), [_data_dir_problem(cfg), None if by_launcher else launched.problem(cfg)]
+    over_folds = cfg.folds is not None and cfg.fold is None and launched.tasks() > 1  # `fold_runs` says what to type instead
+    known, problems = datamodules.names(), [_data_dir_problem(cfg), None if by_launcher or over_folds else launched.problem(cfg)]
     if cfg.data and cfg.data not in known:
         problems.append(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, known)} (there are {', '.join(known)})")
     if cfg.model:

@@ -246,7 +246,7 @@ def _other_folders(before: dict[str, str], now: dict[str, str]) -> list[str]:
              + ", of other names" * (counts[0].get(name) == counts[1].get(name)) for name in changed[:5]]
     lines += [f"and {len(changed) - 5} more folders"] * (len(changed) > 5)
     gone = any(counts[0].get(name, 0) > counts[1].get(name, 0) for name in changed)
-    return lines + ["an empty file in the place of a picture that is gone, and --bad_images skip, go on without it"] * gone
+    return ["; ".join(lines)] * bool(lines) + ["an empty file in the place of a picture that is gone, and --bad_images skip, go on without it"] * gone
 
 
 def _other_skips(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -149,7 +149,7 @@ def break_fold_1():
 
 @pytest.mark.parametrize("line, env, words", [
     ("--folds 3", {"RANK": "0", "WORLD_SIZE": "2"}, "--fold I (0 to 2)"),
-    ("--folds 3", {"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, "--fold I (0 to 2)"),
+    ("--folds 3", {"SLURM_PROCID": "0", "SLURM_NTASKS": "3", "SLURM_STEP_ID": "0"}, "--fold I (0 to 2)"),
     ("--folds 3 --resume runs/x", {}, "--resume is for one run"),
     ("--folds 3 --eval_only --init runs/x", {}, "--eval_only is for one run"),
     ("--folds 46", {}, "the table has 45 rows"),
