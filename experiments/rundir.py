@@ -241,11 +241,11 @@ def _other_folders(before: dict[str, str], now: dict[str, str]) -> list[str]:
     if not before:
         return []
     counts = [{name: int(text.split()[0]) for name, text in each.items()} for each in (before, now)]
-    changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
-    lines = [f"{name}: {counts[0].get(name, 0)} pictures -> {counts[1].get(name, 0)}"
-             + ", of other names" * (counts[0].get(name) == counts[1].get(name)) for name in changed[:5]]
+    changed = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]  # classes that are new or gone are told apart
+    lines = [f"{name}: {counts[0][name]} pictures -> {counts[1][name]}" + ", of other names" * (counts[0][name] == counts[1][name])
+             for name in changed[:5]]
     lines += [f"and {len(changed) - 5} more folders"] * (len(changed) > 5)
-    gone = any(counts[0].get(name, 0) > counts[1].get(name, 0) for name in changed)
+    gone = any(counts[0][name] > counts[1][name] for name in changed)
     return ["; ".join(lines)] * bool(lines) + ["an empty file in the place of a picture that is gone, and --bad_images skip, go on without it"] * gone
 
 
