@@ -29,6 +29,7 @@ class Fault:
     late: float = 0.0
     apart: float = 0.0
     error: str = ""
+    kind: type[Exception] = RuntimeError
     passed: int = field(default=0, init=False)
 
     def strike(self, folder: Path) -> None:
@@ -45,7 +46,7 @@ class Fault:
                 os.kill(os.getpid(), signum)
             time.sleep(self.apart)
         if self.error:
-            raise RuntimeError(self.error)
+            raise self.kind(self.error)
 
     def plant(self, folder: Path) -> None:
         from experiments import build

@@ -57,11 +57,9 @@ def test_ranks_without_a_common_disk_are_told_before_the_first_step(pics, places
 
 
 def test_data_that_one_machine_lacks_end_all_before_the_first_step(pics):  # noqa: F811
-    shutil.copytree(pics / "pics", pics / "one" / "pics")
-    (pics / "two").mkdir()
-    ended = start(pics, f"{LINE} --num_nodes 2 --runs_dir {pics}/runs", ranks=2, env=lambda rank, port: torchrun_env(rank, 2, 2, port),
-                  places=[pics / "one", pics / "two"])
-    assert ended.codes == [2, 2] and "rank 1 (" in ended.out and "pics" in ended.outs[0] and not (pics / "runs").exists(), ended.out
+    gone = Fault("decide", ranks=(1,), error="--data_dir /data/pics: there is no such folder", kind=FileNotFoundError)
+    ended = start(pics, f"{LINE} --num_nodes 2", ranks=2, fault=gone, env=lambda rank, port: torchrun_env(rank, 2, 2, port))
+    assert ended.codes == [2, 2] and "rank 1 (" in ended.outs[0] and "/data/pics" in ended.outs[0] and not (pics / "runs").exists(), ended.out
 
 
 @pytest.mark.parametrize("tasks, line, words", [
