@@ -72,7 +72,7 @@ class Trained:
     def __init__(self, folder, rule, mode="max", callback=None):
         self.io = AtomicCheckpointIO()
         strategy = SimpleNamespace(checkpoint_io=self.io, broadcast=lambda value: value, save_checkpoint=self.io.save_checkpoint)
-        self.trainer = SimpleNamespace(strategy=strategy, is_global_zero=True, global_step=0, callbacks=[])
+        self.trainer = SimpleNamespace(datamodule=None, strategy=strategy, is_global_zero=True, global_step=0, callbacks=[])
         self.callback, self.folder = callback or Averaging(folder, rule, "val/acc1", mode, use_ema=False), folder
 
     def epochs(self, values, start=0):
