@@ -85,9 +85,12 @@ def _typed(cfg: Config) -> str | None:
 
 def _stamp(root: str) -> str | None:
     """Of all folders under a data folder, and of its tables, when something was last added, removed or renamed; None for a very large one."""
-    found, left, seen = [], [root], 0
+    found, left, seen, been = [], [root], 0, set()
     while left:
         place = left.pop()
+        if (real := os.path.realpath(place)) in been:  # a link that leads back
+            continue
+        been.add(real)
         found.append((os.path.relpath(place, root), os.stat(place).st_mtime_ns))
         with os.scandir(place) as entries:
             for entry in entries:
