@@ -44,7 +44,8 @@ def test_a_finished_run_is_trained_longer_and_says_so(pics, launch, capsys, monk
         first, second = (weights_of(pics / "runs" / run / "checkpoints" / name) for run in ("whole", "killed"))
         assert all(torch.equal(first[key], second[key]) for key in first)
     rows, stored = read_history(folder / "metrics.csv"), yaml.safe_load((folder / "config.yaml").read_text())
-    assert (stored["extend"], stored["extend_step"], result_of(folder)["epochs"], result_of(folder)["steps"]) == ("runs/one", 4, 3, 12)
+    assert (stored["extend"], stored["extend_step"]) == (str(pics / "runs" / "one"), 4)
+    assert (result_of(folder)["epochs"], result_of(folder)["steps"]) == (3, 12)
     assert [row["step"] for row in rows] == [*range(5, 13)] and {row["epoch"] for row in rows} == {1, 2}
     rates = [cosine(step, peak=2e-3, min_lr=0, warmup_lr=0, warmup_steps=2, total_steps=8, steps_per_epoch=4) for step in range(8)]
     assert [row["lr"] for row in rows] == pytest.approx(rates)
