@@ -442,7 +442,7 @@ def test_a_thousand_classes_a_long_history_and_large_pictures_stay_small(tmp_pat
     assert len(page.source) < 1_500_000
     assert len(page.table("pairs")) == len(page.table("classes")) == 20 and not page.root.all("table", "matrix")
     assert len(page.ids["others"].all("svg")) == 16 and all(len(line.attributes["points"].split()) <= 300 for line in page.root.all("polyline"))
-    assert len(page.table("history")) == 40 and page.table("history")[-1][0] == "199"
+    assert len(page.table("history")) == 40 and page.table("history")[-1][0] == "200"
     wrong = table[table["target"] != table["prediction"]].sort_values("probability", ascending=False)["probability"][:32]
     assert [cells[0].values()[-1] for _, cells in page.table("unseen")] == pytest.approx(list(wrong), rel=1e-6)
     assert len(page.ids["seen"].all("img")) == 32
