@@ -154,9 +154,9 @@ def test_mistakes_end_with_a_line(train, tmp_path, words, says):
 def test_the_plan_and_the_lists_know_the_tasks(train):
     assert "red 0 to 100, green 0 to 100" in train("--epochs 1 --data_args.targets 2 --dry_run")[1]
     assert "3 labels" in train("--epochs 1 --data_args.kind multilabel --dry_run")[1]
-    losses, metrics = (train(f"--list {what}")[1] for what in ("losses", "metrics"))
-    assert "--loss bce           classification, multilabel, regression:" in losses and "target_weights" in losses
-    assert "rmse      min  regression: root of the mean squared error" in metrics and "my.py:function" in metrics
+    losses, metrics = (" ".join(train(f"--list {what}")[1].split()) for what in ("losses", "metrics"))
+    assert "--loss bce classification, multilabel, regression:" in losses and "target_weights" in losses
+    assert "rmse min regression: root of the mean squared error" in metrics and "my.py:function" in metrics
 
 
 TEACHER = "--epochs 4 --lr 5e-3"
