@@ -1,7 +1,5 @@
 """Cores and memory of a container or a SLURM task, as a run takes them."""
 import os
-import subprocess
-import sys
 
 import pytest
 from conftest import write_pictures
@@ -68,11 +66,3 @@ def test_ranks_share_a_mask_unless_srun_gave_each_its_own(machine, monkeypatch):
     machine("v2")
     assert [worker_count(None, False, ranks) for ranks in (1, 2)] == [3, 1]  # a quota is of all
     assert worker_count(None, True, 1) == 0 and worker_count(5, False, 8) == 5
-
-
-@pytest.mark.parametrize("given, found", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_that_wait_give_their_core_to_other_load(given, found):
-    env = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | ({"OMP_WAIT_POLICY": given} if given else {})
-    program = "import sys, os, experiments.config; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [found, "False"]
