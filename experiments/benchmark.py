@@ -3,7 +3,7 @@
 `step` times forward and backward of the same network, batch and precision as ours and as timm, torchvision and vit-pytorch write it, in one
 process and interleaved: every round runs each once, in a shuffled order, so that a noisy machine is noisy to all. In the same way `data` times
 training batches, ours from the picture cache and from files, and timm's; `distill` one student's training step without a teacher, with a cached
-one and with the live one; `tracking` a step with all that a run logs and with none.
+one and with the live one; `tracking` a step with all that a run logs and with none; `load` a step beside busy processes.
 """
 import argparse
 import random
@@ -145,6 +145,11 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument("--batch", type=int, default=16, help="pictures in a step")
     verb.add_argument("--rounds", type=int, default=15, help="interleaved pairs of blocks after two to warm up, at least 2")
     verb.add_argument("--log_every_steps", type=int, default=50, help="steps of a block, which ends with a row")
+    verb = verbs.add_parser("load", help="a training step quiet and beside busy processes, with OpenMP's default wait and with ours")
+    verb.add_argument("--model", default="vit_nano4", help="a name of run.py --list models")
+    verb.add_argument("--batch", type=int, default=64, help="pictures in a step")
+    verb.add_argument("--rounds", type=int, default=3, help="interleaved rounds, at least 2; each measurement is a process of its own")
+    verb.add_argument("--busy", type=int, default=5, help="busy processes beside the training")
     args = parser.parse_args(argv)
     if args.batch < 1 or args.rounds < 2:
         parser.error("--batch must be at least 1 and --rounds at least 2")
@@ -160,6 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.verb == "tracking":
         from experiments import benchmark_tracking
         benchmark_tracking.measure(args.model, args.batch, args.rounds, args.log_every_steps)
+    elif args.verb == "load":
+        from experiments import benchmark_load
+        benchmark_load.measure(args.model, args.batch, args.rounds, args.busy)
     elif args.verb == "step":
         step(args.family, args.precision, args.batch, args.rounds, args.channels_last)
     else:

@@ -1,5 +1,8 @@
 """Cores and memory of a container or a SLURM task, as a run takes them."""
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import write_pictures
@@ -10,6 +13,7 @@ from experiments import run
 
 TINY = "--model vit_nano4 --model_args.embed_dim 32 --model_args.depth 1 --image_size 16 --recipe none --epochs 1 --global_batch_size 8 " \
        "--logger csv --accelerator cpu --data_dir pics --dry_run"
+ROOT = Path(__file__).parents[1]
 GB = 2**30
 GROUPS = {
     "v2": ("0::/pod/job\n", {"pod/cpu.max": "300000 100000", "pod/job/cpu.max": "max 100000", "pod/memory.max": f"{8 * GB}",
@@ -66,3 +70,16 @@ def test_ranks_share_a_mask_unless_srun_gave_each_its_own(machine, monkeypatch):
     machine("v2")
     assert [worker_count(None, False, ranks) for ranks in (1, 2)] == [3, 1]  # a quota is of all
     assert worker_count(None, True, 1) == 0 and worker_count(5, False, 8) == 5
+
+
+@pytest.mark.parametrize("given, shown", [({}, "GOMP_SPINCOUNT = '10000'"), ({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT = '7'"),
+                                          ({"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY = 'PASSIVE'")])
+def test_threads_that_wait_leave_their_cores_to_other_load_soon(given, shown):
+    """As libgomp itself tells, which reads its variables when torch is imported."""
+    code = "import experiments.run, torch; assert 'libgomp' in open('/proc/self/maps').read(), 'another OpenMP'"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))} | {"OMP_DISPLAY_ENV": "verbose"} | given
+    ended = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    if "another OpenMP" in ended.stderr:
+        pytest.skip("this torch has another OpenMP than GNU's")
+    assert ended.returncode == 0 and shown in ended.stderr, ended.stderr
+    assert ("GOMP_SPINCOUNT = '10000'" in ended.stderr) == (not given)
