@@ -115,7 +115,7 @@ def _data(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -150,6 +150,11 @@ def main(argv: list[str] | None = None) -> int:
     verb.add_argument("--batch", type=int, default=64, help="pictures in a step")
     verb.add_argument("--rounds", type=int, default=3, help="interleaved rounds, at least 2; each measurement is a process of its own")
     verb.add_argument("--busy", type=int, default=5, help="busy processes beside the training")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
     args = parser.parse_args(argv)
     if args.batch < 1 or args.rounds < 2:
         parser.error("--batch must be at least 1 and --rounds at least 2")
