@@ -25,6 +25,7 @@ chaos: .venv/installed-test
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

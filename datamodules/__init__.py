@@ -23,7 +23,11 @@ NAMES = {"kaggle_csv": "csv"}  # files whose data set has a shorter name
 def names() -> list[str]:
     """Registered data sets, sorted: the files beside this one that define `class DataModule`."""
     files = Path(__file__).parent.glob("*.py")
-    return sorted(NAMES.get(f.stem, f.stem) for f in files if re.search(r"^class DataModule\b", f.read_text(encoding="utf-8"), re.MULTILINE))
+    return sorted(
+        NAMES.get(f.stem, f.stem)
+        for f in files
+        if re.search(r"^class DataModule\b", f.read_text(encoding="utf-8"), re.MULTILINE)
+    )
 
 
 def accepted(name: str) -> list[str]:
@@ -52,13 +56,14 @@ def create(name: str, **kwargs: Any) -> PictureData:
 
 
 def detect(data_dir: str) -> str:
-    """Which data set a folder holds: `train.csv` is `csv`, class folders named by ImageNet ids `imagenet`, other class folders `folder`.
+    """Which data set a folder holds: `train.csv` is `csv`, class folders named by ImageNet ids `imagenet`, other class
+    folders `folder`.
 
     Raises:
         FileNotFoundError: `data_dir` is not a folder.
         ValueError: it holds none of these; says what was looked for.
     """
-    from datamodules.listing import SPLITS, class_folders
+    from datamodules.loading.class_folders import SPLITS, class_folders
 
     if not os.path.isdir(data_dir):
         raise FileNotFoundError(f"--data_dir {data_dir}: there is no such folder ({os.path.abspath(data_dir)})")

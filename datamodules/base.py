@@ -1,4 +1,5 @@
-"""The data module every picture data set shares: splits, loaders, position for exact resume, normalisation on the device."""
+"""The data module every picture data set shares: splits, loaders, position for exact resume, normalisation on the
+device."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,24 +11,25 @@ from lightning.pytorch.utilities import rank_zero_info
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules import cache
-from datamodules.augment import inactive, read_augment
+from datamodules.cache import store
 from datamodules.checks import check_values
-from datamodules.erasing import Boxes
-from datamodules.mixing import Mixer
-from datamodules.on_device import OnDevice
-from datamodules.own import OwnTransform, digest
-from datamodules.picture_check import only_skips_differ
-from datamodules.pictures import EvalPictures, Split, TrainPictures, fingerprint, hold_out, spread
-from datamodules.samplers import EvalSampler, TrainSampler, passes_per_step
-from datamodules.sizes import training_sizes
-from datamodules.transforms import Transform, eval_transform, train_transform
-from datamodules.workers import loader, worker_count
+from datamodules.loading.image_check import only_skips_differ
+from datamodules.loading.images import EvalPictures, Split, TrainPictures, fingerprint, hold_out, spread
+from datamodules.loading.samplers import EvalSampler, TrainSampler, passes_per_step
+from datamodules.loading.workers import loader, worker_count
+from datamodules.transforms.augment import inactive, read_augment
+from datamodules.transforms.crop_sizes import training_sizes
+from datamodules.transforms.erasing import Boxes
+from datamodules.transforms.image_transforms import Transform, eval_transform, train_transform
+from datamodules.transforms.mixing import Mixer
+from datamodules.transforms.on_device import OnDevice
+from datamodules.transforms.user_function import OwnTransform, digest
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PictureData(L.LightningDataModule):
-    """Subclasses implement `read`; a knob of their own is a dataclass field more. Works in a Trainer with default flags on any number of ranks.
+    """Subclasses implement `read`; a knob of their own is a dataclass field more. Works in a Trainer with default flags
+    on any number of ranks.
 
     Args:
         image_size: pixels, side or (height, width).
@@ -37,17 +39,22 @@ class PictureData(L.LightningDataModule):
         rand_augment: timm's policy string, such as rand-m9-n2-p0.5-mstd0.5-inc1.
         random_erasing: probability, of N(0,1) noise in a box of the normalised picture (timm's).
         repeated_augment: copies of each picture in a batch (`TrainSampler`).
-        mixup, cutmix: Beta parameters, 0 is off; with either, targets in training are (B, K) float32, `label_smoothing` folded in.
+        mixup, cutmix: Beta parameters, 0 is off; with either, targets in training are (B, K) float32, `label_smoothing`
+            folded in.
         augment_args: fields of `Augment`. own_augment: my.py:build in place of `train_transform` (`OwnTransform`).
         train_size, epochs: size of training crops where it is not image_size (`training_sizes`).
-        val_fraction, split_seed: part of train held out where there is no `val`; `seed` moves order and augmentation only.
-        global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an epoch is dropped.
+        val_fraction, split_seed: part of train held out where there is no `val`; `seed` moves order and augmentation
+            only.
+        global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an
+            epoch is dropped.
         micro_batch_size: largest number of pictures in one pass of one rank.
         workers: processes per loader and rank; None chooses from the machine.
-        cache_dir, cache_side: where pictures are kept decoded with that shorter side (datamodules/cache.py); None: what evaluation resizes to.
+        cache_dir, cache_side: where pictures are kept decoded with that shorter side (datamodules/cache/store.py);
+            None: what evaluation resizes to.
         limit_val: samples of val, and of test, that are scored, evenly spaced over each.
         class_names: fixes the index order, e.g. from a checkpoint.
-        encoding, outputs_per_target: how a network gives the targets of a regression (lightning_modules/targets.py).
+        encoding, outputs_per_target: how a network gives the targets of a regression
+            (lightning_modules/objectives/targets.py).
         eval_only: nothing is trained, so the global batch may be larger than the training set.
 
     Raises:
@@ -97,30 +104,41 @@ class PictureData(L.LightningDataModule):
         self.augment = read_augment(self.augment_args)
         check_values(self)
         self.train_sizes = training_sizes(self.train_size, self.image_size, self.epochs)
-        self.task, self.target_names, self.target_range, self.id_column = "classification", None, None, None  # what `read` may change
+        self.task, self.target_names, self.target_range, self.id_column = (
+            "classification",
+            None,
+            None,
+            None,
+        )  # what `read` may change
         self.class_names, self.splits = self.read()
         if self.limit_val is not None:
-            self.splits |= {name: spread(self.splits[name], self.limit_val) for name in self.splits.keys() & {"val", "test"}}
+            self.splits |= {
+                name: spread(self.splits[name], self.limit_val) for name in self.splits.keys() & {"val", "test"}
+            }
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
             self.training_view(self.image_size)  # raises for one that cannot be used
-        self.cache = cache.planned(self)
+        self.cache = store.planned(self)
         self.cache_side = self.cache and self.cache.side
         mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
         mixer = Mixer(**mixing, num_classes=len(self.class_names or ()), task=self.task) if self.mixing else None
-        self._on_device = OnDevice(self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed)
+        self._on_device = OnDevice(
+            self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed
+        )
         self._resume: tuple[int, int] | None = None  # epoch and samples of it, for the next train_dataloader()
 
     def read(self) -> tuple[list[str] | None, dict[str, Split]]:
-        """(class names in index order, {"train" | "val" | "test" | "predict": Split}, absent splits left out); lists, opens no picture.
+        """(class names in index order, {"train" | "val" | "test" | "predict": Split}, absent splits left out); lists,
+        opens no picture.
 
-        `predict` has no labels. For another task it sets `task`; of a regression `target_names` and `target_range` (T pairs, own units), and
-        class names are None. `id_column` is a table's.
+        `predict` has no labels. For another task it sets `task`; of a regression `target_names` and `target_range` (T
+        pairs, own units), and class names are None. `id_column` is a table's.
         """
         raise NotImplementedError
 
     def with_val(self, train: Split, class_names: list[str]) -> dict[str, Split]:
-        """{"train", "val"} by the common rule: stratified `val_fraction` by `split_seed`; no val when the fraction is 0."""
+        """{"train", "val"} by the common rule: stratified `val_fraction` by `split_seed`; no val when the fraction is
+        0."""
         if self.val_fraction == 0:
             return {"train": train}
         rest, val = hold_out(train, self.val_fraction, self.split_seed, class_names)
@@ -138,15 +156,22 @@ class PictureData(L.LightningDataModule):
     def eval_transform(self) -> Transform:
         """RGB picture -> (3, H, W) uint8, as timm evaluates."""
         return eval_transform(
-            self.image_size, interpolation=self.interpolation, mean=self.mean, crop_pct=self.crop_pct, crop_mode=self.crop_mode
+            self.image_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
         )
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What a model must know to use these data; plain values only, so a checkpoint with it loads with weights_only."""
+        """What a model must know to use these data; plain values only, so a checkpoint with it loads with
+        weights_only."""
         return {
             "task": self.task,
-            "num_outputs": len(self.class_names) if self.class_names else len(self.target_names) * self.outputs_per_target,
+            "num_outputs": len(self.class_names)
+            if self.class_names
+            else len(self.target_names) * self.outputs_per_target,
             "class_names": self.class_names and list(self.class_names),
             "target_names": self.target_names,
             "target_range": self.target_range,
@@ -167,13 +192,17 @@ class PictureData(L.LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names and targets (`pictures.fingerprint`)."""
+        """Of names and targets (`images.fingerprint`)."""
         return fingerprint(self.splits)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a position in training to mean the same samples: plain values."""
-        order = {"seed": self.seed, "global_batch_size": self.global_batch_size, "repeated_augment": self.repeated_augment}
+        order = {
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+            "repeated_augment": self.repeated_augment,
+        }
         order |= {"augment": digest(self.own_augment)} if self.own_augment else {}
         return {**order, "sizes": self.sizes, "fingerprint": self.fingerprint}
 
@@ -189,10 +218,15 @@ class PictureData(L.LightningDataModule):
         flag = "rand_augment" if self.rand_augment else "auto_augment"
         policy = self.rand_augment or self.augment.auto_augment
         if self.own_augment:
-            return [f"augment {self.own_augment} makes the training pictures: crop_scale, hflip, rand_augment and their like do nothing",
-                    *cache.notes(self)]
-        lines = inactive(self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing)
-        return lines + cache.notes(self)
+            return [
+                f"augment {self.own_augment} makes the training pictures: crop_scale, hflip, rand_augment and their "
+                f"like do nothing",
+                *store.notes(self),
+            ]
+        lines = inactive(
+            self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing
+        )
+        return lines + store.notes(self)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -200,7 +234,8 @@ class PictureData(L.LightningDataModule):
         return self.sizes["train"] // self.global_batch_size
 
     def accumulation(self, world_size: int) -> int:
-        """Passes per optimizer step (`passes_per_step`); even ones where training mixes pairs. Raises ValueError where there is none."""
+        """Passes per optimizer step (`passes_per_step`); even ones where training mixes pairs. Raises ValueError where
+        there is none."""
         pairs = self.mixing and self.augment.mix_mode != "roll" and not self.eval_only
         return passes_per_step(self.global_batch_size, world_size, self.micro_batch_size, even=pairs)
 
@@ -220,7 +255,13 @@ class PictureData(L.LightningDataModule):
         sampler = TrainSampler(self.sizes["train"], global_batch_size=batch, seed=self.seed, repeats=repeats, **place)
         transforms = {size: self.training_view(size) for size in set(self.train_sizes)}
         boxes = Boxes(self.random_erasing, self.augment.erasing_count) if self.random_erasing else None
-        pictures = TrainPictures(self._served("train"), [transforms[size] for size in self.train_sizes], self.seed, boxes, self.repeated_augment)
+        pictures = TrainPictures(
+            self._served("train"),
+            [transforms[size] for size in self.train_sizes],
+            self.seed,
+            boxes,
+            self.repeated_augment,
+        )
         return self._loader(pictures, sampler, self.global_batch_size // self._world_size // passes)
 
     def val_dataloader(self) -> DataLoader | list:
@@ -240,26 +281,35 @@ class PictureData(L.LightningDataModule):
         passes = self.accumulation(self._world_size)
         batches = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         epoch, batches = divmod(batches, int(min(self.trainer.num_training_batches, self.steps_per_epoch * passes)))
-        position = {"epoch": epoch, "samples": batches * self.global_batch_size // passes, "world_size": self._world_size}
-        return position | {"accumulation": passes, "crops": cache.crops(self)} | self.identity
+        position = {
+            "epoch": epoch,
+            "samples": batches * self.global_batch_size // passes,
+            "world_size": self._world_size,
+        }
+        return position | {"accumulation": passes, "crops": store.crops(self)} | self.identity
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; another world size is fine. Only fitting uses it.
 
         Raises:
-            ValueError: data, seed, global batch or accumulation are others than in the checkpoint. (Lightning counts passes: with
-                another number of them per step it would end the epoch elsewhere, unless AtomicCheckpointIO has counted them anew.)
+            ValueError: data, seed, global batch or accumulation are others than in the checkpoint. (Lightning counts
+                passes: with another number of them per step it would end the epoch elsewhere, unless AtomicCheckpointIO
+                    has counted them anew.)
         """
         if not state or (self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING):
             return
         now = {"accumulation": self.accumulation(self._world_size)} | self.identity
         free = ("sizes", "fingerprint") if only_skips_differ(state, now) else ()
-        changed = [f"{key} was {state[key]}, is {value}" for key, value in now.items() if key not in free and state.get(key, value) != value]
+        changed = [
+            f"{key} was {state[key]}, is {value}"
+            for key, value in now.items()
+            if key not in free and state.get(key, value) != value
+        ]
         if changed:
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])
         if self._rank == 0:
-            cache.tell_filter(self, state.get("crops"))
+            store.tell_filter(self, state.get("crops"))
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """What the device side needs and the host knows (`OnDevice.before`)."""
@@ -280,16 +330,25 @@ class PictureData(L.LightningDataModule):
     @property
     def _place(self) -> dict[str, int | None]:
         """Of a sampler; without a Trainer what the process group says when the loader is used."""
-        return dict(rank=None, world_size=None) if self.trainer is None else dict(rank=self._rank, world_size=self._world_size)
+        return (
+            dict(rank=None, world_size=None)
+            if self.trainer is None
+            else dict(rank=self._rank, world_size=self._world_size)
+        )
 
     def _accumulate(self, passes: int) -> None:
-        """Make a Trainer with the default accumulate_grad_batches accumulate `passes`. Raises ValueError for another number given to it."""
+        """Make a Trainer with the default accumulate_grad_batches accumulate `passes`. Raises ValueError for another
+        number given to it."""
         asked = getattr(self.trainer, "accumulate_grad_batches", passes)
         if asked not in (1, passes):
-            raise ValueError(f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes}: leave it out")
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes}: leave it out"
+            )
         if asked != passes:
-            rank_zero_info(f"{passes} passes of each process make one optimizer step of {self.global_batch_size} pictures "
-                           f"(accumulate_grad_batches={passes})")
+            rank_zero_info(
+                f"{passes} passes of each process make one optimizer step of {self.global_batch_size} pictures "
+                f"(accumulate_grad_batches={passes})"
+            )
             self.trainer.accumulate_grad_batches = passes
 
     def _eval_loader(self, split: str) -> DataLoader:
@@ -311,4 +370,6 @@ class PictureData(L.LightningDataModule):
     def _check_global_batch(self) -> None:
         given, largest = self.global_batch_size, self.sizes["train"]
         if given > largest:
-            raise ValueError(f"--global_batch_size {given} is larger than the training set; the largest that fits is {largest}")
+            raise ValueError(
+                f"--global_batch_size {given} is larger than the training set; the largest that fits is {largest}"
+            )

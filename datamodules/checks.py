@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING
 
 from timm.data.transforms import str_to_interp_mode
 
-from datamodules.augment import check_policy
-from datamodules.mixing import check_mixing
 from datamodules.ranges import broken
+from datamodules.transforms.augment import check_policy
+from datamodules.transforms.mixing import check_mixing
 
 if TYPE_CHECKING:
     from datamodules.base import PictureData
@@ -17,7 +17,9 @@ def check_values(data: "PictureData") -> None:
     try:
         str_to_interp_mode(data.interpolation)
     except KeyError:
-        raise ValueError(f"interpolation {data.interpolation!r}: nearest, bilinear, bicubic, box, hamming or lanczos") from None
+        raise ValueError(
+            f"interpolation {data.interpolation!r}: nearest, bilinear, bicubic, box, hamming or lanczos"
+        ) from None
     if found := broken(data):
         raise ValueError("{} {!r}: {}".format(*found))
     if len(data.image_size) != 2 or min(data.image_size) <= 0:

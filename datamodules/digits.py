@@ -1,4 +1,5 @@
-"""scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak, UCI 1998), 8x8 greys, in memory: real data on any machine."""
+"""scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak, UCI 1998), 8x8 greys, in memory: real data on any
+machine."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,8 +9,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from datamodules.base import PictureData
-from datamodules.pictures import Split, hold_out
-from datamodules.transforms import Transform, shift_transform
+from datamodules.loading.images import Split, hold_out
+from datamodules.transforms.image_transforms import Transform, shift_transform
 
 TEST_FRACTION = 360 / 1797
 
@@ -28,8 +29,8 @@ class Scans:
 class DataModule(PictureData):
     """Fixed stratified split: 360 test, of the other 1,437 `val_fraction` by `split_seed`.
 
-    Training shifts by up to one of the eight pixels. A digit is never flipped nor cropped, whatever `hflip`, `crop_scale`, `crop_pct` and
-    `augment_args` (vflip, crop_ratio) say.
+    Training shifts by up to one of the eight pixels. A digit is never flipped nor cropped, whatever `hflip`,
+    `crop_scale`, `crop_pct` and `augment_args` (vflip, crop_ratio) say.
     """
 
     in_memory: ClassVar[bool] = True
@@ -38,7 +39,9 @@ class DataModule(PictureData):
     def read(self) -> tuple[list[str], dict[str, Split]]:
         self.crop_pct = 1.0
         if self.data_dir is not None:
-            raise ValueError("the digits come with scikit-learn: leave --data_dir out, or leave --data out to use the folder")
+            raise ValueError(
+                "the digits come with scikit-learn: leave --data_dir out, or leave --data out to use the folder"
+            )
         classes = [str(digit) for digit in range(10)]
         if self.class_names not in (None, classes):
             raise ValueError(f"digits has the classes 0 to 9, not {self.class_names}")

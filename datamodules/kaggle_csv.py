@@ -1,4 +1,5 @@
-"""A competition's folder: train.csv, test.csv, sample_submission.csv and pictures. What each column means is guessed, or given."""
+"""A competition's folder: train.csv, test.csv, sample_submission.csv and pictures. What each column means is guessed,
+or given."""
 
 import os
 from collections.abc import Callable, Container, Sequence
@@ -9,47 +10,59 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from datamodules import folds, table_columns, table_scheme, table_split, table_targets
 from datamodules.base import PictureData
-from datamodules.decode import MAX_PIXELS, SUFFIXES, Decoding
 from datamodules.folder import Files
-from datamodules.pictures import Split
-from datamodules.table import Report, counted, listed, plainly, spelled_twice, whole
-from datamodules.table_guess import Tables
-from datamodules.table_pictures import Folder
-from datamodules.table_rows import Rows, find_rows
+from datamodules.loading.decode import MAX_PIXELS, SUFFIXES, Decoding
+from datamodules.loading.images import Split
+from datamodules.tables import columns as table_columns
+from datamodules.tables import folds
+from datamodules.tables import scheme as table_scheme
+from datamodules.tables import split as table_split
+from datamodules.tables import targets as table_targets
+from datamodules.tables.guess import Tables
+from datamodules.tables.images import Folder
+from datamodules.tables.rows import Rows, find_rows
+from datamodules.tables.table import Report, counted, listed, plainly, spelled_twice, whole
 
 INPUTS, AUX = "--data_args.input_columns", "--data_args.aux_targets"
-GIVEN = ("target", "task", "image", "group", "metric", "id_column", "fold_column", "split_column",
-         "label_separator")
+GIVEN = ("target", "task", "image", "group", "metric", "id_column", "fold_column", "split_column", "label_separator")
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(PictureData):
-    """Classification, multilabel or regression from tables. Rows of train.csv become train and val; those of test.csv, or else of
-    sample_submission.csv, `predict`, or `test` where test.csv has the labels.
+    """Classification, multilabel or regression from tables. Rows of train.csv become train and val; those of test.csv,
+    or else of sample_submission.csv, `predict`, or `test` where test.csv has the labels.
 
     Args:
-        target, task, image, group, metric: as the flags of the same names; group none does without, FILE.csv has an id column and the groups.
+        target, task, image, group, metric: as the flags of the same names; group none does without, FILE.csv has an id
+            column and the groups.
         bad_images: error, or skip: rows whose picture is missing or cannot be read are left out (`skipped`).
         bad_rows: error, or skip: rows without a label are left out (`skipped`).
         max_pixels, white: `Decoding`.
-        folds, fold: val is this one of so many folds (`folds.assign`, or `fold_column`); else `val_fraction` of the rows.
-        folds_at: where the folds are kept: a folder with a file for each table, number and seed, or a file of one's own.
+        folds, fold: val is this one of so many folds (`folds.assign`, or `fold_column`); else `val_fraction` of the
+            rows.
+        folds_at: where the folds are kept: a folder with a file for each table, number and seed, or a file of one's
+            own.
         id_column, fold_column, label_separator: columns and the sign between labels.
-        split_column: column of train.csv that says train, val or test of each row (found by name and words; none does without): rows for val are val,
-            unless folds divide train and val anew, and rows for test are never trained on.
-        target_range: [low, high] of the targets in their own units, or a pair for each; left out: those of the rows trained on.
+        split_column: column of train.csv that says train, val or test of each row (found by name and words; none does
+            without): rows for val are val, unless folds divide train and val anew, and rows for test are never trained
+            on.
+        target_range: [low, high] of the targets in their own units, or a pair for each; left out: those of the rows
+            trained on.
         train_csv, test_csv, sample_csv: other names of the files.
-        input_columns: names of columns of numbers, or of 0 and 1, that the network takes beside the picture (batch: `columns` (B, C) float32,
-            standardised by the rows trained on). aux_targets: of such columns of train.csv to be learned beside the target (`aux` (B, A), 0 to
-            1 by their range in the rows trained on), their loss times `aux_weight`.
+        input_columns: names of columns of numbers, or of 0 and 1, that the network takes beside the picture (batch:
+            `columns` (B, C) float32, standardised by the rows trained on). aux_targets: of such columns of train.csv to
+            be learned beside the target (`aux` (B, A), 0 to 1 by their range in the rows trained on), their loss times
+            `aux_weight`.
 
     Attributes:
-        table_scheme: what the table means, plain values, also `spec["table"]`. metric_name: the metric that goes with it.
-        skipped: DataFrame of split (train or test), id, file and reason. rows: {split: (N,) rows of its table, from 0 on}.
+        table_scheme: what the table means, plain values, also `spec["table"]`. metric_name: the metric that goes with
+            it.
+        skipped: DataFrame of split (train or test), id, file and reason. rows: {split: (N,) rows of its table, from 0
+            on}.
         columns: names, mean and std of the columns that are inputs, also `spec["columns"]`; {} without.
-        fold_numbers: (N,) folds of the rows of train.csv, those of skipped pictures too, those without a label or for test not; None without folds.
+        fold_numbers: (N,) folds of the rows of train.csv, those of skipped pictures too, those without a label or for
+            test not; None without folds.
             groups, all_targets, train_ids: of the same rows.
     """
 
@@ -80,7 +93,9 @@ class DataModule(PictureData):
     aux_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        self._given = {name: getattr(self, name) for name in (*GIVEN, "target_range")}  # the base class sets some of them anew
+        self._given = {
+            name: getattr(self, name) for name in (*GIVEN, "target_range")
+        }  # the base class sets some of them anew
         self.skipped = pd.DataFrame(columns=["split", "id", "file", "reason"])
         self.rows: dict[str, np.ndarray] = {}
         self.fold_numbers: np.ndarray | None = None
@@ -117,21 +132,39 @@ class DataModule(PictureData):
         scheme, self.lines = table_scheme.decide(tables, folder, self._given | {"usual_metric": self.usual_metric})
         folder.taken.clear()  # by the guess
         folder.suffix_guessed = self._given["image"] is None and scheme["image"].lower().endswith(SUFFIXES)
-        self.table_scheme, self.task, self.metric_name, self.id_column = scheme, scheme["task"], scheme["metric"], scheme["id_column"]
+        self.table_scheme, self.task, self.metric_name, self.id_column = (
+            scheme,
+            scheme["task"],
+            scheme["metric"],
+            scheme["id_column"],
+        )
         table_columns.check_use(self.inputs, scheme, INPUTS)
         table_columns.check_use(self.aux, scheme, AUX)
         names = self.class_names or table_targets.class_names(tables.train, scheme)
         self.target_names = scheme["targets"] if names is None else None
         inputs = {"columns": self.inputs} if self.inputs else {}
-        find = partial(find_rows, folder, more=inputs, scheme=scheme, names=names, report=report, skip=self.bad_images == "skip",
-                       known="the checkpoint" if self.class_names else tables.names["train"])
+        find = partial(
+            find_rows,
+            folder,
+            more=inputs,
+            scheme=scheme,
+            names=names,
+            report=report,
+            skip=self.bad_images == "skip",
+            known="the checkpoint" if self.class_names else tables.names["train"],
+        )
         if tables.names["train"] == tables.names.get("test"):  # of an evaluation without train.csv
-            parts, splits = {"test": find(tables.train, "test", tables.names["test"], hollow=self.bad_rows == "skip")}, {}
+            parts, splits = (
+                {"test": find(tables.train, "test", tables.names["test"], hollow=self.bad_rows == "skip")},
+                {},
+            )
             report.finish()
         else:
             aux, marked = {"aux": self.aux} if self.aux and not self.eval_only else {}, self._marked(tables, report)
             hollow = (marked == "test") | (self.bad_rows == "skip")
-            parts = {"train": find(tables.train, "train", tables.names["train"], more=inputs | aux, hollow=hollow)} | self._asked(tables, find)
+            parts = {
+                "train": find(tables.train, "train", tables.names["train"], more=inputs | aux, hollow=hollow)
+            } | self._asked(tables, find)
             splits = self._divide(parts["train"], marked, tables, names, report, beside=parts.keys())
         self.lines += [*table_scheme.advice(tables, scheme, names), *folder.notes()]
         self.skipped = pd.concat([part.skipped() for part in parts.values()], ignore_index=True)
@@ -141,7 +174,9 @@ class DataModule(PictureData):
             self.target_range = self._limits or _extent(next(iter(splits.values())).targets)
         self.table_scheme = {**scheme, "class_names": names, "target_range": self.target_range}
         self._raw = splits
-        return names, self._further(table_columns.statistics(self.inputs, next(iter(splits.values())).more["columns"]) if self.inputs else {})
+        return names, self._further(
+            table_columns.statistics(self.inputs, next(iter(splits.values())).more["columns"]) if self.inputs else {}
+        )
 
     def _further(self, columns: dict[str, Any]) -> dict[str, Split]:
         """The splits, their columns standardised by `columns`; what is learned beside the target is of train alone."""
@@ -153,10 +188,13 @@ class DataModule(PictureData):
         return splits
 
     def standardise(self, columns: dict[str, Any]) -> None:
-        """Take the mean and std of a checkpoint in place of these data's. Raises ValueError where the columns are others."""
+        """Take the mean and std of a checkpoint in place of these data's. Raises ValueError where the columns are
+        others."""
         wanted = ",".join(columns.get("names", ()))
         if wanted != ",".join(self.inputs):
-            raise ValueError(f"{INPUTS} {','.join(self.inputs) or 'is not given'}: the checkpoint takes {wanted or 'no columns'}")
+            raise ValueError(
+                f"{INPUTS} {','.join(self.inputs) or 'is not given'}: the checkpoint takes {wanted or 'no columns'}"
+            )
         self.splits = self._further(columns)
 
     def _asked(self, tables: Tables, find: Callable[..., Rows]) -> dict[str, Rows]:
@@ -164,9 +202,20 @@ class DataModule(PictureData):
         frame, targets = table_scheme.rows_asked(tables), self.table_scheme["targets"]
         if frame is None or frame.empty:
             return {}
-        labelled = frame is tables.test and all(name in frame for name in targets) and not (frame[targets] == "").all(axis=None)
-        return {"test" if labelled else "predict": find(frame, "test", tables.names.get("test", tables.names.get("sample")), labelled=labelled,
-                                                          hollow=self.bad_rows == "skip")}
+        labelled = (
+            frame is tables.test
+            and all(name in frame for name in targets)
+            and not (frame[targets] == "").all(axis=None)
+        )
+        return {
+            "test" if labelled else "predict": find(
+                frame,
+                "test",
+                tables.names.get("test", tables.names.get("sample")),
+                labelled=labelled,
+                hollow=self.bad_rows == "skip",
+            )
+        }
 
     def _marked(self, tables: Tables, report: Report) -> np.ndarray:
         """(N,) train, val or test of the rows of train.csv, by its split column; all train without one."""
@@ -177,10 +226,17 @@ class DataModule(PictureData):
             report.add(tables.names["train"], str(error))
             return np.full(len(tables.train), "train")
 
-    def _divide(self, train: Rows, part: np.ndarray, tables: Tables, names: list[str] | None, report: Report,
-                beside: Container[str]) -> dict[str, Split]:
-        """{"train", "val"} of the rows with pictures, and "test" of those that (N,) `part` says so of, unless that is `beside`. Raises ValueError
-        with all that was reported before, or speaks against dividing."""
+    def _divide(
+        self,
+        train: Rows,
+        part: np.ndarray,
+        tables: Tables,
+        names: list[str] | None,
+        report: Report,
+        beside: Container[str],
+    ) -> dict[str, Split]:
+        """{"train", "val"} of the rows with pictures, and "test" of those that (N,) `part` says so of, unless that is
+        `beside`. Raises ValueError with all that was reported before, or speaks against dividing."""
         file, scheme = tables.names["train"], self.table_scheme
         places = np.flatnonzero(train.labelled & (part != "test"))  # rows of the table that are divided
         pool, frame = train.take(places), tables.train.iloc[places]
@@ -200,7 +256,10 @@ class DataModule(PictureData):
         if scheme["split_column"]:
             self.lines += [self._told_split(part, "test" in beside), *self._crossed(tables.train, part)]
         if for_test.good.any() and "test" not in beside:
-            splits["test"], self.rows["test"] = for_test.split(self.files), np.flatnonzero(part == "test")[for_test.good]
+            splits["test"], self.rows["test"] = (
+                for_test.split(self.files),
+                np.flatnonzero(part == "test")[for_test.good],
+            )
         if held is None:
             self.rows["train"] = places[rows]
             return {"train": every} | splits
@@ -209,36 +268,62 @@ class DataModule(PictureData):
 
     def _told_split(self, part: np.ndarray, beside: bool) -> str:
         """What is made of the split column's rows."""
-        column, there = self.table_scheme["split_column"], {name: int((part == name).sum()) for name in ("train", "val", "test")}
+        column, there = (
+            self.table_scheme["split_column"],
+            {name: int((part == name).sum()) for name in ("train", "val", "test")},
+        )
         counts = ", ".join(f"{name} {count:,}" for name, count in there.items() if count)
         why = "given" if self._given["split_column"] else "its name and its words"
         folded = f"; --folds {self.folds} divides the rows of train and val anew" * bool(self.folds and there["val"])
         apart = "; its rows for test are left out, since test.csv has labels" * bool(beside and there["test"])
-        return f"table split by column {column} ({why}): {counts}{folded}{apart}; --data_args.split_column none does without"
+        return (
+            f"table split by column {column} ({why}): {counts}{folded}{apart}; --data_args.split_column none does "
+            f"without"
+        )
 
     def _crossed(self, frame: pd.DataFrame, part: np.ndarray) -> list[str]:
         """A line on groups that the split column puts on several sides."""
         name, column = self.table_scheme["group"], self.table_scheme["split_column"]
         if name not in frame:
             return []
-        sides = pd.Series(np.where((part == "val") & bool(self.folds), "train", part)).groupby(frame[name].map(whole).to_numpy()).nunique()
+        sides = (
+            pd.Series(np.where((part == "val") & bool(self.folds), "train", part))
+            .groupby(frame[name].map(whole).to_numpy())
+            .nunique()
+        )
         crossed = sides.index[(sides > 1) & (sides.index != "")]
-        return [f"table split by column {column}: {counted(len(crossed), 'group')} of {name} lie on several sides, so scores are too good there: "
-                f"{listed(crossed)}"] if len(crossed) else []
+        return (
+            [
+                f"table split by column {column}: {counted(len(crossed), 'group')} of {name} lie on several sides, so "
+                f"scores are too good there: "
+                f"{listed(crossed)}"
+            ]
+            if len(crossed)
+            else []
+        )
 
-    def _held_out(self, frame: pd.DataFrame, rows: np.ndarray, names: list[str] | None, for_val: np.ndarray) -> np.ndarray | None:
-        """(R,) bool of the rows with pictures: held out; None for none. Folds are of all rows that are divided, so that a picture that comes or
-        goes moves no other. Raises ValueError where the rows cannot be divided so.
+    def _held_out(
+        self, frame: pd.DataFrame, rows: np.ndarray, names: list[str] | None, for_val: np.ndarray
+    ) -> np.ndarray | None:
+        """(R,) bool of the rows with pictures: held out; None for none. Folds are of all rows that are divided, so that
+        a picture that comes or goes moves no other. Raises ValueError where the rows cannot be divided so.
 
         Args:
             frame: the N rows that are divided. rows: (R,) places in it. for_val: (N,) bool of a split column.
         """
         column, targets, groups, ids = self.table_scheme["fold_column"], self.all_targets, self.groups, self.train_ids
         if self.folds:
-            self.fold_numbers = table_split.from_column(frame[column], column, self.folds) if column else self._kept_or_assigned(targets, names)
+            self.fold_numbers = (
+                table_split.from_column(frame[column], column, self.folds)
+                if column
+                else self._kept_or_assigned(targets, names)
+            )
             held = self.fold_numbers[rows] == (self.fold or 0)
             if not 0 < held.sum() < len(rows):
-                raise ValueError(f"--fold {self.fold or 0} of --folds {self.folds}: no row with a picture is {'left' if held.any() else 'in it'}")
+                raise ValueError(
+                    f"--fold {self.fold or 0} of --folds {self.folds}: no row with a picture is "
+                    f"{'left' if held.any() else 'in it'}"
+                )
             return held
         if for_val[rows].any():
             if for_val[rows].all():
@@ -248,8 +333,12 @@ class DataModule(PictureData):
             return None
         ids = [ids[row] for row in rows]
         if self.task == "classification" and groups is None:
-            return table_split.stratified(targets[rows], self.val_fraction, self.split_seed, names, ids, frame.index.to_numpy()[rows])
-        return table_split.share_held_out(targets[rows], self.task, self.val_fraction, self.split_seed, None if groups is None else groups[rows], ids)
+            return table_split.stratified(
+                targets[rows], self.val_fraction, self.split_seed, names, ids, frame.index.to_numpy()[rows]
+            )
+        return table_split.share_held_out(
+            targets[rows], self.task, self.val_fraction, self.split_seed, None if groups is None else groups[rows], ids
+        )
 
     def _kept_or_assigned(self, targets: np.ndarray, names: list[str] | None) -> np.ndarray:
         """(N,) fold of every row: as a file of `folds_at` has it, else by rule."""
@@ -289,7 +378,9 @@ class DataModule(PictureData):
     def _alike(self, groups: Sequence[str], name: str) -> np.ndarray:
         """(N,) groups, 5 and 5.0 as one; a line says so."""
         if plain := plainly(groups):
-            self.lines.append(f"table group {name}: {spelled_twice(plain)} are the same numbers, and taken for one group each")
+            self.lines.append(
+                f"table group {name}: {spelled_twice(plain)} are the same numbers, and taken for one group each"
+            )
         return np.array([plain.get(group, group) for group in groups], str)
 
     @property
@@ -315,24 +406,32 @@ class DataModule(PictureData):
             lines += self._told_skipped()
         if self.task == "regression" and self._given["target_range"] is None:
             spans = [f"{low:.15g} to {high:.15g}" for low, high in self.target_range]
-            lines.append(f"table range {listed(spans)} (of the rows trained on; a known one: --data_args.target_range [0,100])")
+            lines.append(
+                f"table range {listed(spans)} (of the rows trained on; a known one: --data_args.target_range [0,100])"
+            )
         if numbers is not None:
             lines += table_split.notes(numbers, self.all_targets, self.task, self.class_names)
         elif self.task != "regression" and {"train", "val"} <= self.splits.keys():
-            lines += table_split.never_learned(self.splits["train"].targets, self.splits["val"].targets, self.class_names)
+            lines += table_split.never_learned(
+                self.splits["train"].targets, self.splits["val"].targets, self.class_names
+            )
         return lines + super().notes()
 
     def _told_skipped(self) -> list[str]:
         """Lines on the rows left out for their pictures, and on those without a label."""
         lines, hollow = [], self.skipped["reason"] == table_targets.NO_LABEL
         for kind, what in ((self.skipped[~hollow], "picture"), (self.skipped[hollow], "row")):
-            counts = " and ".join(f"{counted(count, what)} of {split}" for split, count in kind["split"].value_counts().items())
+            counts = " and ".join(
+                f"{counted(count, what)} of {split}" for split, count in kind["split"].value_counts().items()
+            )
             if what == "row" and counts:
                 lines.append(f"table skipped {counts} without a label, listed in skipped.csv: {listed(kind['id'])}")
             elif counts:
                 wanted = "predict" in self.rows and "test" in set(kind["split"])
-                lines.append(f"table skipped {counts}, listed in skipped.csv: {listed(kind['file'] + ' ' + kind['reason'])}"
-                             + "; a submission needs a row for each: predict.py RUN --bad_images fill" * wanted)
+                lines.append(
+                    f"table skipped {counts}, listed in skipped.csv: {listed(kind['file'] + ' ' + kind['reason'])}"
+                    + "; a submission needs a row for each: predict.py RUN --bad_images fill" * wanted
+                )
         return lines
 
 

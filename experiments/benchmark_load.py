@@ -1,4 +1,6 @@
-"""`benchmark.py load`: a training step on a quiet machine and beside busy processes, with our wait of OpenMP's threads and its default."""
+"""`benchmark.py load`: a training step on a quiet machine and beside busy processes, with our wait of OpenMP's threads
+and its default."""
+
 import os
 import random
 import statistics
@@ -48,7 +50,8 @@ def step_seconds(setting: dict[str, str], name: str, batch: int, seconds: float 
 
 
 def measure(name: str, batch: int, rounds: int, load: int) -> None:
-    """Print the median step of both settings, quiet and beside `load` busy processes, and the ratio of ours to the default."""
+    """Print the median step of both settings, quiet and beside `load` busy processes, and the ratio of ours to the
+    default."""
     print(f"{name}, batch {batch}, 32 px, float32, {rounds} interleaved rounds, {get_num_threads()} CPU threads")
     for count in (0, load):
         times: dict[str, list[float]] = {setting: [] for setting in SETTINGS}
@@ -58,4 +61,7 @@ def measure(name: str, batch: int, rounds: int, load: int) -> None:
                     times[setting].append(step_seconds(SETTINGS[setting], name, batch))
         ours, default = (statistics.median(times[setting]) for setting in ("vitlab", "default"))
         ratios = ", ".join(f"{theirs / own:.2f}" for own, theirs in zip(times["vitlab"], times["default"]))
-        print(f"  beside {count} busy processes: {ours:.3f} s a step, by default {default:.3f} s; speed ratio {default / ours:.2f} (rounds {ratios})")
+        print(
+            f"  beside {count} busy processes: {ours:.3f} s a step, by default {default:.3f} s; speed ratio "
+            f"{default / ours:.2f} (rounds {ratios})"
+        )

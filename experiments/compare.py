@@ -1,18 +1,23 @@
 """Runs side by side: python experiments/compare.py runs --out comparison
 
-Each place is a run directory, a folder of them, a .wandb file or a folder of those, or a project of W&B as entity/project. DIR gets runs.csv
-(one row a run), groups.csv (seeds folded), runs.md, curves.png and index.html (one page, works without a network).
+Each place is a run directory, a folder of them, a .wandb file or a folder of those, or a project of W&B as
+entity/project. DIR gets runs.csv (one row a run), groups.csv (seeds folded), runs.md, curves.png and index.html (one
+page, works without a network).
 """
+
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from experiments import compare_pairs, compare_runs, compare_tables, compare_text
-from experiments.usage import piped
+from experiments.cli.errors import piped
+from experiments.comparison import pairs as compare_pairs
+from experiments.comparison import records, tables, text
 
 
-def compare(places: list[str], out: str | Path, metric: str | None = None) -> tuple[compare_tables.Comparison, compare_pairs.Matrix]:
+def compare(
+    places: list[str], out: str | Path, metric: str | None = None
+) -> tuple[tables.Comparison, compare_pairs.Matrix]:
     """Read the runs, write the files into `out`, and return what they show.
 
     Args:
@@ -23,39 +28,54 @@ def compare(places: list[str], out: str | Path, metric: str | None = None) -> tu
         UsageError (ValueError), FileNotFoundError: a place without runs, or no run with a score.
         OSError: `out` cannot be written.
     """
-    from experiments import compare_charts, compare_page  # matplotlib
-    found = compare_tables.compare(compare_runs.find(places), metric)
+    from experiments.comparison import charts as compare_charts  # matplotlib
+    from experiments.comparison import page
+
+    found = tables.compare(records.find(places), metric)
     pairs = compare_pairs.matrix(found)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    compare_tables.write_runs(out / "runs.csv", found)
-    compare_tables.write_groups(out / "groups.csv", found)
-    compare_text.write_markdown(out / "runs.md", found, pairs)
+    tables.write_runs(out / "runs.csv", found)
+    tables.write_groups(out / "groups.csv", found)
+    text.write_markdown(out / "runs.md", found, pairs)
     charts = compare_charts.charts(found)
     compare_charts.write_png(out / "curves.png", found, charts)
-    compare_page.write_page(out / "index.html", found, pairs, charts)
+    page.write_page(out / "index.html", found, pairs, charts)
     return found, pairs
 
 
 def main(argv: list[str] | None = None) -> int:
     """Compare and print the table. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("places", nargs="+", metavar="RUN_OR_FOLDER_OR_entity/project", help="what to compare; several are put together")
-    parser.add_argument("--out", default="comparison", metavar="DIR", help="folder of the files written; left out: comparison")
-    parser.add_argument("--metric", metavar="KEY", help="key of result.json to compare by, as test/acc1; left out: what the runs were chosen by")
-    parser.add_argument("--report", action="store_true", help="also make a report and a workspace in W&B, of the entity/project given")
+    parser = argparse.ArgumentParser(
+        prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "places", nargs="+", metavar="RUN_OR_FOLDER_OR_entity/project", help="what to compare; several are put together"
+    )
+    parser.add_argument(
+        "--out", default="comparison", metavar="DIR", help="folder of the files written; left out: comparison"
+    )
+    parser.add_argument(
+        "--metric",
+        metavar="KEY",
+        help="key of result.json to compare by, as test/acc1; left out: what the runs were chosen by",
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="also make a report and a workspace in W&B, of the entity/project given"
+    )
     args = parser.parse_args(argv)
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         if args.report:
-            from experiments import compare_report
-            project = compare_report.ready(args.places)
+            from experiments.comparison import wandb_report
+
+            project = wandb_report.ready(args.places)
         found, pairs = compare(args.places, args.out, args.metric)
-        print(compare_text.terminal(found, pairs))
-        print(f"\nwritten: {', '.join(str(Path(args.out) / name) for name in ('index.html', 'runs.csv', 'groups.csv', 'runs.md', 'curves.png'))}")
+        print(text.terminal(found, pairs))
+        written = ("index.html", "runs.csv", "groups.csv", "runs.md", "curves.png")
+        print(f"\nwritten: {', '.join(str(Path(args.out) / name) for name in written)}")
         if args.report:
-            print("\n".join(compare_report.save(project, found)))
+            print("\n".join(wandb_report.save(project, found)))
     except (ValueError, OSError) as error:
         print(f"compare.py: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,10 @@
-"""A trained network as one safetensors file: python experiments/export.py runs/digits-vit_nano4-s0 --out digits.safetensors
+"""A trained network as one safetensors file: python experiments/export.py runs/digits-vit_nano4-s0 --out
+digits.safetensors
 
-The file holds the tensors under timm's names and, beside them, what is needed to use them: models.load and --init read it back.
+The file holds the tensors under timm's names and, beside them, what is needed to use them: models.load and --init read
+it back.
 """
+
 import argparse
 import hashlib
 import json
@@ -12,8 +15,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import models
+from experiments.cli.errors import piped
 from experiments.config import SPLIT
-from experiments.usage import piped
 from models import pretrained
 
 
@@ -37,17 +40,43 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: the name must end in .safetensors")
     config = content["config"]
-    kept = ("model", "model_args", "image_size", "init", "teacher", *SPLIT)  # the split, so that nobody scores it on what it has learned
-    about = {"config": {key: config[key] for key in kept if key in config}, "spec": spec, "fingerprint": pretrained.read_about(file)["fingerprint"],
-             "use_ema": pretrained.chooses_ema(content, use_ema),
-             "epoch": content.get("epoch"), "step": content.get("global_step"), "source": file.name, "source_sha256": sha256(file)}
-    shown = {"model": config["model"], "model_args": config["model_args"], "classes": spec["class_names"], "image_size": spec["image_size"],
-             "mean": spec["mean"], "std": spec["std"], "crop_pct": spec["crop_pct"], "source_sha256": about["source_sha256"]}
+    kept = (
+        "model",
+        "model_args",
+        "image_size",
+        "init",
+        "teacher",
+        *SPLIT,
+    )  # the split, so that nobody scores it on what it has learned
+    about = {
+        "config": {key: config[key] for key in kept if key in config},
+        "spec": spec,
+        "fingerprint": pretrained.read_about(file)["fingerprint"],
+        "use_ema": pretrained.chooses_ema(content, use_ema),
+        "epoch": content.get("epoch"),
+        "step": content.get("global_step"),
+        "source": file.name,
+        "source_sha256": sha256(file),
+    }
+    shown = {
+        "model": config["model"],
+        "model_args": config["model_args"],
+        "classes": spec["class_names"],
+        "image_size": spec["image_size"],
+        "mean": spec["mean"],
+        "std": spec["std"],
+        "crop_pct": spec["crop_pct"],
+        "source_sha256": about["source_sha256"],
+    }
     metadata = {"format": "pt", "vitlab": json.dumps(about), **{key: json.dumps(value) for key, value in shown.items()}}
     partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}, partial, metadata)
+        save_file(
+            {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()},
+            partial,
+            metadata,
+        )
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
@@ -63,10 +92,15 @@ def sha256(file: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run", help="run directory (its best checkpoint) or one checkpoint")
-    parser.add_argument("--use_ema", choices=["true", "false"], help="averaged or raw weights; left out: the averaged where the run kept them")
+    parser.add_argument(
+        "--use_ema",
+        choices=["true", "false"],
+        help="averaged or raw weights; left out: the averaged where the run kept them",
+    )
     parser.add_argument("--out", help="file to write; left out: model.safetensors in the run directory")
     args = parser.parse_args(argv)
     try:

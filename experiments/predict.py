@@ -1,8 +1,9 @@
 """What trained networks say of new pictures: python experiments/predict.py runs/cats --data_dir comp --tta hflip
 
-Each RUN is a run directory, the parent of a run with --folds (all of its folds), a checkpoint, or a file of export.py; several are averaged.
-Needs torch, timm, einops, numpy, pandas and Pillow only, and no network.
+Each RUN is a run directory, the parent of a run with --folds (all of its folds), a checkpoint, or a file of export.py;
+several are averaged. Needs torch, timm, einops, numpy, pandas and Pillow only, and no network.
 """
+
 import argparse
 import json
 import multiprocessing
@@ -24,13 +25,13 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 
-from datamodules.cores import cores
-from datamodules.decode import Decoding, PictureError
-from experiments import inference
-from experiments.inference import How, Source
-from experiments.prediction_rows import Rows, rows_of_folder, rows_of_table
-from experiments.usage import Parser, piped, positive
-from lightning_modules.columns import dtype
+from datamodules.loading.cores import cores
+from datamodules.loading.decode import Decoding, PictureError
+from experiments.cli.errors import Parser, piped, positive
+from experiments.prediction import inference
+from experiments.prediction.inference import How, Source
+from experiments.prediction.rows import Rows, rows_of_folder, rows_of_table
+from lightning_modules.callbacks.prediction_table import dtype
 
 CONFIG, PREDICTIONS = "config.yaml", "predictions.csv"
 START = "spawn"  # of processes: a fork would carry over the GPU's and the threads' state
@@ -65,11 +66,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tell(message: Any, rank: int = 0) -> None:
-    print(f"predict.py: {message}", file=sys.stderr, flush=True) if rank == 0 or isinstance(message, PictureError) else None
+    print(f"predict.py: {message}", file=sys.stderr, flush=True) if rank == 0 or isinstance(
+        message, PictureError
+    ) else None
 
 
 def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
-    """Plan, predict in one or several processes, merge, write. `launched` is the number of processes that torchrun has started."""
+    """Plan, predict in one or several processes, merge, write. `launched` is the number of processes that torchrun has
+    started."""
     start = time.monotonic()
     found, config, notes = inference.sources(args.run)
     gpus, more = inference.usable_gpus(args.accelerator)
@@ -85,7 +89,9 @@ def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
             print(f"predict.py: {note}", file=sys.stderr)
         _make_room(out.parent, args, rows.root)
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(found, how, rows, world, gpus, str(out.with_name(f".{out.name}")) if launched > 1 else f"{folder}/shard")
+        job = Job(
+            found, how, rows, world, gpus, str(out.with_name(f".{out.name}")) if launched > 1 else f"{folder}/shard"
+        )
         if launched > 1:
             _work_with_others(job, rank)
         elif world > 1:
@@ -102,7 +108,10 @@ def predict(args: argparse.Namespace, rank: int, launched: int) -> int:
     if not args.out:
         _write_about(out.with_name(CONFIG), args, job, precision)
     seconds = time.monotonic() - start
-    print(f"{len(rows.ids)} predictions of {len(found)} network{'s' * (len(found) > 1)}, {precision}, {seconds:.0f} s -> {out}")
+    print(
+        f"{len(rows.ids)} predictions of {len(found)} network{'s' * (len(found) > 1)}, {precision}, {seconds:.0f} s "
+        f"-> {out}"
+    )
     return 0
 
 
@@ -122,17 +131,29 @@ def _decoding(args: argparse.Namespace, config: dict[str, Any]) -> Decoding:
     return Decoding(**trained | ({} if args.max_pixels is None else {"max_pixels": args.max_pixels}))
 
 
-def _rows(args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any], how: Decoding, inputs: list[str]) -> Rows:
+def _rows(
+    args: argparse.Namespace, spec: dict[str, Any], config: dict[str, Any], how: Decoding, inputs: list[str]
+) -> Rows:
     if args.folder:
         if args.csv or args.data_dir:
             raise ValueError("--folder predicts pictures without a table: leave --csv and --data_dir out")
         return rows_of_folder(args.folder, inputs)
     scheme = {"id_column": spec.get("id_column")} | (spec.get("table") or {})
-    return rows_of_table(args.csv, args.data_dir, config, scheme, image=args.image, id_column=args.id_column,
-                         fill=args.bad_images == "fill", how=how, inputs=inputs)
+    return rows_of_table(
+        args.csv,
+        args.data_dir,
+        config,
+        scheme,
+        image=args.image,
+        id_column=args.id_column,
+        fill=args.bad_images == "fill",
+        how=how,
+        inputs=inputs,
+    )
 
 
 # processes
+
 
 def _work(job: Job, rank: int, local_rank: int = 0, local_ranks: int = 1) -> None:
     """Predict this process's rows and leave them in its shard."""
@@ -148,11 +169,19 @@ def _work(job: Job, rank: int, local_rank: int = 0, local_ranks: int = 1) -> Non
         _tell(f"{ensemble.again} batches had no finite answer in {ensemble.precision} and were predicted in fp32")
     bad, words = np.array([*problems], np.int64), np.array([*problems.values()], np.str_)
     with open(job.shard(rank), "wb") as file:
-        np.savez(file, index=rows, values=values, bad=bad, words=words, precision=np.str_(f"{device.type} {ensemble.precision}"))
+        np.savez(
+            file,
+            index=rows,
+            values=values,
+            bad=bad,
+            words=words,
+            precision=np.str_(f"{device.type} {ensemble.precision}"),
+        )
 
 
 def _work_with_others(job: Job, rank: int) -> None:
-    """Under torchrun: every process its rows, and none goes on before all shards are there (a folder that all of them see)."""
+    """Under torchrun: every process its rows, and none goes on before all shards are there (a folder that all of them
+    see)."""
     dist.init_process_group("gloo", timeout=timedelta(hours=24))
     _work(job, rank, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     dist.barrier()
@@ -160,13 +189,16 @@ def _work_with_others(job: Job, rank: int) -> None:
 
 
 def _start(job: Job) -> None:
-    """A process for each device, awaited; when one fails the others are ended and its exit code is ours. Raises RuntimeError, SystemExit."""
+    """A process for each device, awaited; when one fails the others are ended and its exit code is ours. Raises
+    RuntimeError, SystemExit."""
     context = torch.multiprocessing.get_context(START)
     children = [context.Process(target=_child, args=(job, rank)) for rank in range(job.world)]
     try:
         for child in children:
             child.start()
-        while any(alive := [child.sentinel for child in children if child.exitcode is None]) and not any(child.exitcode for child in children):
+        while any(alive := [child.sentinel for child in children if child.exitcode is None]) and not any(
+            child.exitcode for child in children
+        ):
             connection.wait(alive)
         codes = [child.exitcode for child in children if child.exitcode]
     finally:
@@ -177,7 +209,10 @@ def _start(job: Job) -> None:
     if any(code > 0 for code in codes):
         raise SystemExit(max(codes))  # it has said why
     if codes:
-        raise RuntimeError(f"a process was ended by signal {-codes[0]} (9: the machine was out of memory; fewer --devices or --workers)")
+        raise RuntimeError(
+            f"a process was ended by signal {-codes[0]} (9: the machine was out of memory; fewer --devices or "
+            f"--workers)"
+        )
 
 
 def _child(job: Job, rank: int) -> None:
@@ -195,7 +230,8 @@ def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def merge(shards: list[Path], count: int) -> tuple[np.ndarray, dict[int, str], str]:
-    """(values (N, O) by row, {row: problem}, device and precision). Raises RuntimeError unless each of `count` rows is there once."""
+    """(values (N, O) by row, {row: problem}, device and precision). Raises RuntimeError unless each of `count` rows is
+    there once."""
     parts = []
     for shard in shards:
         with np.load(shard, allow_pickle=False) as content:
@@ -205,10 +241,15 @@ def merge(shards: list[Path], count: int) -> tuple[np.ndarray, dict[int, str], s
     if not np.array_equal(index[order], np.arange(count)):
         raise RuntimeError(f"the processes predicted {len(np.unique(index))} of {count} rows, {len(index)} in all")
     problems = {int(row): str(word) for part in parts for row, word in zip(part["bad"], part["words"])}
-    return np.concatenate([part["values"] for part in parts])[order], dict(sorted(problems.items())), str(parts[0]["precision"])
+    return (
+        np.concatenate([part["values"] for part in parts])[order],
+        dict(sorted(problems.items())),
+        str(parts[0]["precision"]),
+    )
 
 
 # what is left
+
 
 def _fill(values: np.ndarray, problems: dict[int, str], ids: pd.Series) -> None:
     """Give the rows whose picture cannot be read the mean prediction of the others, in place, and list them."""
@@ -218,7 +259,9 @@ def _fill(values: np.ndarray, problems: dict[int, str], ids: pd.Series) -> None:
         raise ValueError(f"none of the {len(values)} pictures can be read: {problems[0]}")
     values[[*problems]] = np.nanmean(values, 0)
     for row, problem in problems.items():
-        print(f"predict.py: {ids.name} {ids.iloc[row]}: {problem}; predicted as the mean of the others", file=sys.stderr)
+        print(
+            f"predict.py: {ids.name} {ids.iloc[row]}: {problem}; predicted as the mean of the others", file=sys.stderr
+        )
 
 
 def _write_table(out: Path, ids: pd.Series, values: np.ndarray, outputs: list[str] | None) -> None:
@@ -232,7 +275,13 @@ def _write_table(out: Path, ids: pd.Series, values: np.ndarray, outputs: list[st
 def _name(args: argparse.Namespace) -> str:
     """`<run>[+n]-predict[-<tta>][-<table or folder>]`."""
     first = Path(args.run[0]).absolute()
-    first = first.parents[1] if first.parent.name == "checkpoints" else first.with_suffix("") if first.suffix == ".safetensors" else first
+    first = (
+        first.parents[1]
+        if first.parent.name == "checkpoints"
+        else first.with_suffix("")
+        if first.suffix == ".safetensors"
+        else first
+    )
     name = f"{first.parent.name}-{first.name}" if re.fullmatch(r"fold\d+", first.name) else first.name
     more = f"+{len(args.run) - 1}" if len(args.run) > 1 else ""
     where = Path(args.folder).absolute().name if args.folder else Path(args.csv).stem if args.csv else "test"
@@ -240,8 +289,8 @@ def _name(args: argparse.Namespace) -> str:
 
 
 def _make_room(folder: Path, args: argparse.Namespace, root: str) -> None:
-    """The folder of the output; a run directory of predict.py's own, of the same networks and rows, is written over, another thing's is not. Raises
-    ValueError, OSError."""
+    """The folder of the output; a run directory of predict.py's own, of the same networks and rows, is written over,
+    another thing's is not. Raises ValueError, OSError."""
     if args.out and os.path.isdir(args.out):
         raise ValueError(f"--out {args.out}: is a folder; it names the file to write")
     if args.name and not re.fullmatch(r"\w[\w.+=-]*", args.name):
@@ -252,8 +301,11 @@ def _make_room(folder: Path, args: argparse.Namespace, root: str) -> None:
         raise ValueError(f"{folder} is there and not of predict.py: --name another, or --out FILE")
     now = {"runs": [os.path.abspath(run) for run in args.run], "data_dir": [os.path.abspath(root)]}
     there = {"runs": before.get("runs") or now["runs"], "data_dir": [before.get("data_dir") or root]}
-    apart = [f"{key} {', '.join(there[key])} -> {', '.join(now[key])}" for key in now
-             if [*map(os.path.realpath, there[key])] != [*map(os.path.realpath, now[key])]]
+    apart = [
+        f"{key} {', '.join(there[key])} -> {', '.join(now[key])}"
+        for key in now
+        if [*map(os.path.realpath, there[key])] != [*map(os.path.realpath, now[key])]
+    ]
     if apart and os.path.exists(there["data_dir"][0]):
         raise ValueError(f"{folder} holds other predictions ({', '.join(apart)}): --name another, or --out FILE")
 
@@ -269,36 +321,75 @@ def about(folder: Path) -> dict[str, Any]:
 def _write_about(file: Path, args: argparse.Namespace, job: Job, precision: str) -> None:
     """JSON, which is YAML too: what was predicted from what, and the specification of the columns, for submit.py."""
     left_out = ("run", "name", "runs_dir", "out", "devices", "precision", "batch_size", "workers", "accelerator")
-    content = {"verb": "predict", "runs": [os.path.abspath(run) for run in args.run], "files": [source.file for source in job.sources],
-               **{key: value for key, value in vars(args).items() if key not in left_out}, "data_dir": os.path.abspath(job.rows.root),
-               "precision": precision, "rows": len(job.rows.names), "spec": job.sources[0].spec}
+    content = {
+        "verb": "predict",
+        "runs": [os.path.abspath(run) for run in args.run],
+        "files": [source.file for source in job.sources],
+        **{key: value for key, value in vars(args).items() if key not in left_out},
+        "data_dir": os.path.abspath(job.rows.root),
+        "precision": precision,
+        "rows": len(job.rows.names),
+        "spec": job.sources[0].spec,
+    }
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, file)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("run", nargs="+", metavar="RUN", help="run directory, parent of folds, checkpoint, or exported file")
+    parser = Parser(
+        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "run", nargs="+", metavar="RUN", help="run directory, parent of folds, checkpoint, or exported file"
+    )
     parser.add_argument("--csv", help="table of the pictures; left out: test.csv in --data_dir")
-    parser.add_argument("--data_dir", help="folder of the pictures; left out: the table's folder, or the one the run was trained on")
+    parser.add_argument(
+        "--data_dir", help="folder of the pictures; left out: the table's folder, or the one the run was trained on"
+    )
     parser.add_argument("--folder", help="predict all pictures in a folder, without a table")
     parser.add_argument("--image", help="where a table's pictures are, as {split}/{Id}.jpg; left out: as in training")
     parser.add_argument("--id_column", help="column of the ids; left out: as in training")
-    parser.add_argument("--tta", choices=inference.TTA, default="none", help="hflip: mean over the picture and its mirror; multicrop: mean over "
-                        "five crops, the corners and the centre of the resized picture")
+    parser.add_argument(
+        "--tta",
+        choices=inference.TTA,
+        default="none",
+        help="hflip: mean over the picture and its mirror; multicrop: mean over "
+        "five crops, the corners and the centre of the resized picture",
+    )
     parser.add_argument("--out", help="file to write; left out: predictions.csv in a run directory of its own")
     parser.add_argument("--name", help="of that run directory; left out: the first run's name and what was done")
     parser.add_argument("--runs_dir", default="runs", help="folder of the run directories")
-    parser.add_argument("--use_ema", type=_boolean, metavar="true|false", help="averaged or raw weights; left out: the averaged where kept")
-    parser.add_argument("--bad_images", choices=["error", "fill"], default="error", help="fill: the mean prediction of the others")
-    parser.add_argument("--max_pixels", type=positive, help="of the largest picture that is read; left out: as in training, else 178,956,970")
-    parser.add_argument("--precision", choices=["auto", *inference.PRECISIONS], default="auto", help="auto: bf16 where the GPU has it, else fp16 "
-                        "(T4), on CPU fp32")
-    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="auto: the GPU where it can be used")
+    parser.add_argument(
+        "--use_ema",
+        type=_boolean,
+        metavar="true|false",
+        help="averaged or raw weights; left out: the averaged where kept",
+    )
+    parser.add_argument(
+        "--bad_images", choices=["error", "fill"], default="error", help="fill: the mean prediction of the others"
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=positive,
+        help="of the largest picture that is read; left out: as in training, else 178,956,970",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", *inference.PRECISIONS],
+        default="auto",
+        help="auto: bf16 where the GPU has it, else fp16 (T4), on CPU fp32",
+    )
+    parser.add_argument(
+        "--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="auto: the GPU where it can be used"
+    )
     parser.add_argument("--devices", type=positive, default=1, help="processes, each on a GPU of its own or on the CPU")
     parser.add_argument("--batch_size", type=positive, default=32, help="pictures at a time in each process")
-    parser.add_argument("--workers", type=partial(positive, least=0), help="processes that read pictures; left out: what the machine has")
+    parser.add_argument(
+        "--workers",
+        type=partial(positive, least=0),
+        help="processes that read pictures; left out: what the machine has",
+    )
     return parser
 
 

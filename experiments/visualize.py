@@ -1,20 +1,26 @@
 """Pictures of what a trained network does: python experiments/visualize.py attention runs/cats"""
+
 import argparse
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.usage import Parser, dispatch, piped, positive
-from lightning_modules.signals import listening
+from experiments.cli.errors import Parser, dispatch, piped, positive
+from lightning_modules.callbacks.signals import listening
 
 
 def attention(argv: list[str]) -> int:
     """Draw where a vision transformer looks: its last block's attention, and the rollout over all blocks."""
-    parser = Parser(prog="visualize.py attention", description=attention.__doc__, allow_abbrev=False,
-                    usage="visualize.py attention RUN [--count 8] [--out F.png] [--overwrite] [--images F ... | --data_dir D]",
-                    epilog="The pictures are those of the run's test split, or val: the same ones for every run on these data, and those of "
-                           "--logger_args.attention.")
+    parser = Parser(
+        prog="visualize.py attention",
+        description=attention.__doc__,
+        allow_abbrev=False,
+        usage="visualize.py attention RUN [--count 8] [--out F.png] [--overwrite] [--images F ... | --data_dir D]",
+        epilog="The pictures are those of the run's test split, or val: the same ones for every run on these data, "
+        "and those of "
+        "--logger_args.attention.",
+    )
     parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, or exported file")
     parser.add_argument("--count", type=positive, default=8, help="pictures to draw")
     parser.add_argument("--out", help="PNG to write; left out: attention.png in the run directory")
@@ -23,7 +29,8 @@ def attention(argv: list[str]) -> int:
     given.add_argument("--images", nargs="+", metavar="F", help="files of pictures, instead of the split's")
     given.add_argument("--data_dir", help="folder of the data; left out: the one the run was trained on")
     args = parser.parse_args(argv)
-    from datamodules.decode import PictureError
+    from datamodules.loading.decode import PictureError
+
     try:
         return _attention(args)
     except (ValueError, OSError, PictureError) as error:
@@ -33,11 +40,12 @@ def attention(argv: list[str]) -> int:
 
 def _attention(args: argparse.Namespace) -> int:
     import models  # torch, timm: seconds
-    from datamodules.decode import open_picture
-    from experiments import attention_picture
+    from datamodules.loading.decode import open_picture
+    from experiments.reporting import attention_maps
     from models import pretrained
+
     file = pretrained.checkpoint_in(args.run)
-    out = Path(args.out) if args.out else _folder(file) / attention_picture.NAME
+    out = Path(args.out) if args.out else _folder(file) / attention_maps.NAME
     if out.suffix != ".png" or out.is_dir():
         raise ValueError(f"--out {out}: names the file to write, which ends in .png")
     if out.exists() and not args.overwrite:
@@ -46,10 +54,12 @@ def _attention(args: argparse.Namespace) -> int:
     if args.images:
         pictures = [(Path(each).name, open_picture(each)) for each in args.images]
     else:
-        pictures = attention_picture.of_split(_data(file, pretrained.read_about(file)["config"], args.data_dir), args.count)
-    drawn = attention_picture.draw(model, spec, pictures)
+        pictures = attention_maps.of_split(
+            _data(file, pretrained.read_about(file)["config"], args.data_dir), args.count
+        )
+    drawn = attention_maps.draw(model, spec, pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
-    attention_picture.write(drawn, out)
+    attention_maps.write(drawn, out)
     print(f"attention of {len(pictures)} pictures -> {out}")
     return 0
 
@@ -61,11 +71,22 @@ def _folder(file: Path) -> Path:
 
 def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
     """The data set of the run, its folder listed."""
-    from experiments import build
     from experiments.config import Config
+    from experiments.running import build
+
     known, folder = {key.name for key in fields(Config)}, _folder(file)
-    cfg = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known})
-    cfg = replace(cfg, eval_only=True, init=str(file), name=folder.name, runs_dir=str(folder.parent), cache_dir=None, cache_side=None)
+    cfg = Config(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
+    )
+    cfg = replace(
+        cfg,
+        eval_only=True,
+        init=str(file),
+        name=folder.name,
+        runs_dir=str(folder.parent),
+        cache_dir=None,
+        cache_side=None,
+    )
     return build.datamodule(replace(cfg, data_dir=data_dir) if data_dir else cfg)
 
 

@@ -1,4 +1,6 @@
-"""How a network learns a task: model, loss, optimizer and metrics wired into Lightning. The maths stands in optim and evaluation."""
+"""How a network learns a task: model, loss, optimizer and metrics wired into Lightning. The maths stands in optim and
+evaluation."""
+
 import hashlib
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,17 +12,18 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_modules.aux_targets import Aux
-from lightning_modules.evaluation import Metrics
-from lightning_modules.finite import Finite, NotFinite
-from lightning_modules.freeze import hold_frozen
-from lightning_modules.messages import warn
-from lightning_modules.metrics import Metric, find
-from lightning_modules.optim import set_lr
+from lightning_modules.callbacks.finite import Finite, NotFinite
+from lightning_modules.loggers.messages import warn
+from lightning_modules.objectives.aux_targets import Aux
+from lightning_modules.objectives.evaluation import Metrics
+from lightning_modules.objectives.metrics import Metric, find
+from lightning_modules.optimization.freeze import hold_frozen
+from lightning_modules.optimization.optimizers import set_lr
 
 
 def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
-    """A seed for everything random inside one forward pass (dropout, drop path): the same after a resume, another on each rank."""
+    """A seed for everything random inside one forward pass (dropout, drop path): the same after a resume, another on
+    each rank."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {batch} {rank}".encode(), digest_size=7).digest(), "little")
 
 
@@ -36,14 +39,15 @@ def inputs(batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 class Task(L.LightningModule):
-    """Classification, multilabel or regression, as the data's specification says; the loss and the metrics are what differs.
+    """Classification, multilabel or regression, as the data's specification says; the loss and the metrics are what
+    differs.
 
     Args:
         model: (B, 3, H, W) -> logits (B, num_outputs), or (B, 3, H, W) and `columns` (B, C) where the batch has some.
         spec: the data's specification (design: task, num_outputs, class_names, ...); kept in the checkpoint.
         config: the resolved config as plain data; kept in the checkpoint.
-        loss: logits (B, num_outputs), targets as in the batch (classes mixed: (B, K) float) -> scalar; of other tasks than classification one of
-            losses.create, whose `rows` evaluation takes.
+        loss: logits (B, num_outputs), targets as in the batch (classes mixed: (B, K) float) -> scalar; of other tasks
+            than classification one of losses.create, whose `rows` evaluation takes.
         schedule: optimizer step (0-based) -> learning rate.
         make_optimizer: model -> optimizer; its groups may carry `lr_scale`.
         seed: of dropout and drop path.
@@ -51,11 +55,23 @@ class Task(L.LightningModule):
         aux: learns the batch's `aux` (B, A) from the pooled features beside the target.
     """
 
-    ema: nn.Module | None = None  # the network with averaged weights while training keeps one (lightning_modules/ema.py)
+    ema: nn.Module | None = (
+        None  # the network with averaged weights while training keeps one (lightning_modules/callbacks/ema.py)
+    )
 
-    def __init__(self, model: nn.Module, spec: dict[str, Any], config: dict[str, Any], *, loss: Callable[[Tensor, Tensor], Tensor],
-                 schedule: Callable[[int], float], make_optimizer: Callable[[nn.Module], torch.optim.Optimizer], seed: int,
-                 metric: Metric | None = None, aux: Aux | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: dict[str, Any],
+        config: dict[str, Any],
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        schedule: Callable[[int], float],
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        seed: int,
+        metric: Metric | None = None,
+        aux: Aux | None = None,
+    ):
         super().__init__()
         if hasattr(model, "set_distilled_training"):  # no teacher here: one output, the mean of both heads
             model.set_distilled_training(False)
@@ -63,7 +79,9 @@ class Task(L.LightningModule):
         self.loss, self.schedule, self.make_optimizer, self.seed = loss, schedule, make_optimizer, seed
         self.lr_used, self.metric = 0.0, metric or find(None, spec["task"])
         self.monitor = f"val/{self.metric.name}"
-        self.val_metrics, self.val_ema_metrics, self.test_metrics = (Metrics(spec, getattr(loss, "rows", None), self.metric) for _ in range(3))
+        self.val_metrics, self.val_ema_metrics, self.test_metrics = (
+            Metrics(spec, getattr(loss, "rows", None), self.metric) for _ in range(3)
+        )
 
     def train(self, mode: bool = True) -> "Task":
         """Set the mode; what is frozen stays in evaluation mode."""
@@ -76,7 +94,8 @@ class Task(L.LightningModule):
         return [] if any(isinstance(each, Finite) for each in self.trainer.callbacks) else [Finite()]
 
     def on_train_start(self) -> None:
-        """Hold what is frozen: Lightning's fit does not call `train`, and after a validation puts back each module's mode from before."""
+        """Hold what is frozen: Lightning's fit does not call `train`, and after a validation puts back each module's
+        mode from before."""
         hold_frozen(self.model)
 
     on_train_epoch_start = on_train_start
@@ -85,8 +104,8 @@ class Task(L.LightningModule):
         return self.model(*given)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`loss` (mean over the batch), and of a classification `acc1` of the batch: no other metric is a mean over batches. With `aux` its
-        loss is a part of `loss`, and told unweighted as `aux_loss`."""
+        """`loss` (mean over the batch), and of a classification `acc1` of the batch: no other metric is a mean over
+        batches. With `aux` its loss is a part of `loss`, and told unweighted as `aux_loss`."""
         with self.aux.watching(self.model) if self.aux else nullcontext() as pooled:
             logits, target = self(*inputs(batch)).float(), batch["target"]
         loss, told = self.loss(logits, target), {}
@@ -106,7 +125,8 @@ class Task(L.LightningModule):
         return self.losses(batch)  # logged by the Meter callback
 
     def on_validation_start(self) -> None:
-        """One network on all ranks: statistics of batch norm are each rank's own until here; rank 0's are the ones that are saved."""
+        """One network on all ranks: statistics of batch norm are each rank's own until here; rank 0's are the ones that
+        are saved."""
         if self.trainer.world_size > 1:
             for network in filter(None, (self.model, self.ema)):
                 for buffer in network.buffers():
@@ -133,7 +153,8 @@ class Task(L.LightningModule):
         self._check_outputs("test", self.test_metrics)
 
     def _check_outputs(self, stage: str, metrics: Metrics) -> None:
-        """Say how many outputs are not finite: such an epoch has no score. A collective. Raises NotFinite but within a training."""
+        """Say how many outputs are not finite: such an epoch has no score. A collective. Raises NotFinite but within a
+        training."""
         bad, rows = metrics.not_finite()
         if not bad:
             return

@@ -1,8 +1,10 @@
 """The model room: networks by name.
 
-`create(name)` builds one, `names()` lists our own, `preprocessing(name)` says what pictures it wants, `load(path)` brings one back from a
-checkpoint. A new model is one new file here that calls `register`; any timm backbone is `timm/<name>`.
+`create(name)` builds one, `names()` lists our own, `preprocessing(name)` says what pictures it wants, `load(path)`
+brings one back from a checkpoint. A new model is one new file here that calls `register`; any timm backbone is
+`timm/<name>`.
 """
+
 import importlib
 import inspect
 import pkgutil
@@ -19,7 +21,8 @@ Size = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered variant: how to build it, what it costs at its own image size, how its pictures are prepared, its timm twin."""
+    """One registered variant: how to build it, what it costs at its own image size, how its pictures are prepared, its
+    timm twin."""
 
     build: type[nn.Module]
     args: dict[str, Any]
@@ -37,9 +40,19 @@ HALF = (0.5, 0.5, 0.5)  # mean = std of the ViT lineage
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def register(name: str, build: type[nn.Module], *, gmacs: float, timm: str | None = None, image_size: int = 224,
-             mean: tuple[float, float, float] = IMAGENET_MEAN, std: tuple[float, float, float] = IMAGENET_STD,
-             interpolation: str = "bicubic", crop_pct: float = 0.9, **args: Any) -> None:
+def register(
+    name: str,
+    build: type[nn.Module],
+    *,
+    gmacs: float,
+    timm: str | None = None,
+    image_size: int = 224,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    interpolation: str = "bicubic",
+    crop_pct: float = 0.9,
+    **args: Any,
+) -> None:
     """Give `build(**args)` a name on the command line. Raises KeyError when the name is taken."""
     if name in REGISTRY:
         raise KeyError(f"model {name} is registered twice")
@@ -60,14 +73,18 @@ def closest(word: str, known: list[str]) -> str:
 def check_name(name: str) -> None:
     """Raises ValueError with the closest names when `name` is neither ours nor timm's."""
     if name.startswith("timm/"):
-        arch = name[len("timm/"):]
+        arch = name[len("timm/") :]
         if not timm.is_model(arch):
-            near = closest(arch.split(".")[0], timm.list_models()).replace("mean ", "mean timm/").replace(", ", ", timm/")
+            near = (
+                closest(arch.split(".")[0], timm.list_models()).replace("mean ", "mean timm/").replace(", ", ", timm/")
+            )
             raise ValueError(f"timm has no model named {arch!r}{near}")
         bare, _, tag = arch.partition(".")
         tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")]
         if tag and tag not in tags:
-            raise ValueError(f"timm/{bare} has no weights tagged {tag!r}{closest(tag, tags)} (its tags: {', '.join(tags) or 'none'})")
+            raise ValueError(
+                f"timm/{bare} has no weights tagged {tag!r}{closest(tag, tags)} (its tags: {', '.join(tags) or 'none'})"
+            )
     elif name not in REGISTRY:
         also = f"; timm has it: --model timm/{name}" if timm.is_model(name) else ""
         near = closest(name, names()) or f"; there are {', '.join(names())}" * (not also)
@@ -78,11 +95,20 @@ def keywords(name: str) -> list[str]:
     """The keywords that `create` takes for one of our own models, beside num_outputs, image_size and in_chans."""
     check_name(name)
     parameters = inspect.signature(REGISTRY[name].build.__init__).parameters
-    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")] + ["dist_head", *HEAD]
+    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")] + [
+        "dist_head",
+        *HEAD,
+    ]
 
 
-def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, in_chans: int = 3, columns: int = 0,
-           **model_args: Any) -> nn.Module:
+def create(
+    name: str,
+    num_outputs: int = 1000,
+    image_size: Size | None = None,
+    in_chans: int = 3,
+    columns: int = 0,
+    **model_args: Any,
+) -> nn.Module:
     """Build a network with fresh weights.
 
     Args:
@@ -91,10 +117,11 @@ def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, i
         image_size: side or (height, width) in pixels; None is the variant's own.
         in_chans: colour channels of the picture.
         columns: of a table, that the network takes beside the picture (models/column_head.py).
-        model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours. `dist_head` true gives
-            any network a second head to learn from a teacher with (models/dist_head.py), `head_hidden` 128 a head of two layers, with
-            `head_dropout` between them (models/mlp_head.py).
-    Raises ValueError for an unknown name (with the closest ones), an unknown keyword, or an image size the network cannot take.
+        model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours.
+            `dist_head` true gives any network a second head to learn from a teacher with (models/dist_head.py),
+            `head_hidden` 128 a head of two layers, with `head_dropout` between them (models/mlp_head.py).
+    Raises ValueError for an unknown name (with the closest ones), an unknown keyword, or an image size the network
+    cannot take.
     """
     check_name(name)
     if columns:
@@ -103,18 +130,25 @@ def create(name: str, num_outputs: int = 1000, image_size: Size | None = None, i
         return with_columns(create(name, num_outputs, image_size, in_chans, **model_args), columns)
     head = {key: model_args.pop(key) for key in HEAD if key in model_args}
     if head.keys() == {HEAD[1]} or head and model_args.get("dist_head"):
-        raise ValueError("head_dropout is of a head with head_hidden" if HEAD[0] not in head else "head_hidden and dist_head: give one of them")
+        raise ValueError(
+            "head_dropout is of a head with head_hidden"
+            if HEAD[0] not in head
+            else "head_hidden and dist_head: give one of them"
+        )
     if head:
         model = create(name, num_outputs, image_size, in_chans, **model_args)
         return with_mlp_head(model, head[HEAD[0]], head.get(HEAD[1], 0.0)) if num_outputs else model
     if model_args.pop("dist_head", False):
         return with_dist_head(create(name, num_outputs, image_size, in_chans, **model_args))
     if name.startswith("timm/"):
-        return _create_timm(name[len("timm/"):], num_outputs, image_size, in_chans, model_args)
+        return _create_timm(name[len("timm/") :], num_outputs, image_size, in_chans, model_args)
     entry = REGISTRY[name]
     for key in model_args:
         if key not in keywords(name):
-            raise ValueError(f"model {name} has no argument {key!r}{closest(key, keywords(name))} (it takes {', '.join(keywords(name))})")
+            raise ValueError(
+                f"model {name} has no argument {key!r}{closest(key, keywords(name))} (it takes "
+                f"{', '.join(keywords(name))})"
+            )
     _check_ranges(num_outputs, model_args)
     size = entry.image_size if image_size is None else image_size
     model = entry.build(num_outputs=num_outputs, image_size=size, in_chans=in_chans, **{**entry.args, **model_args})
@@ -126,7 +160,11 @@ def _check_ranges(num_outputs: int, model_args: dict[str, Any]) -> None:
     if num_outputs < 0:
         raise ValueError(f"num_outputs {num_outputs}: must not be negative (0 leaves the head out)")
     for key, value in model_args.items():
-        if key in ("depth", "patch_size", "embed_dim", "num_heads", "window_size") and isinstance(value, int) and value < 1:
+        if (
+            key in ("depth", "patch_size", "embed_dim", "num_heads", "window_size")
+            and isinstance(value, int)
+            and value < 1
+        ):
             raise ValueError(f"{key} {value}: must be at least 1")
         if key in ("dropout", "attn_dropout", "drop_path") and not 0 <= value < 1:
             raise ValueError(f"{key} {value}: must be at least 0 and below 1")
@@ -135,16 +173,28 @@ def _check_ranges(num_outputs: int, model_args: dict[str, Any]) -> None:
 def timm_cfg(name: str, num_outputs: int) -> dict[str, Any]:
     """What timm's tools ask of a model: input size, normalisation, where its head and its first convolution are."""
     entry = REGISTRY[name]
-    return {"num_classes": num_outputs, "input_size": (3, entry.image_size, entry.image_size), "mean": entry.mean, "std": entry.std,
-            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct, "pool_size": (entry.image_size // 32,) * 2, "fixed_input_size": True,
-            "first_conv": entry.build.first_conv, "classifier": entry.build.classifier, "architecture": name}
+    return {
+        "num_classes": num_outputs,
+        "input_size": (3, entry.image_size, entry.image_size),
+        "mean": entry.mean,
+        "std": entry.std,
+        "interpolation": entry.interpolation,
+        "crop_pct": entry.crop_pct,
+        "pool_size": (entry.image_size // 32,) * 2,
+        "fixed_input_size": True,
+        "first_conv": entry.build.first_conv,
+        "classifier": entry.build.classifier,
+        "architecture": name,
+    }
 
 
 HEAD = ("head_hidden", "head_dropout")
 TIMM_WORDS = {"drop_path": "drop_path_rate", "dropout": "drop_rate", "attn_dropout": "attn_drop_rate"}
 
 
-def _create_timm(arch: str, num_outputs: int, image_size: Size | None, in_chans: int, model_args: dict[str, Any]) -> nn.Module:
+def _create_timm(
+    arch: str, num_outputs: int, image_size: Size | None, in_chans: int, model_args: dict[str, Any]
+) -> nn.Module:
     words = {TIMM_WORDS.get(key, key): value for key, value in model_args.items()}
     sized = {} if image_size is None else {"img_size": image_size}
     try:
@@ -158,18 +208,29 @@ def _create_timm(arch: str, num_outputs: int, image_size: Size | None, in_chans:
 
 
 def preprocessing(name: str) -> dict[str, Any]:
-    """How the network's pictures are prepared: image_size (height, width), mean, std, interpolation, crop_pct, crop_mode.
+    """How the network's pictures are prepared: image_size (height, width), mean, std, interpolation, crop_pct,
+    crop_mode.
 
-    Ours stand in the registry; timm's are those of the weights' tag (timm.get_pretrained_cfg). Raises ValueError for an unknown name.
+    Ours stand in the registry; timm's are those of the weights' tag (timm.get_pretrained_cfg). Raises ValueError for an
+    unknown name.
     """
     check_name(name)
     if name.startswith("timm/"):
-        cfg = timm.get_pretrained_cfg(name[len("timm/"):])
+        cfg = timm.get_pretrained_cfg(name[len("timm/") :])
         data = resolve_data_config(pretrained_cfg=cfg.to_dict())
-        return {"image_size": tuple(data["input_size"][1:]), **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")}}
+        return {
+            "image_size": tuple(data["input_size"][1:]),
+            **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+        }
     entry = REGISTRY[name]
-    return {"image_size": (entry.image_size, entry.image_size), "mean": entry.mean, "std": entry.std,
-            "interpolation": entry.interpolation, "crop_pct": entry.crop_pct, "crop_mode": "center"}
+    return {
+        "image_size": (entry.image_size, entry.image_size),
+        "mean": entry.mean,
+        "std": entry.std,
+        "interpolation": entry.interpolation,
+        "crop_pct": entry.crop_pct,
+        "crop_mode": "center",
+    }
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -2,6 +2,7 @@
 
 Legend: B pictures, H heads, N tokens, K width of a head, P patches.
 """
+
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ from models.layers import grid_of
 
 
 def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """The softmax of every block, (B, H, N, N) each, first block first: how much the token of a row takes from that of a column.
+    """The softmax of every block, (B, H, N, N) each, first block first: how much the token of a row takes from that of
+    a column.
 
-    Seen where PyTorch's fused kernel is called, so that scale, mask and positions of the network's own are in it. The network is copied and run
-    in evaluation mode; itself it stays as it is.
+    Seen where PyTorch's fused kernel is called, so that scale, mask and positions of the network's own are in it. The
+    network is copied and run in evaluation mode; itself it stays as it is.
 
     Args:
         model: ours, or timm's with attention between all patches. images: (B, 3, height, width), normalised.
@@ -43,10 +45,11 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def rollout(maps: list[Tensor]) -> Tensor:
-    """(B, N, N) how much each token of the last block holds of each token of the first, from maps (B, H, N, N) of all blocks in order.
+    """(B, N, N) how much each token of the last block holds of each token of the first, from maps (B, H, N, N) of all
+    blocks in order.
 
-    Abnar & Zuidema 2020 (arXiv 2005.00928): the mean over heads, half of it and half the identity for the path around it, rows summing to 1,
-    multiplied from the first block to the last.
+    Abnar & Zuidema 2020 (arXiv 2005.00928): the mean over heads, half of it and half the identity for the path around
+    it, rows summing to 1, multiplied from the first block to the last.
     """
     total = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)
     for each in maps:
@@ -56,8 +59,9 @@ def rollout(maps: list[Tensor]) -> Tensor:
 
 
 def on_grid(model: nn.Module, attention: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """(B, rows, columns) what the network's answer takes from each patch, from (B, N, N): the row of the class token, or the mean over the
-    patches where the network has none or reads their mean. Prefix tokens and registers are cut off."""
+    """(B, rows, columns) what the network's answer takes from each patch, from (B, N, N): the row of the class token,
+    or the mean over the patches where the network has none or reads their mean. Prefix tokens and registers are cut
+    off."""
     rows, columns = grid(model, image_size)
     first = getattr(model, "num_prefix_tokens", 0)
     patches = slice(first, first + rows * columns)
@@ -72,11 +76,16 @@ def asks_class_token(model: nn.Module) -> bool:
 
 
 def grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Patches down and across a picture of (height, width). Raises ValueError for a network without patches on one grid."""
+    """Patches down and across a picture of (height, width). Raises ValueError for a network without patches on one
+    grid."""
     embed = getattr(model, "patch_embed", None)
     if hasattr(embed, "dynamic_feat_size"):
         return tuple(embed.dynamic_feat_size(image_size))
-    if embed is None or not hasattr(getattr(embed, "proj", None), "kernel_size") or not hasattr(model, "forward_features"):
+    if (
+        embed is None
+        or not hasattr(getattr(embed, "proj", None), "kernel_size")
+        or not hasattr(model, "forward_features")
+    ):
         raise _none(model)
     return grid_of(image_size, embed.proj.kernel_size)
 
@@ -88,8 +97,11 @@ def check(model: nn.Module, image_size: tuple[int, int]) -> None:
 
 
 def _none(model: nn.Module) -> ValueError:
-    return ValueError(f"{type(model).__name__} has no attention between all patches (windows, reduced keys and convolutions see a part of them): "
-                      "there are no attention maps")
+    return ValueError(
+        f"{type(model).__name__} has no attention between all patches (windows, reduced keys and convolutions see a "
+        f"part of them): "
+        "there are no attention maps"
+    )
 
 
 class _Watch(TorchFunctionMode):
@@ -106,9 +118,18 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def weights(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
-            scale: float | None = None, enable_gqa: bool = False) -> Tensor:
-    """softmax(q k' scale + mask) in float32 at least, of the arguments of F.scaled_dot_product_attention; dropout is left out."""
+def weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(q k' scale + mask) in float32 at least, of the arguments of F.scaled_dot_product_attention; dropout is
+    left out."""
     kind = torch.promote_types(query.dtype, torch.float32)
     query, key = query.to(kind), key.to(kind)
     if enable_gqa:

@@ -1,4 +1,6 @@
-"""Columns of a table beside the picture: Linear-GELU of them, joined to the pooled features before the classifier. B batch, C columns, D features."""
+"""Columns of a table beside the picture: Linear-GELU of them, joined to the pooled features before the classifier. B
+batch, C columns, D features."""
+
 import torch
 from torch import Tensor, nn
 
@@ -13,9 +15,12 @@ class ColumnHead:
     column_mlp: nn.Sequential
 
     def forward(self, image: Tensor, columns: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W), (B, C) standardised -> logits. Raises ValueError without columns: a guess of them would go unseen."""
+        """(B, 3, H, W), (B, C) standardised -> logits. Raises ValueError without columns: a guess of them would go
+        unseen."""
         if columns is None:
-            raise ValueError(f"this network takes {self.column_mlp[0].in_features} columns of a table beside the picture")
+            raise ValueError(
+                f"this network takes {self.column_mlp[0].in_features} columns of a table beside the picture"
+            )
         pooled = self.forward_head(self.forward_features(image), pre_logits=True)  # (B, D)
         return self.get_classifier()(torch.cat([pooled, self.column_mlp(columns)], 1))
 
@@ -26,10 +31,11 @@ class ColumnHead:
 
 
 def with_columns(model: nn.Module, columns: int, hidden: int = HIDDEN) -> nn.Module:
-    """Let a network take so many columns beside the picture: `forward(image, columns)`; the same object, of a class derived from its own.
+    """Let a network take so many columns beside the picture: `forward(image, columns)`; the same object, of a class
+    derived from its own.
 
-    For networks with timm's interface, whose logits are `get_classifier()(forward_head(x, pre_logits=True))`, with a linear classifier or an
-    `Mlp`, whose input becomes `hidden` wider. Raises ValueError for another classifier.
+    For networks with timm's interface, whose logits are `get_classifier()(forward_head(x, pre_logits=True))`, with a
+    linear classifier or an `Mlp`, whose input becomes `hidden` wider. Raises ValueError for another classifier.
     """
     classifier = _widen(model, hidden)
     own = type(model)
@@ -40,7 +46,8 @@ def with_columns(model: nn.Module, columns: int, hidden: int = HIDDEN) -> nn.Mod
 
 
 def _widen(model: nn.Module, more: int) -> nn.Linear:
-    """Make the classifier's first layer so much wider: the weights of the features stay, the new ones start as timm's heads do."""
+    """Make the classifier's first layer so much wider: the weights of the features stay, the new ones start as timm's
+    heads do."""
     classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
     first = classifier.fc1 if isinstance(classifier, Mlp) else classifier
     if not isinstance(first, nn.Linear):
@@ -49,7 +56,7 @@ def _widen(model: nn.Module, more: int) -> nn.Linear:
     with torch.device(first.weight.device), torch.no_grad():
         wide = nn.Linear(first.in_features + more, first.out_features)
         nn.init.trunc_normal_(wide.weight, std=0.02)
-        wide.weight[:, :first.in_features] = first.weight
+        wide.weight[:, : first.in_features] = first.weight
         wide.bias.copy_(first.bias)
     model.set_submodule(next(name for name, module in model.named_modules() if module is first), wide)
     return wide

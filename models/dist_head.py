@@ -1,7 +1,9 @@
-"""A second classifier for any network, to learn from a teacher while the first learns from the labels (DeiT's two heads on one feature; LeViT).
+"""A second classifier for any network, to learn from a teacher while the first learns from the labels (DeiT's two heads
+on one feature; LeViT).
 
 Legend: B pictures, K classes.
 """
+
 import copy
 
 import torch
@@ -15,7 +17,8 @@ class DistHead:
     distilled_training: bool
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Features -> (logits, distillation logits) (B, K) in distilled training, else their mean; pooled features with `pre_logits`."""
+        """Features -> (logits, distillation logits) (B, K) in distilled training, else their mean; pooled features with
+        `pre_logits`."""
         pooled = super().forward_head(x, pre_logits=True)
         if pre_logits:
             return pooled
@@ -37,11 +40,12 @@ class DistHead:
 
 
 def with_dist_head(model: nn.Module) -> nn.Module:
-    """Give a network a second head, `head_dist`, beside its linear classifier; the same object, of a class derived from its own.
+    """Give a network a second head, `head_dist`, beside its linear classifier; the same object, of a class derived from
+    its own.
 
-    For networks with timm's interface, whose logits are `get_classifier()(forward_head(x, pre_logits=True))`. One with two heads already
-    (DeiT's, LeViT's) is returned as it is. Call it on fresh weights: the new head starts as the classifier does.
-    Raises ValueError where there is no single linear classifier.
+    For networks with timm's interface, whose logits are `get_classifier()(forward_head(x, pre_logits=True))`. One with
+    two heads already (DeiT's, LeViT's) is returned as it is. Call it on fresh weights: the new head starts as the
+    classifier does. Raises ValueError where there is no single linear classifier.
     """
     if hasattr(model, "set_distilled_training"):
         return model
@@ -51,7 +55,9 @@ def with_dist_head(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} has {found}: a distillation head stands beside one linear layer")
     own = type(model)
     model.head_dist, model.distilled_training = fresh_like(classifier), True
-    model.__class__ = type(f"{own.__name__}DistHead", (DistHead, own), {"__module__": own.__module__})  # as torch's fully_shard does
+    model.__class__ = type(
+        f"{own.__name__}DistHead", (DistHead, own), {"__module__": own.__module__}
+    )  # as torch's fully_shard does
     return model
 
 

@@ -1,7 +1,9 @@
-"""The frame of networks with several resolutions (Swin, ConvNeXt): stages, pooled head, timm's informal interface over them.
+"""The frame of networks with several resolutions (Swin, ConvNeXt): stages, pooled head, timm's informal interface over
+them.
 
 Legend: B pictures, H x W a stage's map, D width.
 """
+
 from typing import Any
 
 from timm.models import checkpoint_seq
@@ -12,9 +14,12 @@ from models.layers import init_trunc_normal_
 
 
 class PooledHead(nn.Module):
-    """The mean over the picture (`axes`), LayerNorm where `norm_eps` is given, dropout, a linear layer; timm's `head.norm`, `head.fc`."""
+    """The mean over the picture (`axes`), LayerNorm where `norm_eps` is given, dropout, a linear layer; timm's
+    `head.norm`, `head.fc`."""
 
-    def __init__(self, dim: int, num_outputs: int, *, axes: tuple[int, int], norm_eps: float | None = None, dropout: float = 0.0):
+    def __init__(
+        self, dim: int, num_outputs: int, *, axes: tuple[int, int], norm_eps: float | None = None, dropout: float = 0.0
+    ):
         super().__init__()
         self.axes, self.drop, self.pool = axes, nn.Dropout(dropout), True
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, eps=norm_eps)
@@ -28,7 +33,8 @@ class PooledHead(nn.Module):
 
 
 class Stage(nn.Module):
-    """One resolution of a hierarchical network: downsampling (or Identity), then blocks, with `grad_checkpointing` recomputed backwards."""
+    """One resolution of a hierarchical network: downsampling (or Identity), then blocks, with `grad_checkpointing`
+    recomputed backwards."""
 
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
         super().__init__()
@@ -52,7 +58,9 @@ class Hierarchy(nn.Module):
         super().__init__()
         self.num_classes = num_outputs
         self.num_features = self.head_hidden_size = dims[-1]
-        self.feature_info = [{"num_chs": dim, "reduction": patch_size * 2 ** i, "module": f"{stages}.{i}"} for i, dim in enumerate(dims)]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size * 2**i, "module": f"{stages}.{i}"} for i, dim in enumerate(dims)
+        ]
 
     def trunk(self) -> tuple[nn.Module, nn.Sequential, nn.Module]:
         """Stem, stages, and what follows the last stage."""
@@ -63,16 +71,24 @@ class Hierarchy(nn.Module):
         stem, stages, norm = self.trunk()
         return norm(stages(stem(x)))
 
-    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
-                              output_fmt: str = "NCHW", intermediates_only: bool = False) -> Any:
-        """The maps (B, D, H, W) of the chosen stages (all, the last n, or by number), alone or as (final features, maps); timm's
-        signature. `norm` also normalises the last stage's map; `stop_early` leaves out the stages behind the last one chosen."""
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps (B, D, H, W) of the chosen stages (all, the last n, or by number), alone or as (final features,
+        maps); timm's signature. `norm` also normalises the last stage's map; `stop_early` leaves out the stages behind
+        the last one chosen."""
         if output_fmt != "NCHW":
             raise ValueError(f"intermediate features come as NCHW, not {output_fmt}")
         stem, stages, last_norm = self.trunk()
         chosen, last = feature_take_indices(len(stages), indices)
         x, maps = stem(x), []
-        for i, stage in enumerate(stages[:last + 1] if stop_early else stages):
+        for i, stage in enumerate(stages[: last + 1] if stop_early else stages):
             x = stage(x)
             if i in chosen:
                 y = last_norm(x) if norm and i == len(stages) - 1 else x
@@ -92,13 +108,17 @@ class Hierarchy(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh last layer of another width, N(0, 0.02) and zero bias as at the start; 0 leaves it out. `global_pool` is timm's word:
-        '' gives out the map unpooled, `avg` pools it again, None leaves that as it is."""
+        """A fresh last layer of another width, N(0, 0.02) and zero bias as at the start; 0 leaves it out. `global_pool`
+        is timm's word: '' gives out the map unpooled, `avg` pools it again, None leaves that as it is."""
         self.num_classes = num_classes
         if global_pool is not None:
             self.head.pool = bool(global_pool)
         old = next(self.head.parameters(), next(self.parameters()))
-        self.head.fc = nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype) if num_classes else nn.Identity()
+        self.head.fc = (
+            nn.Linear(self.num_features, num_classes, device=old.device, dtype=old.dtype)
+            if num_classes
+            else nn.Identity()
+        )
         init_trunc_normal_(self.head.fc)
 
     def no_weight_decay(self) -> set[str]:

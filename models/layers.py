@@ -2,6 +2,7 @@
 
 Legend: B pictures, C channels, N tokens, D width, H heads, K width of a head.
 """
+
 import math
 from collections.abc import Callable
 
@@ -24,15 +25,18 @@ def grid_of(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]
     (height, width), (down, across) = pair(image_size), pair(patch_size)
     if height % down or width % across:
         fit = f"{max(1, round(height / down)) * down}x{max(1, round(width / across)) * across}"
-        raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {down}x{across}; the nearest that fits is {fit}")
+        raise ValueError(
+            f"image size {height}x{width} is not a multiple of the patch size {down}x{across}; the nearest that fits "
+            f"is {fit}"
+        )
     return height // down, width // across
 
 
 def saved_grid(count: int, grid: tuple[int, int], leads: tuple[int, ...]) -> tuple[int, tuple[int, int]]:
     """(prefix tokens, rows and columns) of `count` saved positions whose image size is not known.
 
-    The first of `leads` that fits is the number of prefix tokens. The patches are taken as a grid of the aspect of `grid`, which is asked
-    for, else as a square. Raises ValueError when neither fits.
+    The first of `leads` that fits is the number of prefix tokens. The patches are taken as a grid of the aspect of
+    `grid`, which is asked for, else as a square. Raises ValueError when neither fits.
     """
     for lead in leads:
         patches = max(count - lead, 0)
@@ -42,11 +46,14 @@ def saved_grid(count: int, grid: tuple[int, int], leads: tuple[int, ...]) -> tup
         if side and side * side == patches:
             return lead, (side, side)
     prefix = f", with or without {max(leads)} for prefix tokens" if max(leads) else ""
-    raise ValueError(f"{count} saved positions are neither a square grid nor one of the aspect {grid[0]}:{grid[1]}{prefix}")
+    raise ValueError(
+        f"{count} saved positions are neither a square grid nor one of the aspect {grid[0]}:{grid[1]}{prefix}"
+    )
 
 
 class PatchEmbed(nn.Module):
-    """Cut a picture (B, C, height, width) into patches and project each: (B, N, D), row by row. `any_size` takes others than `image_size`."""
+    """Cut a picture (B, C, height, width) into patches and project each: (B, N, D), row by row. `any_size` takes others
+    than `image_size`."""
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int):
         super().__init__()
@@ -59,8 +66,10 @@ class PatchEmbed(nn.Module):
         if self.any_size:
             grid_of(tuple(x.shape[-2:]), self.proj.kernel_size)
         elif tuple(x.shape[-2:]) != self.image_size:
-            raise ValueError(f"the network was built for pictures of {self.image_size[0]}x{self.image_size[1]} and got "
-                             f"{x.shape[-2]}x{x.shape[-1]}; build it with that image_size")
+            raise ValueError(
+                f"the network was built for pictures of {self.image_size[0]}x{self.image_size[1]} and got "
+                f"{x.shape[-2]}x{x.shape[-1]}; build it with that image_size"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         self.check(x)
@@ -68,14 +77,17 @@ class PatchEmbed(nn.Module):
 
 
 class NormedPatchEmbed(PatchEmbed):
-    """Patches normalised before and after their projection (Kumar et al. 2023, "Dual PatchNorm", arXiv 2302.01327; vit-pytorch's networks).
+    """Patches normalised before and after their projection (Kumar et al. 2023, "Dual PatchNorm", arXiv 2302.01327;
+    vit-pytorch's networks).
 
     `proj` keeps the shape of the convolution; `norm_in` runs over a raw patch flattened as (channel, row, column).
     """
 
-    def __init__(self, image_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, norm_eps: float = 1e-6):
+    def __init__(
+        self, image_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int, norm_eps: float = 1e-6
+    ):
         super().__init__(image_size, patch_size, in_chans, dim)
-        self.norm_in = nn.LayerNorm(in_chans * patch_size ** 2, eps=norm_eps)
+        self.norm_in = nn.LayerNorm(in_chans * patch_size**2, eps=norm_eps)
         self.norm_out = nn.LayerNorm(dim, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,8 +98,8 @@ class NormedPatchEmbed(PatchEmbed):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k' / sqrt(K) + bias) v for (B, H, N, K); PyTorch's fused kernel, but written out on CPU, where that is faster;
-    timm's `set_fused_attn(experimental=True)` takes the kernel everywhere."""
+    """softmax(q k' / sqrt(K) + bias) v for (B, H, N, K); PyTorch's fused kernel, but written out on CPU, where that is
+    faster; timm's `set_fused_attn(experimental=True)` takes the kernel everywhere."""
     if q.device.type != "cpu" or use_fused_attn(experimental=True):
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), dropout_p=dropout)
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
@@ -102,8 +114,17 @@ class Attention(nn.Module):
     dim_head: width of a head; None shares `dim` among the heads, which must divide it, else ValueError.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, dim_head: int | None = None, qkv_bias: bool = True, out_bias: bool = True,
-                 dropout: float = 0.0, attn_dropout: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        dim_head: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+    ):
         super().__init__()
         if dim_head is None and dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide embed_dim {dim}")
@@ -132,17 +153,40 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention, x + MLP, each with optional LayerScale and stochastic depth of its own."""
+    """Pre-norm transformer block: x + attention, x + MLP, each with optional LayerScale and stochastic depth of its
+    own."""
 
-    def __init__(self, dim: int, num_heads: int, *, dim_head: int | None = None, mlp_ratio: float = 4.0, qkv_bias: bool = True,
-                 out_bias: bool = True, dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0,
-                 layer_scale: float | None = None, act: Callable[[], nn.Module] = nn.GELU, norm_eps: float = 1e-6):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        dim_head: int | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        act: Callable[[], nn.Module] = nn.GELU,
+        norm_eps: float = 1e-6,
+    ):
         super().__init__()
+
         def scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, dim_head=dim_head, qkv_bias=qkv_bias, out_bias=out_bias, dropout=dropout,
-                              attn_dropout=attn_dropout)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            dim_head=dim_head,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            dropout=dropout,
+            attn_dropout=attn_dropout,
+        )
         self.ls1, self.drop_path1 = scale(), DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act=act, dropout=dropout)
@@ -159,7 +203,8 @@ def drop_path_rates(rate: float, depth: int) -> list[float]:
 
 
 def sincos2d(grid: tuple[int, int], dim: int, temperature: float = 10_000.0) -> Tensor:
-    """Fixed 2-D positions (1, N, D) of "Better plain ViT baselines": sin x, cos x, sin y, cos y (big_vision models/vit.py:34-44)."""
+    """Fixed 2-D positions (1, N, D) of "Better plain ViT baselines": sin x, cos x, sin y, cos y (big_vision
+    models/vit.py:34-44)."""
     if dim % 4:
         raise ValueError(f"sincos2d positions need a width that 4 divides, not {dim}")
     y, x = torch.meshgrid(*(torch.arange(side, dtype=torch.float32) for side in grid), indexing="ij")
@@ -169,14 +214,16 @@ def sincos2d(grid: tuple[int, int], dim: int, temperature: float = 10_000.0) -> 
 
 
 def lecun_normal_(weight: Tensor) -> Tensor:
-    """flax's lecun_normal: a normal of variance 1/fan_in cut at two sigma, rescaled so that the cut keeps that variance."""
+    """flax's lecun_normal: a normal of variance 1/fan_in cut at two sigma, rescaled so that the cut keeps that
+    variance."""
     fan_in = weight[0].numel()
     std = math.sqrt(1 / fan_in) / 0.87962566103423978
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def init_trunc_normal_(*modules: nn.Module) -> None:
-    """Every linear layer inside: weight N(0, 0.02) cut at 2 (a hundred sigma: the cut of the DeiT lineage never acts), bias 0."""
+    """Every linear layer inside: weight N(0, 0.02) cut at 2 (a hundred sigma: the cut of the DeiT lineage never acts),
+    bias 0."""
     for module in modules:
         for linear in filter(lambda m: isinstance(m, nn.Linear), module.modules()):
             nn.init.trunc_normal_(linear.weight, std=0.02)

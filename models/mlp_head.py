@@ -1,14 +1,22 @@
-"""A small network in place of the linear classifier: Linear-GELU-Linear, as for Kaggle's regressions (Linear-128-GELU-Linear). D features."""
+"""A small network in place of the linear classifier: Linear-GELU-Linear, as for Kaggle's regressions
+(Linear-128-GELU-Linear). D features."""
+
 import torch
 from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """(B, D) -> (B, num_outputs): fc1, GELU, dropout, fc2; weights start truncated normal of std 0.02, biases at 0, as timm's heads."""
+    """(B, D) -> (B, num_outputs): fc1, GELU, dropout, fc2; weights start truncated normal of std 0.02, biases at 0, as
+    timm's heads."""
 
     def __init__(self, width: int, hidden: int, num_outputs: int, dropout: float = 0.0):
         super().__init__()
-        self.fc1, self.act, self.drop, self.fc2 = nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, num_outputs)
+        self.fc1, self.act, self.drop, self.fc2 = (
+            nn.Linear(width, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_outputs),
+        )
         for layer in (self.fc1, self.fc2):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
@@ -30,7 +38,8 @@ class MlpHead:
 
 
 def with_mlp_head(model: nn.Module, hidden: int, dropout: float = 0.0) -> nn.Module:
-    """Put an `Mlp` in the place of a network's linear classifier; the same object, of a class derived from its own, with timm's interface.
+    """Put an `Mlp` in the place of a network's linear classifier; the same object, of a class derived from its own,
+    with timm's interface.
 
     Raises ValueError where there is no single linear classifier, or for values that cannot be.
     """

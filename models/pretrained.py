@@ -1,4 +1,5 @@
 """Files <-> weights: read common weight files safely, start a network from one, bring a trained network back."""
+
 import argparse
 import copy
 import hashlib
@@ -27,20 +28,30 @@ __all__ = ["fit", "head_keys", "start_small_"]  # of transfer.py, beside what st
 # where trainers keep the weights inside a checkpoint
 EMA, RAW = ("ema_state_dict", "state_dict_ema", "model_ema"), ("state_dict", "model")
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors", ".tar")
-# What the trainers of timm, DeiT, MAE and ConvNeXt keep beside tensors and plain data: their command line, paths, NumPy's numbers. Making any
+# What the trainers of timm, DeiT, MAE and ConvNeXt keep beside tensors and plain data: their command line, paths,
+# NumPy's numbers. Making any
 # of these runs no code of the file's.
 SCALAR = np.float64(0).__reduce__()[0]  # what NumPy makes a number of; NumPy 1 and 2 write it under other names
-PLAIN_TYPES = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype, (SCALAR, "numpy.core.multiarray.scalar"),
-               (SCALAR, "numpy._core.multiarray.scalar"), *{type(np.dtype(kind)) for kind in "?bhilBHILefd"}]
+PLAIN_TYPES = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    np.dtype,
+    (SCALAR, "numpy.core.multiarray.scalar"),
+    (SCALAR, "numpy._core.multiarray.scalar"),
+    *{type(np.dtype(kind)) for kind in "?bhilBHILefd"},
+]
 AVERAGED, BEST = "averaged.ckpt", "best.ckpt"  # of a run directory: the mean of several epochs, and the best epoch
 LAST = ("last.ckpt", "last-1.ckpt")  # of a run directory: the last step saved, and the one saved before
 FILES = (AVERAGED, BEST, *LAST)  # whose weights a run directory stands for, the first that is there
-SEAL = b"sha256:"  # our checkpoints end in this and 64 hex digits: the comment of the zip archive that torch.save writes
+SEAL = (
+    b"sha256:"  # our checkpoints end in this and 64 hex digits: the comment of the zip archive that torch.save writes
+)
 
 
 def checkpoint_in(path: str | Path, names: tuple[str, ...] = FILES) -> Path:
-    """The file of weights that a path names: itself, or of a run directory the averaged checkpoint, else the best, else the last (the first
-    of `names`). Raises FileNotFoundError."""
+    """The file of weights that a path names: itself, or of a run directory the averaged checkpoint, else the best, else
+    the last (the first of `names`). Raises FileNotFoundError."""
     check_local(path)
     path = Path(path)
     if not path.is_dir():
@@ -51,15 +62,22 @@ def checkpoint_in(path: str | Path, names: tuple[str, ...] = FILES) -> Path:
         if (path / "checkpoints" / name).is_file():
             return path / "checkpoints" / name
     if (path / "fold0").is_dir():
-        raise FileNotFoundError(f"{path} is a run over folds and has no weights of its own: name one of them, as {path / 'fold0'}")
-    raise FileNotFoundError(f"{path} is not a run with weights: there is no checkpoints/best.ckpt or checkpoints/last.ckpt in it")
+        raise FileNotFoundError(
+            f"{path} is a run over folds and has no weights of its own: name one of them, as {path / 'fold0'}"
+        )
+    raise FileNotFoundError(
+        f"{path} is not a run with weights: there is no checkpoints/best.ckpt or checkpoints/last.ckpt in it"
+    )
 
 
 def check_local(path: str | Path) -> None:
     """Raises ValueError for an address: what is read from the network could be anyone's."""
     if "://" in str(path):
-        raise ValueError(f"{path}: weights and checkpoints are read from files only, never from the network; download it, look where it "
-                         "comes from, and give the file")
+        raise ValueError(
+            f"{path}: weights and checkpoints are read from files only, never from the network; download it, look "
+            f"where it "
+            "comes from, and give the file"
+        )
 
 
 def intact(path: Path) -> bool:
@@ -77,12 +95,13 @@ def intact(path: Path) -> bool:
             digest.update(chunk := file.read(min(left, 2**20)))
             left -= len(chunk)
         digest.update(b"\0\0")  # the length before there was a comment
-    return digest.hexdigest().encode() == tail[2 + len(SEAL):]
+    return digest.hexdigest().encode() == tail[2 + len(SEAL) :]
 
 
 def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]:
-    """The content of a .safetensors, .pth, .pt, .bin or .ckpt file, loaded with weights_only=True. Raises ValueError when it is not one,
-    or not as it was written. `mapped` leaves the tensors on disk until they are used, for one of our checkpoints."""
+    """The content of a .safetensors, .pth, .pt, .bin or .ckpt file, loaded with weights_only=True. Raises ValueError
+    when it is not one, or not as it was written. `mapped` leaves the tensors on disk until they are used, for one of
+    our checkpoints."""
     check_local(path)
     path = Path(path)
     try:
@@ -93,7 +112,8 @@ def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable file of weights: {_line(error)}") from None
-    except Exception as error:  # torch's restricted unpickler raises pickle.UnpicklingError and others, with advice to load it unsafely
+    # torch's restricted unpickler raises pickle.UnpicklingError and others, with advice to load it unsafely
+    except Exception as error:
         raise ValueError(_refusal(path, error)) from None
     raise ValueError(f"{path} is damaged: its sha256 is not the one it was written with")
 
@@ -102,13 +122,20 @@ def _refusal(path: Path, error: Exception) -> str:
     """Why torch's restricted unpickler does not read a file: the type it found, and what a person can do."""
     found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
     kind = f"an object of the type {found[1] or found[2]}" if found else "something else than tensors and plain data"
-    return (f"{path} is no file of weights, or holds {kind}, and is not loaded (it could run code). Where you trust it, save its weights "
-            "alone: torch.save(torch.load(FILE, weights_only=False)[KEY], 'weights.pth'), KEY as model or state_dict")
+    return (
+        f"{path} is no file of weights, or holds {kind}, and is not loaded (it could run code). Where you trust it, "
+        f"save its weights "
+        "alone: torch.save(torch.load(FILE, weights_only=False)[KEY], 'weights.pth'), KEY as model or state_dict"
+    )
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity; one look at the device."""
-    names = [name for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1]
+    names = [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1
+    ]
     if get_total_norm([state[name] for name in names]).isfinite():
         return []  # a tenth of the time; where large numbers overflow the norm, the tensors tell
     marks = torch.stack([state[name].isfinite().all().to(state[names[0]].device) for name in names])
@@ -118,12 +145,16 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
 def check_finite(state: dict[str, Tensor], file: str | Path) -> None:
     """Raises ValueError for weights that hold NaN or infinity."""
     if names := not_finite(state):
-        raise ValueError(f"{file}: {len(names)} of {len(state)} tensors hold NaN or infinity (the first is {names[0]}): its training has failed, and "
-                         "nothing can be made of it")
+        raise ValueError(
+            f"{file}: {len(names)} of {len(state)} tensors hold NaN or infinity (the first is {names[0]}): its "
+            f"training has failed, and "
+            "nothing can be made of it"
+        )
 
 
 def read_weights(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
-    """Names -> tensors of a file or run directory, unwrapped from the trainer's dict; of one of our checkpoints the network's own.
+    """Names -> tensors of a file or run directory, unwrapped from the trainer's dict; of one of our checkpoints the
+    network's own.
 
     use_ema: as for `load`. Raises ValueError when the file has no such weights.
     """
@@ -143,7 +174,7 @@ def published_name(name: str, tag: str | None = None) -> str:
 
     Raises ValueError.
     """
-    arch = name[len("timm/"):] if name.startswith("timm/") else models.REGISTRY[name].timm
+    arch = name[len("timm/") :] if name.startswith("timm/") else models.REGISTRY[name].timm
     if arch is None:
         raise ValueError(f"there are no published weights for {name}" + (f", and no file or run {tag}" if tag else ""))
     bare = arch.split(".")[0]
@@ -155,7 +186,8 @@ def published_name(name: str, tag: str | None = None) -> str:
 
 
 def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
-    """The weights timm publishes for a model, in the tag's version or the default one (downloaded, or from the hub's cache).
+    """The weights timm publishes for a model, in the tag's version or the default one (downloaded, or from the hub's
+    cache).
 
     Raises ValueError when timm has no such weights or they cannot be fetched.
     """
@@ -163,12 +195,19 @@ def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
     try:
         return timm.create_model(arch, pretrained=True).state_dict()
     except Exception as error:
-        raise ValueError(f"the weights {arch} could not be fetched ({type(error).__name__}: {_line(error)[:120]}); "
-                         "without internet give a file: --init PATH") from None
+        raise ValueError(
+            f"the weights {arch} could not be fetched ({type(error).__name__}: {_line(error)[:120]}); "
+            "without internet give a file: --init PATH"
+        ) from None
 
 
-WORDS = {"in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k", "in22k": "ImageNet-22k",
-         "in22ft1k": "ImageNet-22k, then ImageNet-1k"}
+WORDS = {
+    "in1k": "ImageNet-1k",
+    "in12k": "ImageNet-12k",
+    "in21k": "ImageNet-21k",
+    "in22k": "ImageNet-22k",
+    "in22ft1k": "ImageNet-22k, then ImageNet-1k",
+}
 
 
 def trained_on(tag: str) -> str:
@@ -180,8 +219,8 @@ def trained_on(tag: str) -> str:
 
 
 def about(source: str, name: str) -> dict[str, Any]:
-    """`config` (model, model_args) and `spec` (image size, normalisation, classes) of what `--init` names: one of our files,
-    or weights that timm publishes for the model `name`; {} for a file that does not tell.
+    """`config` (model, model_args) and `spec` (image size, normalisation, classes) of what `--init` names: one of our
+    files, or weights that timm publishes for the model `name`; {} for a file that does not tell.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -199,8 +238,8 @@ def is_published(source: str) -> bool:
 
 
 def saved_network(known: dict[str, Any], factor: int = 1) -> nn.Module | None:
-    """The network that weights are of, on the meta device, at its image size times `factor`; None where it is not known or
-    cannot be built."""
+    """The network that weights are of, on the meta device, at its image size times `factor`; None where it is not known
+    or cannot be built."""
     if not known:
         return None
     config, spec = known["config"], known["spec"]
@@ -212,14 +251,24 @@ def saved_network(known: dict[str, Any], factor: int = 1) -> nn.Module | None:
         return None
 
 
-def initialise(model: nn.Module, source: str, *, name: str, spec: dict[str, Any] | None = None, reset_head: bool = False,
-               partial: bool = False, whole: bool = False, use_ema: bool | None = None) -> str:
-    """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that says what was loaded.
+def initialise(
+    model: nn.Module,
+    source: str,
+    *,
+    name: str,
+    spec: dict[str, Any] | None = None,
+    reset_head: bool = False,
+    partial: bool = False,
+    whole: bool = False,
+    use_ema: bool | None = None,
+) -> str:
+    """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that
+    says what was loaded.
 
-    Unexpected tensors are reported in the line; tensors that depend on the image size are resized, from the size that the
-    file's specification tells. Rows of the head are taken by the names of classes or targets, where the file and `spec`,
-    the data's, tell them; with `reset_head` another head starts fresh. A head of another size raises ValueError unless
-    `reset_head`, which published weights imply; so does any other misfit, tensors missing beside the head unless
+    Unexpected tensors are reported in the line; tensors that depend on the image size are resized, from the size that
+    the file's specification tells. Rows of the head are taken by the names of classes or targets, where the file and
+    `spec`, the data's, tell them; with `reset_head` another head starts fresh. A head of another size raises ValueError
+    unless `reset_head`, which published weights imply; so does any other misfit, tensors missing beside the head unless
     `partial`, and with `whole`, as for an evaluation, a tensor left at its fresh values. `use_ema` chooses among the
     weights of a file, as for `load`.
     """
@@ -235,8 +284,10 @@ def initialise(model: nn.Module, source: str, *, name: str, spec: dict[str, Any]
     weights, head_notes = _with_head(model, weights, source, theirs, ours, reset_head)
     missing, unexpected = [key for key in own if key not in weights], [key for key in weights if key not in own]
     if whole and missing:
-        raise ValueError(f"--init {source} leaves {some(missing)} untrained: there is nothing to evaluate"
-                         + "; its head is of other classes than the data's" * (set(missing) <= heads))
+        raise ValueError(
+            f"--init {source} leaves {some(missing)} untrained: there is nothing to evaluate"
+            + "; its head is of other classes than the data's" * (set(missing) <= heads)
+        )
     if not partial:
         transfer.check_whole([key for key in missing if key not in heads], unexpected, own, source)
     model.load_state_dict(weights, strict=False)
@@ -247,8 +298,9 @@ def initialise(model: nn.Module, source: str, *, name: str, spec: dict[str, Any]
     return "; ".join([f"init {source}{origin}: {len(weights) - len(unexpected)} of {len(own)} tensors", *notes])
 
 
-def _with_head(model: nn.Module, weights: dict[str, Tensor], source: str, theirs: dict[str, Any], ours: dict[str, Any],
-               reset: bool) -> tuple[dict[str, Tensor], list[str]]:
+def _with_head(
+    model: nn.Module, weights: dict[str, Tensor], source: str, theirs: dict[str, Any], ours: dict[str, Any], reset: bool
+) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with a head that fits, its rows by name or left out for a fresh one, and notes. Raises ValueError for
     any misfit."""
     own, heads = model.state_dict(), head_keys(model)
@@ -258,8 +310,10 @@ def _with_head(model: nn.Module, weights: dict[str, Tensor], source: str, theirs
 
     if beside := [key for key in wrong() if key not in heads]:  # before the head: another width makes both misfit
         key = beside[0]
-        raise ValueError(f"--init {source}: {len(beside)} tensors have another shape, the first is {key} "
-                         f"{tuple(weights[key].shape)} for {tuple(own[key].shape)}; is it another model or patch size?")
+        raise ValueError(
+            f"--init {source}: {len(beside)} tensors have another shape, the first is {key} "
+            f"{tuple(weights[key].shape)} for {tuple(own[key].shape)}; is it another model or patch size?"
+        )
     if reset and (wrong() or transfer.outputs(theirs) and transfer.outputs(ours) not in ([], transfer.outputs(theirs))):
         count = len(weights[(wrong() or sorted(heads & weights.keys()))[-1]])
         start_small_({key: own[key] for key in heads})
@@ -268,8 +322,10 @@ def _with_head(model: nn.Module, weights: dict[str, Tensor], source: str, theirs
     weights, notes = transfer.fit_head(model, weights, theirs, ours)
     if misfits := wrong():
         key = misfits[-1]
-        raise ValueError(f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} "
-                         f"({key}); --init_head reset starts a fresh one")
+        raise ValueError(
+            f"--init {source}: its head is {tuple(weights[key].shape)} and the model's {tuple(own[key].shape)} "
+            f"({key}); --init_head reset starts a fresh one"
+        )
     return weights, notes
 
 
@@ -282,8 +338,8 @@ def _line(error: Exception) -> str:
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
-    """`config`, `spec` and the `fingerprint` of its data (None where it was not kept) of one of our checkpoints or exported files; {} for other
-    weights."""
+    """`config`, `spec` and the `fingerprint` of its data (None where it was not kept) of one of our checkpoints or
+    exported files; {} for other weights."""
     file = checkpoint_in(path)
     stat = file.stat()
     return copy.deepcopy(_read_about(file, stat.st_mtime_ns, stat.st_size))
@@ -315,7 +371,8 @@ def _content(file: Path) -> Any:
 
 
 def _chosen(content: Any, use_ema: bool | None, file: Path) -> Any:
-    """The weights inside a file's content, with the names they have there. A file of one kind (exported, averaged.ckpt) says which."""
+    """The weights inside a file's content, with the names they have there. A file of one kind (exported, averaged.ckpt)
+    says which."""
     if not isinstance(content, dict):
         return content
     averaged, one_kind = chooses_ema(content, use_ema), isinstance(content.get("use_ema"), bool)
@@ -323,11 +380,15 @@ def _chosen(content: Any, use_ema: bool | None, file: Path) -> Any:
         raise ValueError(f"{file} holds the {'averaged' if averaged else 'raw'} weights only")
     if use_ema and not averaged:
         raise ValueError(f"{file} keeps no averaged weights (EMA)")
-    return next((content[key] for key in (EMA if averaged and not one_kind else RAW) if isinstance(content.get(key), dict)), content)
+    return next(
+        (content[key] for key in (EMA if averaged and not one_kind else RAW) if isinstance(content.get(key), dict)),
+        content,
+    )
 
 
 def chooses_ema(content: dict[str, Any], use_ema: bool | None) -> bool:
-    """Whether it is the averaged weights (EMA) that `use_ema` takes out of a checkpoint. None: as its run did, else where they are kept."""
+    """Whether it is the averaged weights (EMA) that `use_ema` takes out of a checkpoint. None: as its run did, else
+    where they are kept."""
     if isinstance(content.get("use_ema"), bool):
         return content["use_ema"]
     wanted = (content.get("config") or {}).get("use_ema") if use_ema is None else use_ema
@@ -335,11 +396,12 @@ def chooses_ema(content: dict[str, Any], use_ema: bool | None) -> bool:
 
 
 def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained network of one of our checkpoints, run directories or exported files, in evaluation mode, and its data specification.
+    """The trained network of one of our checkpoints, run directories or exported files, in evaluation mode, and its
+    data specification.
 
-    use_ema: True the averaged weights (EMA), False the raw ones, None those that the run has chosen and tested: the averaged ones where it
-    kept them, but for `--use_ema false`. The mean of several epochs (averaged.ckpt) is of one kind only.
-    Raises FileNotFoundError, or ValueError when the file is no vitlab checkpoint or has no such weights.
+    use_ema: True the averaged weights (EMA), False the raw ones, None those that the run has chosen and tested: the
+    averaged ones where it kept them, but for `--use_ema false`. The mean of several epochs (averaged.ckpt) is of one
+    kind only. Raises FileNotFoundError, or ValueError when the file is no vitlab checkpoint or has no such weights.
     """
     file = checkpoint_in(path)
     content = _content(file)
@@ -352,7 +414,9 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict
 
 
 def _network_of(config: dict[str, Any], spec: dict[str, Any], image_size: tuple[int, int]) -> nn.Module:
-    arguments = {key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")}  # nothing else is read
+    arguments = {
+        key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")
+    }  # nothing else is read
     return models.create(config["model"], spec["num_outputs"], image_size, columns=columns_of(spec), **arguments)
 
 
@@ -362,9 +426,10 @@ def columns_of(spec: dict[str, Any]) -> int:
 
 
 def network_state(content: dict[str, Any], use_ema: bool | None, file: Path) -> dict[str, Tensor]:
-    """The network's own state dict out of one of our checkpoints' content. Raises ValueError when it has no such weights, or they hold NaN."""
+    """The network's own state dict out of one of our checkpoints' content. Raises ValueError when it has no such
+    weights, or they hold NaN."""
     state = _chosen(content, use_ema, file)
     if file.suffix != ".safetensors":
-        state = {key[len("model."):]: value for key, value in state.items() if key.startswith("model.")}
+        state = {key[len("model.") :]: value for key, value in state.items() if key.startswith("model.")}
     check_finite(state, file)
     return state

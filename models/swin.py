@@ -1,9 +1,13 @@
-"""Swin Transformer (Liu et al. 2021, arXiv 2103.14030): attention in windows, shifted in every second block, over four resolutions.
+"""Swin Transformer (Liu et al. 2021, arXiv 2103.14030): attention in windows, shifted in every second block, over four
+resolutions.
 
-Module names are timm's (swin_transformer.py), definitions and initialisation the authors' (github.com/microsoft/Swin-Transformer,
-models/swin_transformer.py; padding as in their detection code). Maps are channels-last throughout.
-Legend: B pictures, C channels, H x W map, D width, W windows, N tokens of a window, h heads, K width of a head, y x inside a window.
+Module names are timm's (swin_transformer.py), definitions and initialisation the authors'
+(github.com/microsoft/Swin-Transformer, models/swin_transformer.py; padding as in their detection code). Maps are
+channels-last throughout.
+Legend: B pictures, C channels, H x W map, D width, W windows, N tokens of a window, h heads, K width of a head, y x
+inside a window.
 """
+
 import re
 from typing import Any
 
@@ -27,17 +31,21 @@ def pad_to(x: Tensor, multiple: Pair) -> Tensor:
 
 
 def relative_position_index(window: Pair) -> Tensor:
-    """(N, N): for each pair of tokens of a window the row of the bias table, which counts offsets (-H+1..H-1) x (-W+1..W-1)."""
+    """(N, N): for each pair of tokens of a window the row of the bias table, which counts offsets (-H+1..H-1) x
+    (-W+1..W-1)."""
     y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(window[0]), torch.arange(window[1]), indexing="ij"))
     dy, dx = y[:, None] - y + window[0] - 1, x[:, None] - x + window[1] - 1
     return dy * (2 * window[1] - 1) + dx
 
 
 def shift_mask(size: Pair, window: Pair, shift: Pair, like: Tensor | None = None) -> Tensor:
-    """(W, N, N), 0 or -100: on a padded map rolled by `shift`, tokens that came from opposite edges do not see each other."""
+    """(W, N, N), 0 or -100: on a padded map rolled by `shift`, tokens that came from opposite edges do not see each
+    other."""
+
     def bands(side: int, win: int, roll: int) -> Tensor:
         place = torch.arange(side, device=None if like is None else like.device)
         return (place >= side - win).long() + (place >= side - roll).long() if roll else torch.zeros_like(place)
+
     regions = 3 * bands(size[0], window[0], shift[0])[:, None] + bands(size[1], window[1], shift[1])  # (H, W)
     regions = rearrange(regions, "(i y) (j x) -> (i j) (y x)", y=window[0], x=window[1])
     return torch.where(regions[:, :, None] == regions[:, None], 0.0, -100.0)
@@ -82,7 +90,9 @@ class WindowAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads {num_heads} does not divide the stage's width {dim}")
         self.num_heads, self.window_size, self.attn_dropout = num_heads, window, attn_dropout
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads))
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), num_heads)
+        )
         self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -102,13 +112,25 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """x + windowed attention, x + MLP, both pre-norm. `size` is the map (H, W) the block is built for; it takes any other.
+    """x + windowed attention, x + MLP, both pre-norm. `size` is the map (H, W) the block is built for; it takes any
+    other.
 
     The window never exceeds `size`. An axis is not shifted where the window spans the map at hand.
     """
 
-    def __init__(self, dim: int, num_heads: int, size: Pair, window: Pair, shifted: bool, *, mlp_ratio: float = 4.0,
-                 dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        size: Pair,
+        window: Pair,
+        shifted: bool,
+        *,
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         self.size, self.window = size, (min(size[0], window[0]), min(size[1], window[1]))
         self.target_shift = (window[0] // 2, window[1] // 2) if shifted else (0, 0)
@@ -140,7 +162,7 @@ class SwinBlock(nn.Module):
         x = self.attn(rearrange(x, "b (i y) (j x) d -> b (i j) (y x) d", y=y, x=w), mask)  # (B, W, N, D)
         x = rearrange(x, "b (i j) (y x) d -> b (i y) (j x) d", i=rows, y=y)
         x = torch.roll(x, shift, (1, 2)) if any(shift) else x
-        return x[:, :size[0], :size[1]]
+        return x[:, : size[0], : size[1]]
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, D)
         x = x + self.drop_path1(self.attend_windows(self.norm1(x)))
@@ -152,7 +174,8 @@ class Swin(Hierarchy):
 
     Args:
         num_outputs: width of the head; 0 returns pooled features.
-        image_size: side or (height, width) the windows are fitted to; pictures of any other size are padded where needed.
+        image_size: side or (height, width) the windows are fitted to; pictures of any other size are padded where
+            needed.
         window_size: side or (height, width) of the attention window in tokens, cut to the map where the map is smaller.
         embed_dim: width of the first stage, doubled at each; depths, num_heads: of each stage.
         dropout: after patches, attention's projection and both MLP layers; attn_dropout: on attention weights.
@@ -162,22 +185,56 @@ class Swin(Hierarchy):
 
     first_conv, classifier, output_fmt = "patch_embed.proj", "head.fc", "NHWC"
 
-    def __init__(self, *, num_outputs: int = 1000, image_size: int | Pair = 224, in_chans: int = 3, patch_size: int = 4,
-                 window_size: int | Pair = 7, embed_dim: int = 96, depths: tuple[int, ...] = (2, 2, 6, 2),
-                 num_heads: tuple[int, ...] = (3, 6, 12, 24), mlp_ratio: float = 4.0, dropout: float = 0.0, attn_dropout: float = 0.0,
-                 drop_path: float = 0.0):
+    def __init__(
+        self,
+        *,
+        num_outputs: int = 1000,
+        image_size: int | Pair = 224,
+        in_chans: int = 3,
+        patch_size: int = 4,
+        window_size: int | Pair = 7,
+        embed_dim: int = 96,
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        num_heads: tuple[int, ...] = (3, 6, 12, 24),
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ):
         if len(depths) != len(num_heads):
-            raise ValueError(f"depths {tuple(depths)} and num_heads {tuple(num_heads)} name different numbers of stages")
-        dims = [embed_dim * 2 ** i for i in range(len(depths))]
+            raise ValueError(
+                f"depths {tuple(depths)} and num_heads {tuple(num_heads)} name different numbers of stages"
+            )
+        dims = [embed_dim * 2**i for i in range(len(depths))]
         super().__init__(num_outputs, dims, patch_size, "layers")
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, dropout)
-        size, rates, stages = tuple(-(-side // patch_size) for side in pair(image_size)), drop_path_rates(drop_path, sum(depths)), []
+        size, rates, stages = (
+            tuple(-(-side // patch_size) for side in pair(image_size)),
+            drop_path_rates(drop_path, sum(depths)),
+            [],
+        )
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads)):
             if i:
                 size = tuple((side + 1) // 2 for side in size)
-            stages.append(Stage(PatchMerging(dim // 2) if i else nn.Identity(), [
-                SwinBlock(dim, heads, size, pair(window_size), shifted=j % 2 == 1, mlp_ratio=mlp_ratio, dropout=dropout,
-                          attn_dropout=attn_dropout, drop_path=rates[sum(depths[:i]) + j]) for j in range(depth)]))
+            stages.append(
+                Stage(
+                    PatchMerging(dim // 2) if i else nn.Identity(),
+                    [
+                        SwinBlock(
+                            dim,
+                            heads,
+                            size,
+                            pair(window_size),
+                            shifted=j % 2 == 1,
+                            mlp_ratio=mlp_ratio,
+                            dropout=dropout,
+                            attn_dropout=attn_dropout,
+                            drop_path=rates[sum(depths[:i]) + j],
+                        )
+                        for j in range(depth)
+                    ],
+                )
+            )
         self.layers = nn.Sequential(*stages)
         self.norm = nn.LayerNorm(self.num_features)
         self.head = PooledHead(self.num_features, num_outputs, axes=(1, 2))
@@ -203,13 +260,16 @@ class Swin(Hierarchy):
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
     def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
-        """The authors' names become timm's (which are ours), stored masks and indices go, bias tables of another window are resized.
+        """The authors' names become timm's (which are ours), stored masks and indices go, bias tables of another window
+        are resized.
 
-        `saved` is the network that the weights are of, where it is known: its windows are theirs. Else a table of our size
-        is of our window, another of a square one.
+        `saved` is the network that the weights are of, where it is known: its windows are theirs. Else a table of our
+        size is of our window, another of a square one.
         """
         own, adapted = self.state_dict(), {}
-        official = "layers.0.downsample.reduction.weight" in state  # merging closes a stage there and opens the next one here
+        official = (
+            "layers.0.downsample.reduction.weight" in state
+        )  # merging closes a stage there and opens the next one here
         for key, value in state.items():
             if key.endswith(("relative_position_index", "attn_mask")):
                 continue
@@ -225,7 +285,8 @@ class Swin(Hierarchy):
 
 
 def window_of(network: nn.Module, table: str) -> Pair | None:
-    """The window (height, width) of the attention that has a bias table of this name; None where the network has none."""
+    """The window (height, width) of the attention that has a bias table of this name; None where the network has
+    none."""
     try:
         return tuple(network.get_submodule(table.rpartition(".")[0]).window_size)
     except AttributeError:
@@ -233,11 +294,11 @@ def window_of(network: nn.Module, table: str) -> Pair | None:
 
 
 def resize_table(table: Tensor, window: Pair, old: Pair | None = None) -> Tensor:
-    """A bias table ((2H-1)(2W-1), h) of the window `old` (H, W), or of a square one, for another window: bicubic over the offsets, the
-    authors' rule (utils.py:65-82).
+    """A bias table ((2H-1)(2W-1), h) of the window `old` (H, W), or of a square one, for another window: bicubic over
+    the offsets, the authors' rule (utils.py:65-82).
 
-    timm stretches it by a geometric progression instead (BEiT's rule); the two agree in no value but the shape. A table whose window
-    was not square is returned as it is without `old`, since its sides cannot be told.
+    timm stretches it by a geometric progression instead (BEiT's rule); the two agree in no value but the shape. A table
+    whose window was not square is returned as it is without `old`, since its sides cannot be told.
     """
     rows = 2 * old[0] - 1 if old else round(len(table) ** 0.5)
     if len(table) % rows or not old and rows * rows != len(table):
@@ -249,9 +310,9 @@ def resize_table(table: Tensor, window: Pair, old: Pair | None = None) -> Tensor
 
 for _name, _dim, _depths, _heads, _gmacs, _timm in (
     # name     width  blocks of the stages  heads           GMACs  the same in timm
-    ("swin_t",  96,  (2, 2,  6, 2),        (3,  6, 12, 24),  4.49, "swin_tiny_patch4_window7_224"),
-    ("swin_s",  96,  (2, 2, 18, 2),        (3,  6, 12, 24),  8.74, "swin_small_patch4_window7_224"),
-    ("swin_b", 128,  (2, 2, 18, 2),        (4,  8, 16, 32), 15.43, "swin_base_patch4_window7_224"),
-    ("swin_l", 192,  (2, 2, 18, 2),        (6, 12, 24, 48), 34.48, "swin_large_patch4_window7_224"),
+    ("swin_t", 96, (2, 2, 6, 2), (3, 6, 12, 24), 4.49, "swin_tiny_patch4_window7_224"),
+    ("swin_s", 96, (2, 2, 18, 2), (3, 6, 12, 24), 8.74, "swin_small_patch4_window7_224"),
+    ("swin_b", 128, (2, 2, 18, 2), (4, 8, 16, 32), 15.43, "swin_base_patch4_window7_224"),
+    ("swin_l", 192, (2, 2, 18, 2), (6, 12, 24, 48), 34.48, "swin_large_patch4_window7_224"),
 ):
     register(_name, Swin, gmacs=_gmacs, timm=_timm, embed_dim=_dim, depths=_depths, num_heads=_heads)

@@ -2,6 +2,7 @@
 
 Legend: K outputs of a network, D features.
 """
+
 import math
 import re
 import sys
@@ -18,8 +19,10 @@ from models.swin import window_of
 
 State = dict[str, Tensor]
 TABLE = "relative_position_bias_table"
-LIBRARIES = {r"features\.\d|encoder\.layers\.encoder_layer_": "torchvision",
-             r"(vit|deit|swin|convnext)\w*\.(embeddings|encoder)\.": "transformers"}
+LIBRARIES = {
+    r"features\.\d|encoder\.layers\.encoder_layer_": "torchvision",
+    r"(vit|deit|swin|convnext)\w*\.(embeddings|encoder)\.": "transformers",
+}
 
 
 def head_keys(model: nn.Module) -> set[str]:
@@ -52,11 +55,14 @@ def fit(model: nn.Module, weights: State, source: str, saved: nn.Module | None =
     if adapted.keys() & own.keys():
         return adapted, notes
     heads = head_keys(model)
-    alike = len(adapted) == len(own) and all(theirs.shape == ours.shape or key in heads
-                                             for theirs, (key, ours) in zip(adapted.values(), own.items()))
+    alike = len(adapted) == len(own) and all(
+        theirs.shape == ours.shape or key in heads for theirs, (key, ours) in zip(adapted.values(), own.items())
+    )
     if not alike:
-        raise ValueError(f"--init {source}: none of its {len(adapted)} tensors has a name of this model "
-                         f"(first: {next(iter(adapted))}; the model's first: {next(iter(own))}{library_of(adapted)})")
+        raise ValueError(
+            f"--init {source}: none of its {len(adapted)} tensors has a name of this model "
+            f"(first: {next(iter(adapted))}; the model's first: {next(iter(own))}{library_of(adapted)})"
+        )
     return dict(zip(own, adapted.values())), [*notes, "no name matched, every shape did: taken in order"]
 
 
@@ -82,7 +88,7 @@ def _prefix(weights: State, own: Iterable[str], adapt: Callable[[State], State])
 
 
 def _stripped(weights: State, prefix: str) -> State:
-    return {key[len(prefix):]: value for key, value in weights.items() if key.startswith(prefix)}
+    return {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def _changed(before: Tensor, after: Tensor) -> bool:
@@ -99,6 +105,7 @@ def _adapter(model: nn.Module, source: str, saved: nn.Module | None) -> Callable
         except (RuntimeError, KeyError, AttributeError, AssertionError, IndexError) as error:  # timm's own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"--init {source}: its tensors cannot be brought to this model ({reason})") from None
+
     return adapt
 
 
@@ -164,13 +171,23 @@ def check_resized(weights: State, saved: nn.Module, larger: nn.Module, own: Stat
     `larger` is the network `saved` at another size: what differs between the two in shape depends on it.
     """
     theirs, other = saved.state_dict(), larger.state_dict()
-    bound = [key for key, value in theirs.items()
-             if value.ndim < 4 and key in other and other[key].shape != value.shape]
-    wrong = [key for key in bound if key != "pos_embed" and not key.endswith(TABLE) and key in own and key in weights
-             and weights[key].shape == theirs[key].shape == own[key].shape]
+    bound = [
+        key for key, value in theirs.items() if value.ndim < 4 and key in other and other[key].shape != value.shape
+    ]
+    wrong = [
+        key
+        for key in bound
+        if key != "pos_embed"
+        and not key.endswith(TABLE)
+        and key in own
+        and key in weights
+        and weights[key].shape == theirs[key].shape == own[key].shape
+    ]
     if wrong:
-        raise ValueError(f"--init {source}: {some(wrong)} are of the image size it was trained at, and nothing resizes "
-                         "them for this model; give that --image_size")
+        raise ValueError(
+            f"--init {source}: {some(wrong)} are of the image size it was trained at, and nothing resizes "
+            "them for this model; give that --image_size"
+        )
 
 
 def fit_head(model: nn.Module, weights: State, theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[State, list[str]]:
@@ -198,8 +215,10 @@ def fit_head(model: nn.Module, weights: State, theirs: dict[str, Any], ours: dic
     if not left and not new:
         note = f"rows of the head put in the order of these {len(wanted)} {_kind(ours)}"
         return weights, [note, *_other_range(theirs, ours)]
-    note = (f"rows of the head by name: {len(taken)} of {len(wanted)} {_kind(ours)} taken, "
-            f"fresh: {some(_words(new))}, left out: {some(_words(left))}")
+    note = (
+        f"rows of the head by name: {len(taken)} of {len(wanted)} {_kind(ours)} taken, "
+        f"fresh: {some(_words(new))}, left out: {some(_words(left))}"
+    )
     return weights, [note, *_other_encoding(names, wanted), *_other_range(theirs, ours)]
 
 
@@ -235,8 +254,12 @@ def _output_keys(model: nn.Module) -> set[str]:
     """Names of the tensors (K, ...) whose rows are the outputs: weight and bias of each classifier's last layer."""
     layers = [[each for each in head.modules() if isinstance(each, nn.Linear | nn.Conv2d)] for head in _heads(model)]
     last = {id(each[-1]) for each in layers if each}
-    return {f"{name}.{key}" for name, module in model.named_modules() if id(module) in last
-            for key, _ in module.named_parameters()}
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if id(module) in last
+        for key, _ in module.named_parameters()
+    }
 
 
 @torch.no_grad()
@@ -252,15 +275,19 @@ def check_whole(missing: list[str], unexpected: list[str], own: State, source: s
     if not missing:
         return
     if unexpected:
-        why = f"{len(unexpected)} of the file's have no place in it ({unexpected[0]}, ...): another network, or its " \
-              f"names in another library{library_of(unexpected)}"
+        why = (
+            f"{len(unexpected)} of the file's have no place in it ({unexpected[0]}, ...): another network, or its "
+            f"names in another library{library_of(unexpected)}"
+        )
     elif all(".ls" in key or "gamma" in key for key in missing):
         why = "the file is of a network without LayerScale"
     else:
         why = "the file holds a part of a network, or one of fewer layers"
-    raise ValueError(f"--init {source}: {len(missing)} of the model's {len(own)} tensors are missing beside the head "
-                     f"({', '.join(missing[:3])}{', ...' * (len(missing) > 3)}): {why}; --init_partial starts them "
-                     "fresh")
+    raise ValueError(
+        f"--init {source}: {len(missing)} of the model's {len(own)} tensors are missing beside the head "
+        f"({', '.join(missing[:3])}{', ...' * (len(missing) > 3)}): {why}; --init_partial starts them "
+        "fresh"
+    )
 
 
 def library_of(keys: Iterable[str]) -> str:

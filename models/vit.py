@@ -1,8 +1,10 @@
 """Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929; "How to train your ViT?", arXiv 2106.10270).
 
-Module names are timm's (vision_transformer.py), initialisation is big_vision's (models/vit.py), so that timm's weights load as they are and
-fresh weights start as the paper's did. Legend: B pictures, C channels, N patches, P prefix tokens (class, distillation), D width.
+Module names are timm's (vision_transformer.py), initialisation is big_vision's (models/vit.py), so that timm's weights
+load as they are and fresh weights start as the paper's did. Legend: B pictures, C channels, N patches, P prefix tokens
+(class, distillation), D width.
 """
+
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,13 +18,23 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from models import HALF, register
-from models.layers import Block, NormedPatchEmbed, PatchEmbed, drop_path_rates, grid_of, lecun_normal_, saved_grid, sincos2d
+from models.layers import (
+    Block,
+    NormedPatchEmbed,
+    PatchEmbed,
+    drop_path_rates,
+    grid_of,
+    lecun_normal_,
+    saved_grid,
+    sincos2d,
+)
 
 GELU: dict[str, Callable[[], nn.Module]] = {"erf": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh")}
 
 
 class PlainTransformer(nn.Module):
-    """What all plain vision transformers share: tokens, one trunk, one norm, one linear head, and timm's informal interface around them.
+    """What all plain vision transformers share: tokens, one trunk, one norm, one linear head, and timm's informal
+    interface around them.
 
     A network sets `patch_embed`, `pos_embed`, `blocks`, `norm`, `head` and gives `embed`, `pool_tokens`, `init_head_`.
     """
@@ -42,14 +54,18 @@ class PlainTransformer(nn.Module):
     def feature_info(self) -> list[dict[str, Any]]:
         """Width, stride and name of each block's map, in timm's form."""
         stride = self.patch_embed.proj.stride[0]
-        return [{"num_chs": self.embed_dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(self.blocks))]
+        return [
+            {"num_chs": self.embed_dim, "reduction": stride, "module": f"blocks.{i}"} for i in range(len(self.blocks))
+        ]
 
     def set_any_size(self) -> None:
-        """Take pictures of other sizes too, as in training at a lower resolution: positions are resized to them in every forward pass."""
+        """Take pictures of other sizes too, as in training at a lower resolution: positions are resized to them in
+        every forward pass."""
         self.patch_embed.any_size = True
 
     def positions(self, image: Tensor) -> Tensor:
-        """Positions (1, P + N, D) for the patches of pictures (B, C, height, width); bicubic, antialiased (timm's resample_abs_pos_embed)."""
+        """Positions (1, P + N, D) for the patches of pictures (B, C, height, width); bicubic, antialiased (timm's
+        resample_abs_pos_embed)."""
         grid = grid_of(tuple(image.shape[-2:]), self.patch_embed.proj.kernel_size)
         if grid == self.patch_embed.grid_size:
             return self.pos_embed
@@ -62,17 +78,25 @@ class PlainTransformer(nn.Module):
         x = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
         return self.norm(x)
 
-    def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, norm: bool = False, stop_early: bool = False,
-                              output_fmt: str = "NCHW", intermediates_only: bool = False) -> Any:
-        """The patches' maps (B, D, H, W) behind the chosen blocks (all, the last n, or by number), alone or as (final tokens, maps);
-        timm's signature. `norm` normalises every map; `stop_early` leaves out the blocks behind the last one chosen."""
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The patches' maps (B, D, H, W) behind the chosen blocks (all, the last n, or by number), alone or as (final
+        tokens, maps); timm's signature. `norm` normalises every map; `stop_early` leaves out the blocks behind the last
+        one chosen."""
         check_choice("output_fmt", output_fmt, ("NCHW",))
         chosen, last = feature_take_indices(len(self.blocks), indices)
         x, maps, (rows, _) = self.embed(x), [], self.patch_embed.grid_size
-        for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             x = block(x)
             if i in chosen:
-                tokens = (self.norm(x) if norm else x)[:, self.num_prefix_tokens:][:, :self.patch_embed.num_patches]
+                tokens = (self.norm(x) if norm else x)[:, self.num_prefix_tokens :][:, : self.patch_embed.num_patches]
                 maps.append(rearrange(tokens, "b (h w) d -> b d h w", h=rows))
         return maps if intermediates_only else (self.norm(x), maps)
 
@@ -101,18 +125,23 @@ class PlainTransformer(nn.Module):
         return head
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token", "dist_token", "reg_token"} & {name for name, _ in self.named_parameters(recurse=False)}
+        return {"pos_embed", "cls_token", "dist_token", "reg_token"} & {
+            name for name, _ in self.named_parameters(recurse=False)
+        }
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers from input to output for layer-wise learning rates, in timm's form."""
-        return {"stem": r"^cls_token|^dist_token|^reg_token|^pos_embed|^patch_embed",
-                "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+        return {
+            "stem": r"^cls_token|^dist_token|^reg_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
     def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
-        """Fit weights saved at another image size or under the names of DeiT III's and ViT-5's authors (`gamma_1`, `gamma_2`).
+        """Fit weights saved at another image size or under the names of DeiT III's and ViT-5's authors (`gamma_1`,
+        `gamma_2`).
 
         Positions are resized bicubically: antialiased as timm does, without for files with the authors' names, as their
         code does. (DeiT's code does without, too; its files have timm's names. From 224 to 384 pixels the two differ by
@@ -130,11 +159,11 @@ class PlainTransformer(nn.Module):
         return state
 
     def _fit_positions(self, saved: Tensor, tokens: int, old: tuple[int, int] | None, antialias: bool) -> Tensor:
-        """Saved positions for 0 or `tokens` prefix tokens and the grid `old`, resized to ours; those of prefix tokens that
-        the file lacks stay as they are.
+        """Saved positions for 0 or `tokens` prefix tokens and the grid `old`, resized to ours; those of prefix tokens
+        that the file lacks stay as they are.
 
-        Without `old`, positions as many as ours are ours; of others, prefix tokens are taken to have positions in the file
-        as they have here, else the other way. Raises ValueError when nothing fits the number of positions.
+        Without `old`, positions as many as ours are ours; of others, prefix tokens are taken to have positions in the
+        file as they have here, else the other way. Raises ValueError when nothing fits the number of positions.
         """
         grid, count = self.patch_embed.grid_size, saved.shape[1]
         if saved.shape[2] != self.embed_dim or old is None and count == self.pos_embed.shape[1]:
@@ -147,8 +176,8 @@ class PlainTransformer(nn.Module):
         if old != grid:
             patches = resample_abs_pos_embed(patches, grid, old, num_prefix_tokens=0, antialias=antialias)
         wanted = self.pos_embed.shape[1] - self.patch_embed.num_patches
-        own = self.pos_embed.detach()[:, min(prefix, wanted):wanted].to(saved)
-        return torch.cat([saved[:, :min(prefix, wanted)], own, patches], dim=1)
+        own = self.pos_embed.detach()[:, min(prefix, wanted) : wanted].to(saved)
+        return torch.cat([saved[:, : min(prefix, wanted)], own, patches], dim=1)
 
 
 class ViT(PlainTransformer):
@@ -157,22 +186,46 @@ class ViT(PlainTransformer):
     Args:
         num_outputs: width of the head; 0 returns pooled features.
         image_size: side or (height, width); the patch must divide it, else ValueError.
-        dim_head: width of a head, None for embed_dim / num_heads; qkv_bias, out_bias: biases of attention's two projections.
+        dim_head: width of a head, None for embed_dim / num_heads; qkv_bias, out_bias: biases of attention's two
+            projections.
         pool: `cls` reads the class token, `mean` has none and averages the patches.
         pos: `learned` positions (with one for the class token), fixed `sincos2d`, or `none`.
         norm_pos: the last norm before pooling (`pre_pool`, as published) or after it (`post_pool`, timm's `fc_norm`).
-        head: `linear`, or `mlp_tanh` with the paper's hidden layer between pooling and head (big_vision's rep_size); head_bias: its start.
+        head: `linear`, or `mlp_tanh` with the paper's hidden layer between pooling and head (big_vision's rep_size);
+            head_bias: its start.
         patch_norm: norms around the patch projection; layer_scale: start of LayerScale, None for none.
         dropout: after positions, attention's projection and both MLP layers; attn_dropout: on attention weights.
         drop_path: stochastic depth at the last block, rising linearly from 0.
     Raises ValueError for a word that is not among an option's choices.
     """
 
-    def __init__(self, *, num_outputs: int = 1000, image_size: int | tuple[int, int] = 224, in_chans: int = 3, patch_size: int = 16,
-                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, dim_head: int | None = None, mlp_ratio: float = 4.0,
-                 qkv_bias: bool = True, out_bias: bool = True, patch_norm: bool = False, layer_scale: float | None = None,
-                 gelu: str = "erf", norm_eps: float = 1e-6, pool: str = "cls", pos: str = "learned", norm_pos: str = "pre_pool",
-                 head: str = "linear", head_bias: float = 0.0, dropout: float = 0.0, attn_dropout: float = 0.0, drop_path: float = 0.0):
+    def __init__(
+        self,
+        *,
+        num_outputs: int = 1000,
+        image_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        dim_head: int | None = None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        patch_norm: bool = False,
+        layer_scale: float | None = None,
+        gelu: str = "erf",
+        norm_eps: float = 1e-6,
+        pool: str = "cls",
+        pos: str = "learned",
+        norm_pos: str = "pre_pool",
+        head: str = "linear",
+        head_bias: float = 0.0,
+        dropout: float = 0.0,
+        attn_dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ):
         check_choice("pool", pool, ("cls", "mean"))
         check_choice("pos", pos, ("learned", "sincos2d", "none"))
         check_choice("norm_pos", norm_pos, ("pre_pool", "post_pool"))
@@ -188,8 +241,20 @@ class ViT(PlainTransformer):
             self.register_parameter(token, nn.Parameter(torch.zeros(1, 1, embed_dim)))
         self._make_positions(pos)
         self.pos_drop = nn.Dropout(dropout)
-        block = partial(Block, embed_dim, num_heads, dim_head=dim_head, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, out_bias=out_bias,
-                        layer_scale=layer_scale, act=GELU[gelu], norm_eps=norm_eps, dropout=dropout, attn_dropout=attn_dropout)
+        block = partial(
+            Block,
+            embed_dim,
+            num_heads,
+            dim_head=dim_head,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+            layer_scale=layer_scale,
+            act=GELU[gelu],
+            norm_eps=norm_eps,
+            dropout=dropout,
+            attn_dropout=attn_dropout,
+        )
         self.blocks = nn.Sequential(*(block(drop_path=rate) for rate in self.drop_path_rates(drop_path, depth)))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps) if norm_pos == "pre_pool" else nn.Identity()
         self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if norm_pos == "post_pool" else nn.Identity()
@@ -216,8 +281,8 @@ class ViT(PlainTransformer):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """big_vision's: patches and the hidden head layer LeCun normal; q, k, v and every other matrix Xavier uniform; MLP biases
-        N(0, 1e-6); positions N(0, 1/sqrt(D)); class token and head zero."""
+        """big_vision's: patches and the hidden head layer LeCun normal; q, k, v and every other matrix Xavier uniform;
+        MLP biases N(0, 1e-6); positions N(0, 1/sqrt(D)); class token and head zero."""
         lecun_normal_(self.patch_embed.proj.weight)
         nn.init.zeros_(self.patch_embed.proj.bias)
         if isinstance(self.pos_embed, nn.Parameter):
@@ -245,7 +310,9 @@ class ViT(PlainTransformer):
         if pos is not None and not self.prefix_has_pos:
             x = x + pos
         if self.prefix:
-            x = torch.cat([*(getattr(self, token).expand(len(x), -1, -1) for token in self.prefix), x], dim=1)  # (B, P + N, D)
+            x = torch.cat(
+                [*(getattr(self, token).expand(len(x), -1, -1) for token in self.prefix), x], dim=1
+            )  # (B, P + N, D)
         if pos is not None and self.prefix_has_pos:
             x = x + pos
         return self.pos_drop(x)
@@ -264,15 +331,37 @@ def check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
 
 for _name, _patch, _dim, _depth, _heads, _gmacs, _timm in (
     # name     patch  width depth heads  GMACs  the same in timm
-    ("vit_ti16", 16,   192,  12,   3,    1.25,  "vit_tiny_patch16_224"),
-    ("vit_s16",  16,   384,  12,   6,    4.60,  "vit_small_patch16_224"),
-    ("vit_b16",  16,   768,  12,  12,   17.56,  "vit_base_patch16_224"),
-    ("vit_l16",  16,  1024,  24,  16,   61.55,  "vit_large_patch16_224"),
-    ("vit_s32",  32,   384,  12,   6,    1.14,  "vit_small_patch32_224"),
-    ("vit_b32",  32,   768,  12,  12,    4.41,  "vit_base_patch32_224"),
-    ("vit_l32",  32,  1024,  24,  16,   15.38,  "vit_large_patch32_224"),
-    ("vit_h14",  14,  1280,  32,  16,  167.30,  "vit_huge_patch14_224"),
+    ("vit_ti16", 16, 192, 12, 3, 1.25, "vit_tiny_patch16_224"),
+    ("vit_s16", 16, 384, 12, 6, 4.60, "vit_small_patch16_224"),
+    ("vit_b16", 16, 768, 12, 12, 17.56, "vit_base_patch16_224"),
+    ("vit_l16", 16, 1024, 24, 16, 61.55, "vit_large_patch16_224"),
+    ("vit_s32", 32, 384, 12, 6, 1.14, "vit_small_patch32_224"),
+    ("vit_b32", 32, 768, 12, 12, 4.41, "vit_base_patch32_224"),
+    ("vit_l32", 32, 1024, 24, 16, 15.38, "vit_large_patch32_224"),
+    ("vit_h14", 14, 1280, 32, 16, 167.30, "vit_huge_patch14_224"),
 ):
-    register(_name, ViT, gmacs=_gmacs, timm=_timm, mean=HALF, std=HALF,
-             patch_size=_patch, embed_dim=_dim, depth=_depth, num_heads=_heads)
-register("vit_nano4", ViT, gmacs=0.08, image_size=32, crop_pct=1.0, mean=HALF, std=HALF, patch_size=4, embed_dim=128, depth=6, num_heads=4)
+    register(
+        _name,
+        ViT,
+        gmacs=_gmacs,
+        timm=_timm,
+        mean=HALF,
+        std=HALF,
+        patch_size=_patch,
+        embed_dim=_dim,
+        depth=_depth,
+        num_heads=_heads,
+    )
+register(
+    "vit_nano4",
+    ViT,
+    gmacs=0.08,
+    image_size=32,
+    crop_pct=1.0,
+    mean=HALF,
+    std=HALF,
+    patch_size=4,
+    embed_dim=128,
+    depth=6,
+    num_heads=4,
+)

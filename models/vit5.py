@@ -1,9 +1,12 @@
-"""ViT-5: "Vision Transformers for the Mid-2020s" (Wang et al. 2026, arXiv 2602.08071; wangf3014/ViT-5 at b7b0796, models_vit5.py).
+"""ViT-5: "Vision Transformers for the Mid-2020s" (Wang et al. 2026, arXiv 2602.08071; wangf3014/ViT-5 at b7b0796,
+models_vit5.py).
 
-A DeiT III whose norms are RMSNorm without bias, whose queries and keys are normalised per head and turned by rotary positions beside the
-learned ones, with a square of register tokens after the patches that has rotary positions of its own. Names are timm's where timm has one.
+A DeiT III whose norms are RMSNorm without bias, whose queries and keys are normalised per head and turned by rotary
+positions beside the learned ones, with a square of register tokens after the patches that has rotary positions of its
+own. Names are timm's where timm has one.
 Legend: B pictures, N patches, R registers, T = 1 + N + R tokens, D width, H heads, K width of a head.
 """
+
 import math
 
 import torch
@@ -18,8 +21,9 @@ from models.vit import PlainTransformer
 
 
 def axial_angles(grid: tuple[int, int], dim_head: int, theta: float) -> Tensor:
-    """Rotary angles (N, K) of a grid: the first half of the channels turns with the row, the second with the column; each frequency
-    theta^(-2i / (K/2)) serves two neighbouring channels (rope.py, Su et al. 2021). Raises ValueError when 4 does not divide K."""
+    """Rotary angles (N, K) of a grid: the first half of the channels turns with the row, the second with the column;
+    each frequency theta^(-2i / (K/2)) serves two neighbouring channels (rope.py, Su et al. 2021). Raises ValueError
+    when 4 does not divide K."""
     if dim_head % 4:
         raise ValueError(f"rotary positions need heads of a width that 4 divides, not {dim_head}")
     omega = theta ** -(torch.arange(0, dim_head // 2, 2, dtype=torch.float32) / (dim_head // 2))  # (K/4,)
@@ -29,7 +33,8 @@ def axial_angles(grid: tuple[int, int], dim_head: int, theta: float) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Turn pairs of neighbouring channels of (B, H, T, K) by the angles (T, K) of their token; angle 0 leaves a token as it is."""
+    """Turn pairs of neighbouring channels of (B, H, T, K) by the angles (T, K) of their token; angle 0 leaves a token
+    as it is."""
 
     def __init__(self, angles: Tensor):
         super().__init__()
@@ -42,7 +47,8 @@ class Rotary(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm that computes in the type of its input, so that autocast keeps PyTorch's fused kernel (it sums in float32 all the same)."""
+    """RMSNorm that computes in the type of its input, so that autocast keeps PyTorch's fused kernel (it sums in float32
+    all the same)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
@@ -67,7 +73,17 @@ class RotaryAttention(nn.Module):
 class Block(nn.Module):
     """x + attention, x + MLP, each under RMSNorm and LayerScale."""
 
-    def __init__(self, dim: int, num_heads: int, rotary: Rotary, *, mlp_ratio: float, qkv_bias: bool, layer_scale: float, drop_path: float):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        rotary: Rotary,
+        *,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        layer_scale: float,
+        drop_path: float,
+    ):
         super().__init__()
         self.norm1, self.attn = nn.RMSNorm(dim, eps=1e-6), RotaryAttention(dim, num_heads, rotary, qkv_bias=qkv_bias)
         self.ls1, self.drop_path1 = LayerScale(dim, layer_scale), DropPath(drop_path)
@@ -92,10 +108,24 @@ class ViT5(PlainTransformer):
 
     prefix_has_pos = False
 
-    def __init__(self, *, num_outputs: int = 1000, image_size: int | tuple[int, int] = 224, in_chans: int = 3, patch_size: int = 16,
-                 embed_dim: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, qkv_bias: bool = False,
-                 registers: int = 4, theta: float = 10_000.0, register_theta: float = 100.0, layer_scale: float = 1e-4,
-                 drop_path: float = 0.0):
+    def __init__(
+        self,
+        *,
+        num_outputs: int = 1000,
+        image_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        registers: int = 4,
+        theta: float = 10_000.0,
+        register_theta: float = 100.0,
+        layer_scale: float = 1e-4,
+        drop_path: float = 0.0,
+    ):
         super().__init__(num_outputs, embed_dim)
         side, dim_head = math.isqrt(registers), embed_dim // num_heads
         if side * side != registers:
@@ -106,11 +136,29 @@ class ViT5(PlainTransformer):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches, embed_dim))
-        rotary = Rotary(torch.cat([torch.zeros(1, dim_head), axial_angles(self.patch_embed.grid_size, dim_head, theta),
-                                   axial_angles((side, side), dim_head, register_theta)]))  # one table, shared by all blocks
-        self.blocks = nn.Sequential(*(
-            Block(embed_dim, num_heads, rotary, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, layer_scale=layer_scale, drop_path=drop_path)
-            for _ in range(depth)))
+        rotary = Rotary(
+            torch.cat(
+                [
+                    torch.zeros(1, dim_head),
+                    axial_angles(self.patch_embed.grid_size, dim_head, theta),
+                    axial_angles((side, side), dim_head, register_theta),
+                ]
+            )
+        )  # one table, shared by all blocks
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    rotary,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    layer_scale=layer_scale,
+                    drop_path=drop_path,
+                )
+                for _ in range(depth)
+            )
+        )
         self.norm = nn.RMSNorm(embed_dim, eps=1e-6)
         self.init_weights()
         self.head = self.make_head(num_outputs)
@@ -145,7 +193,7 @@ class ViT5(PlainTransformer):
 
 for _name, _dim, _depth, _heads, _gmacs in (
     # name     width depth heads GMACs
-    ("vit5_s16", 384,  12,   6,   4.70),
-    ("vit5_b16", 768,  12,  12,  17.93),
+    ("vit5_s16", 384, 12, 6, 4.70),
+    ("vit5_b16", 768, 12, 12, 17.93),
 ):
     register(_name, ViT5, gmacs=_gmacs, crop_pct=1.0, embed_dim=_dim, depth=_depth, num_heads=_heads)

@@ -1,4 +1,6 @@
-"""Shared fixtures: `launch` runs the command line in a fresh process, quickly: a fork of a server that has imported torch and lightning."""
+"""Shared fixtures: `launch` runs the command line in a fresh process, quickly: a fork of a server that has imported
+torch and lightning."""
+
 import json
 import multiprocessing
 import os
@@ -16,17 +18,25 @@ import pytest
 
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
-os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {
+    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_SILENT": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 for variable in ("WANDB_API_KEY", "IMAGENET_DIR", "VITLAB_DECISION"):
     os.environ.pop(variable, None)
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "lightning", "timm", "wandb", "wandb.sdk.launch", "sklearn.datasets", "experiments.report"])
+FORKS.set_forkserver_preload(
+    ["torch", "lightning", "timm", "wandb", "wandb.sdk.launch", "sklearn.datasets", "experiments.reporting.result"]
+)
 
 
 @dataclass
 class Finished:
-    """How a launched command ended: exit code (negative is a signal) and what it printed, of the first rank and of all."""
+    """How a launched command ended: exit code (negative is a signal) and what it printed, of the first rank and of
+    all."""
 
     code: int
     out: str
@@ -40,8 +50,8 @@ def free_port() -> int:
 
 
 def hear_signals() -> None:
-    """Give this process, which a test has started, the usual signals back: the tests may run where they are ignored (nohup, a job in the
-    background of a shell), and a command that is started so goes on ignoring them."""
+    """Give this process, which a test has started, the usual signals back: the tests may run where they are ignored
+    (nohup, a job in the background of a shell), and a command that is started so goes on ignoring them."""
     for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(each, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -57,10 +67,21 @@ def heard():
         signal.signal(each, handler)
 
 
-def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_step: int | None, before: Callable[[], None] | None) -> None:
+def _child(
+    argv: list[str],
+    env: dict[str, str],
+    folder: str,
+    log: str,
+    kill_at_step: int | None,
+    before: Callable[[], None] | None,
+) -> None:
     hear_signals()
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process from a shell; a forkserver's child would
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # start them from another forkserver, and they would outlive a kill
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of loader workers, as in a process from a shell; a forkserver's child would
+    descriptor = os.open(
+        log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    )  # start them from another forkserver, and they would outlive a kill
     for stream in (1, 2):
         os.dup2(descriptor, stream)
     for variable in ("VITLAB_DECISION", "VITLAB_LAUNCHER"):  # of a run inside the test's own process
@@ -73,6 +94,7 @@ def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_
     if before is not None:
         before()
     from experiments.run import main
+
     code = 1
     try:
         code = main(argv)
@@ -80,6 +102,7 @@ def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_
         code = int(stop.code or 0)
     except BaseException:
         import traceback
+
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -90,18 +113,21 @@ def _child(argv: list[str], env: dict[str, str], folder: str, log: str, kill_at_
 def _kill_before(step: int) -> None:
     """Die by kill -9 at the first training pass after `step` optimizer steps."""
     from lightning_modules.task import Task
+
     original = Task.training_step
 
     def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
         if self.global_step >= step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, batch, batch_idx)
+
     Task.training_step = training_step
 
 
 @contextmanager
 def kept_environment():
-    """Put back what a command run in this process writes into its environment, such as the launcher's decision for its ranks."""
+    """Put back what a command run in this process writes into its environment, such as the launcher's decision for its
+    ranks."""
     before = dict(os.environ)
     yield
     if dict(os.environ) != before:
@@ -118,7 +144,8 @@ def same_environment():
 
 @pytest.fixture
 def launch(tmp_path: Path):
-    """launch("--model vit_nano4 ...", ranks=2, kill_at_step=5) -> Finished. With ranks, the processes are started as torchrun would.
+    """launch("--model vit_nano4 ...", ranks=2, kill_at_step=5) -> Finished. With ranks, the processes are started as
+    torchrun would.
 
     `before` is called in each process before the command; `watch` here, with the processes, once they have started.
     """
@@ -127,16 +154,41 @@ def launch(tmp_path: Path):
 
 def launcher(tmp_path: Path) -> Callable[..., Finished]:
     """What `launch` is, in a folder that outlives the test."""
-    def run(line: str, *, ranks: int = 1, kill_at_step: int | None = None, env: dict[str, str] | None = None, timeout: float = 120,
-            before: Callable[[], None] | None = None, watch: Callable[[list], None] | None = None) -> Finished:
+
+    def run(
+        line: str,
+        *,
+        ranks: int = 1,
+        kill_at_step: int | None = None,
+        env: dict[str, str] | None = None,
+        timeout: float = 120,
+        before: Callable[[], None] | None = None,
+        watch: Callable[[list], None] | None = None,
+    ) -> Finished:
         port, children, logs = free_port(), [], []
         for rank in range(ranks):
-            place = {"WANDB_DATA_DIR": str(tmp_path / "wandb-data"), "WANDB_CACHE_DIR": str(tmp_path / "wandb-cache"), **(env or {})}
+            place = {
+                "WANDB_DATA_DIR": str(tmp_path / "wandb-data"),
+                "WANDB_CACHE_DIR": str(tmp_path / "wandb-cache"),
+                **(env or {}),
+            }
             if ranks > 1:
-                place |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                          "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+                place |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "GROUP_RANK": "0",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "TORCHELASTIC_RUN_ID": "test",
+                }
             logs.append(tmp_path / f"launch-{port}-{rank}.log")
-            children.append(FORKS.Process(target=_child, args=(line.split(), place, str(tmp_path), str(logs[-1]), kill_at_step, before)))
+            children.append(
+                FORKS.Process(
+                    target=_child, args=(line.split(), place, str(tmp_path), str(logs[-1]), kill_at_step, before)
+                )
+            )
             children[-1].start()
         if watch is not None:
             watch(children)
@@ -150,6 +202,7 @@ def launcher(tmp_path: Path) -> Callable[..., Finished]:
         outs = [log.read_text() if log.exists() else "" for log in logs]
         assert not late, f"still running after {timeout} s: {line}\n" + "\n".join(outs)
         return Finished(children[0].exitcode, outs[0], outs)
+
     return run
 
 
@@ -167,6 +220,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 def weights_of(checkpoint: Path) -> dict[str, Any]:
     import torch
+
     return torch.load(checkpoint, weights_only=True)["state_dict"]
 
 
@@ -174,6 +228,7 @@ def write_pictures(root: Path, counts: dict[str, int], side: int = 16, seed: int
     """JPEGs `root/<class>/<n>.jpg`, each class with a brightness of its own."""
     import numpy as np
     from PIL import Image
+
     rng = np.random.default_rng(seed)
     for place, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
@@ -186,6 +241,7 @@ def write_damaged(path: Path) -> None:
     """A picture with a sound header and end, which only decoding finds out."""
     import numpy as np
     from PIL import Image
+
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(path, "PNG")
     content = path.read_bytes()
     path.write_bytes(content[:1000] + bytes(100) + content[1100:])

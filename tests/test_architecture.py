@@ -1,17 +1,27 @@
 """The rules of the house that a machine can check."""
+
 import ast
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAY_IMPORT = {"models": set(), "datamodules": set(), "lightning_modules": {"models"}, "experiments": {"models", "datamodules", "lightning_modules"}}
+MAY_IMPORT = {
+    "models": set(),
+    "datamodules": set(),
+    "lightning_modules": {"models"},
+    "experiments": {"models", "datamodules", "lightning_modules"},
+}
 SOURCES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
 
 
 def imported(tree: ast.AST) -> set[str]:
     direct = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    return {name.split(".")[0] for name in direct | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}}
+    return {
+        name.split(".")[0]
+        for name in direct
+        | {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    }
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -34,6 +44,12 @@ def test_help_and_mistakes_do_not_wait_for_torch():
 def test_nothing_is_unpickled_without_care():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func) == "torch.load":
-                assert any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords), path
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and ast.unparse(node.func) == "torch.load"
+            ):
+                assert any(
+                    word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords
+                ), path
         assert "import pickle" not in path.read_text()

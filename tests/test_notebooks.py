@@ -1,4 +1,5 @@
 """The notebook runs from top to bottom, tells what the files say, and carries no output."""
+
 import json
 from pathlib import Path
 
@@ -24,7 +25,10 @@ def test_the_notebook_trains_distils_and_compares(tmp_path, monkeypatch, capsys,
     assert len(runs) == 5 and len(groups) == 3
     for start in ("alone", "taught"):
         scores = [runs[f"{start}-s{seed}"]["test/acc1"] for seed in (0, 1)]
-        assert groups.loc[f"{start}-s*", "mean"] == pytest.approx(sum(scores) / 2, rel=1e-9) and groups.loc[f"{start}-s*", "n"] == 2
+        assert (
+            groups.loc[f"{start}-s*", "mean"] == pytest.approx(sum(scores) / 2, rel=1e-9)
+            and groups.loc[f"{start}-s*", "n"] == 2
+        )
     assert runs["teacher"]["epochs"] == int(epochs.split(",")[0]) and (tmp_path / "comparison" / "index.html").is_file()
     assert names["accuracy"] == pytest.approx(runs["teacher"]["test/acc1"])  # of all test pictures, as the run has it
     assert 0 < names["accuracy"] < 1 and (epochs == "3, 2" or names["accuracy"] > 0.8)

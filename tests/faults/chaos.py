@@ -1,8 +1,11 @@
-"""make chaos N=200: short runs killed by kill -9 at random moments and resumed; how many end with the undisturbed run's weights, to the byte.
+"""make chaos N=200: short runs killed by kill -9 at random moments and resumed; how many end with the undisturbed run's
+weights, to the byte.
 
-Ours through run.py, and beside it the same network and pictures in stock Lightning as its documentation has it (`shuffle=True`,
-ModelCheckpoint(save_last=True), ckpt_path="last"). Of the N runs of each every second one has two ranks, and every third two workers a rank.
+Ours through run.py, and beside it the same network and pictures in stock Lightning as its documentation has it
+(`shuffle=True`, ModelCheckpoint(save_last=True), ckpt_path="last"). Of the N runs of each every second one has two
+ranks, and every third two workers a rank.
 """
+
 import multiprocessing
 import os
 import random
@@ -51,12 +54,27 @@ def stock(folder: str, log: str, env: dict[str, str], ranks: int, workers: int, 
 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), 2e-3)
+
     L.seed_everything(0, workers=True, verbose=False)
-    steps = transforms.Compose([transforms.RandomResizedCrop(16), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-    loader = DataLoader(datasets.ImageFolder("pics/train", steps), 4 // ranks, shuffle=True, drop_last=True, num_workers=workers)
+    steps = transforms.Compose(
+        [transforms.RandomResizedCrop(16), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    )
+    loader = DataLoader(
+        datasets.ImageFolder("pics/train", steps), 4 // ranks, shuffle=True, drop_last=True, num_workers=workers
+    )
     save = ModelCheckpoint(f"runs/{name}", save_last=True, every_n_train_steps=EVERY)
-    trainer = L.Trainer(accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_epochs=EPOCHS, callbacks=[save],
-                        accumulate_grad_batches=2, logger=False, enable_progress_bar=False, enable_model_summary=False, deterministic=True)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_epochs=EPOCHS,
+        callbacks=[save],
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        deterministic=True,
+    )
     module, code = Plain(), 1
     try:
         trainer.fit(module, loader, ckpt_path="last")
@@ -65,6 +83,7 @@ def stock(folder: str, log: str, env: dict[str, str], ranks: int, workers: int, 
         code = 0
     except BaseException:
         import traceback
+
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -77,11 +96,25 @@ def start(kind: str, folder: Path, name: str, ranks: int, workers: int) -> list[
     for rank in range(ranks):
         env, log = {}, str(folder / f"{kind}-{name}-{rank}.log")
         if ranks > 1:
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "chaos"}
-        line = TINY.replace("--workers 0", f"--workers {workers}") + f" --epochs {EPOCHS} --save_every_steps {EVERY} --devices {ranks}"
-        arguments = ((f"{line} --name {name} --val_fraction 0.1".split(), env, str(folder), log, None, None) if kind == "vitlab"
-                     else (str(folder), log, env, ranks, workers, name))
+            env = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "GROUP_RANK": "0",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "chaos",
+            }
+        line = (
+            TINY.replace("--workers 0", f"--workers {workers}")
+            + f" --epochs {EPOCHS} --save_every_steps {EVERY} --devices {ranks}"
+        )
+        arguments = (
+            (f"{line} --name {name} --val_fraction 0.1".split(), env, str(folder), log, None, None)
+            if kind == "vitlab"
+            else (str(folder), log, env, ranks, workers, name)
+        )
         children.append(FORKS.Process(target=_child if kind == "vitlab" else stock, args=arguments))
         children[-1].start()
     return children
@@ -110,7 +143,9 @@ def final(kind: str, folder: Path, name: str) -> Path:
     return last(folder / "runs" / name) if kind == "vitlab" else folder / "runs" / name / "final.pt"
 
 
-def trial(kind: str, folder: Path, name: str, ranks: int, workers: int, longest: float, chance: random.Random) -> tuple[str, int]:
+def trial(
+    kind: str, folder: Path, name: str, ranks: int, workers: int, longest: float, chance: random.Random
+) -> tuple[str, int]:
     """Kill one run up to KILLS times, then let it end. Returns (equal | different | does not end, kills that hit)."""
     for hits in range(KILLS + 1):  # the last time without a kill; a run that has ended is not started again
         children = start(kind, folder, name, ranks, workers)
@@ -120,7 +155,11 @@ def trial(kind: str, folder: Path, name: str, ranks: int, workers: int, longest:
     if any(child.exitcode is None for child in children) or any(child.exitcode for child in children):
         kill(children)
         return "does not end", hits
-    return ("equal" if same_weights(final(kind, folder, f"whole-{ranks}-{workers}"), final(kind, folder, name)) else "different"), hits
+    return (
+        "equal"
+        if same_weights(final(kind, folder, f"whole-{ranks}-{workers}"), final(kind, folder, name))
+        else "different"
+    ), hits
 
 
 def main() -> int:
@@ -133,14 +172,19 @@ def main() -> int:
         longest, ended[kind] = {}, Counter()
         for ranks, workers in ((1, 0), (1, 2), (2, 0), (2, 2)):
             began, children = time.monotonic(), start(kind, folder, f"whole-{ranks}-{workers}", ranks, workers)
-            assert wait(children, 300) and not any(child.exitcode for child in children), f"{kind} fails undisturbed: logs in {folder}"
+            assert wait(children, 300) and not any(child.exitcode for child in children), (
+                f"{kind} fails undisturbed: logs in {folder}"
+            )
             longest[ranks, workers] = time.monotonic() - began
         for turn in range(number):
             ranks, workers = 1 + turn % 2, 2 * (turn % 3 == 0)
             outcome, kills = trial(kind, folder, f"run{turn}", ranks, workers, longest[ranks, workers], chance)
             ended[kind][outcome] += 1
             hits[kind] += kills
-            print(f"{kind} {turn + 1}/{number}: {ranks} ranks, {workers} workers, killed {kills} times: {outcome}", flush=True)
+            print(
+                f"{kind} {turn + 1}/{number}: {ranks} ranks, {workers} workers, killed {kills} times: {outcome}",
+                flush=True,
+            )
             if outcome == "equal":
                 shutil.rmtree(folder / "runs" / f"run{turn}")
     for kind in ended:

@@ -1,4 +1,6 @@
-"""Ranks as real processes with a fault planted in some of them: a signal, a kill or an error at a chosen step or phase."""
+"""Ranks as real processes with a fault planted in some of them: a signal, a kill or an error at a chosen step or
+phase."""
+
 import multiprocessing
 import os
 import signal
@@ -12,14 +14,18 @@ from pathlib import Path
 import conftest
 import pytest
 
-TINY = "--data_dir pics --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2 " \
-       "--recipe none --global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --micro_batch_size 4 --accelerator cpu"
+TINY = (
+    "--data_dir pics --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 "
+    "--model_args.drop_path 0.2 "
+    "--recipe none --global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --micro_batch_size 4 --accelerator cpu"
+)
 
 
 @dataclass
 class Fault:
-    """What happens, once, in the processes of `ranks`: when `phase` ("step", "validation", "test", "save", "setup", "decide") comes for the
-    `after`-th time. `signals` are sent to the process itself, or with `group` to its process group, `apart` seconds one after the other."""
+    """What happens, once, in the processes of `ranks`: when `phase` ("step", "validation", "test", "save", "setup",
+    "decide") comes for the `after`-th time. `signals` are sent to the process itself, or with `group` to its process
+    group, `apart` seconds one after the other."""
 
     phase: str
     after: int = 0
@@ -49,23 +55,31 @@ class Fault:
             raise self.kind(self.error)
 
     def plant(self, folder: Path) -> None:
-        from experiments import build
-        from lightning_modules.checkpoints import AtomicCheckpointIO
+        from experiments.running import build
+        from lightning_modules.callbacks.checkpoints import AtomicCheckpointIO
         from lightning_modules.task import Task
-        owner, name = {"step": (Task, "training_step"), "validation": (Task, "validation_step"), "test": (Task, "test_step"),
-                       "save": (AtomicCheckpointIO, "save_checkpoint"), "setup": (Task, "configure_optimizers"),
-                       "decide": (build, "datamodule")}[self.phase]
+
+        owner, name = {
+            "step": (Task, "training_step"),
+            "validation": (Task, "validation_step"),
+            "test": (Task, "test_step"),
+            "save": (AtomicCheckpointIO, "save_checkpoint"),
+            "setup": (Task, "configure_optimizers"),
+            "decide": (build, "datamodule"),
+        }[self.phase]
         original = getattr(owner, name)
 
         def struck(*args, **kwargs):
             self.strike(folder)
             return original(*args, **kwargs)
+
         setattr(owner, name, struck)
 
 
 @dataclass
 class Ended:
-    """Exit codes (negative: a signal), output of each rank, and the seconds from the first fault to the last exit (nan without)."""
+    """Exit codes (negative: a signal), output of each rank, and the seconds from the first fault to the last exit (nan
+    without)."""
 
     codes: list[int]
     outs: list[str]
@@ -87,13 +101,31 @@ def _rank(argv: list[str], env: dict[str, str], folder: str, log: str, fault: Fa
 def torchrun_env(rank: int, ranks: int, nodes: int, port: int) -> dict[str, str]:
     """What torchrun sets for global rank `rank`."""
     local = ranks // nodes
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(local),
-            "GROUP_RANK": str(rank // local), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank % local),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(local),
+        "GROUP_RANK": str(rank // local),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
 
 
-def start(folder: Path, line: str, *, ranks: int = 1, nodes: int = 1, fault: Fault | None = None, timeout: float = 100,
-          env: Callable[[int, int], dict[str, str]] | None = None, places: list[Path] | None = None) -> Ended:
-    """Run the command line in `folder` on `ranks` processes; `env(rank, port)` instead of torchrun's variables, each in one of `places`."""
+def start(
+    folder: Path,
+    line: str,
+    *,
+    ranks: int = 1,
+    nodes: int = 1,
+    fault: Fault | None = None,
+    timeout: float = 100,
+    env: Callable[[int, int], dict[str, str]] | None = None,
+    places: list[Path] | None = None,
+) -> Ended:
+    """Run the command line in `folder` on `ranks` processes; `env(rank, port)` instead of torchrun's variables, each in
+    one of `places`."""
     port, children, logs = conftest.free_port(), [], []
     (folder / "struck").unlink(missing_ok=True)
     for rank in range(ranks):
@@ -118,18 +150,21 @@ def start(folder: Path, line: str, *, ranks: int = 1, nodes: int = 1, fault: Fau
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
-    from lightning_modules.history import read_history
+    from lightning_modules.loggers.csv_logger import read_history
+
     return read_history(run / "metrics.csv")
 
 
 def steps_of(run: Path) -> int:
     """Optimizer steps in last.ckpt."""
     import torch
+
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
 
 
 def assert_same_weights(first: Path, second: Path) -> None:
     import torch
+
     ours, theirs = (conftest.weights_of(run / "checkpoints" / "last.ckpt") for run in (first, second))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -165,7 +200,8 @@ def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
 
 @pytest.fixture
 def pics(tmp_path):
-    """40 training and 13 test pictures of three classes; val (a tenth) comes out of train. Two ranks of 8 have 4 steps an epoch."""
+    """40 training and 13 test pictures of three classes; val (a tenth) comes out of train. Two ranks of 8 have 4 steps
+    an epoch."""
     conftest.write_pictures(tmp_path / "pics" / "train", {"dark": 14, "grey": 13, "light": 13}, seed=1)
     conftest.write_pictures(tmp_path / "pics" / "test", {"dark": 5, "grey": 4, "light": 4}, seed=2)
     return tmp_path

@@ -1,4 +1,6 @@
-"""Rows 11 and 28 of the fault table: sets that do not divide by the ranks, and a run that comes back to another world or other data."""
+"""Rows 11 and 28 of the fault table: sets that do not divide by the ranks, and a run that comes back to another world
+or other data."""
+
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,7 @@ from conftest import result_of, write_pictures
 from sabotage import TINY, largest_difference, last
 
 import models
-from lightning_modules.history import read_history
+from lightning_modules.loggers.csv_logger import read_history
 
 pytestmark = pytest.mark.fault
 CALM = TINY.replace("drop_path 0.2", "drop_path 0") + " --epochs 3 --save_every_steps 3"
@@ -16,7 +18,8 @@ CALM = TINY.replace("drop_path 0.2", "drop_path 0") + " --epochs 3 --save_every_
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_row_11_thirteen_samples_on_two_ranks(pics, launch, workers):
-    """A network that says class 0 whatever it sees, and a test split in which that is right once: 1/13, not 1/7 or 1/14."""
+    """A network that says class 0 whatever it sees, and a test split in which that is right once: 1/13, not 1/7 or
+    1/14."""
     shutil.rmtree(pics / "pics" / "test")
     write_pictures(pics / "pics" / "test", {"dark": 1, "grey": 6, "light": 6})
     network = models.create("vit_nano4", 3, 16, embed_dim=32, depth=2)
@@ -41,14 +44,18 @@ def test_row_11_fewer_samples_than_ranks_and_none(pics, launch):
     ended = launch(f"{line} --name few", ranks=2)
     assert ended.code == 0 and result_of(pics / "runs" / "few")["test/acc1"] in (0.0, 1.0), ended.out
     alone = launch(f"{TINY} --epochs 1 --eval_only --init runs/few --name alone")
-    assert alone.code == 0 and result_of(pics / "runs" / "alone")["test/acc1"] == result_of(pics / "runs" / "few")["test/acc1"]
+    assert (
+        alone.code == 0
+        and result_of(pics / "runs" / "alone")["test/acc1"] == result_of(pics / "runs" / "few")["test/acc1"]
+    )
     (pics / "pics" / "test" / "grey" / "0.jpg").unlink()
     none = launch(f"{line} --eval_only --init runs/few --name none", ranks=2)
     assert none.code == 2 and "holds no picture" in none.out and "Traceback" not in none.out, none.out
 
 
 def same_but_for_rounding(whole, moved):
-    """Losses to 1e-6, weights to 1e-4 (AdamW enlarges rounding where gradients are small); the same rows. Other samples make 1e-3."""
+    """Losses to 1e-6, weights to 1e-4 (AdamW enlarges rounding where gradients are small); the same rows. Other samples
+    make 1e-3."""
     assert result_of(moved)["steps"] == 12 and largest_difference(last(whole), last(moved)) < 1e-4
     one, other = (read_history(run / "metrics.csv") for run in (whole, moved))
     assert [(row["epoch"], row["step"]) for row in one] == [(row["epoch"], row["step"]) for row in other]
@@ -56,14 +63,27 @@ def same_but_for_rounding(whole, moved):
         assert [row[key] for row in one] == pytest.approx([row[key] for row in other], abs=1e-6)
 
 
-@pytest.mark.parametrize("ranks, step", [((1, 2), 7), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-    ((2, 1), 7), ((1, 2), 4), ((2, 1), 8), ((1, 2), 3), ((2, 1), 5)))])
+@pytest.mark.parametrize(
+    "ranks, step",
+    [
+        ((1, 2), 7),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (((2, 1), 7), ((1, 2), 4), ((2, 1), 8), ((1, 2), 3), ((2, 1), 5))
+        ),
+    ],
+)
 def test_row_28_another_number_of_ranks_goes_on_by_samples(pics, launch, ranks, step):
-    """With micro batches of 4, 1 rank makes two passes a step and 2 ranks make one; checkpoints at 3, 4, 6, 8, 9, 12."""
+    """With micro batches of 4, 1 rank makes two passes a step and 2 ranks make one; checkpoints at 3, 4, 6, 8, 9,
+    12."""
     assert launch(f"{CALM} --name whole").code == 0
     assert launch(f"{CALM} --devices {ranks[0]} --name moved", ranks=ranks[0], kill_at_step=step).code == -9
     ended = launch(f"{CALM} --devices {ranks[1]} --name moved", ranks=ranks[1])
-    assert ended.code == 0 and f"saved by {ranks[0]} process" in ended.out and f"going on with {ranks[1]} at the same sample" in ended.out, ended.out
+    assert (
+        ended.code == 0
+        and f"saved by {ranks[0]} process" in ended.out
+        and f"going on with {ranks[1]} at the same sample" in ended.out
+    ), ended.out
     assert result_of(pics / "runs" / "moved")["world_size"] == ranks[1]
     same_but_for_rounding(pics / "runs" / "whole", pics / "runs" / "moved")
 
@@ -107,8 +127,12 @@ def test_row_28_other_data_are_refused_with_the_difference(pics, launch):
 
 def test_row_28_another_batch_seed_or_model_is_refused_with_the_difference(pics, launch):
     assert launch(f"{CALM} --name killed", kill_at_step=7).code == -9
-    for flags, words in (("--global_batch_size 4", "global_batch_size 8 -> 4"), ("--seed 1", "seed 0 -> 1"),
-                         ("--model_args.depth 3", "depth"), ("--image_size 20", "image_size [16, 16] -> [20, 20]")):
+    for flags, words in (
+        ("--global_batch_size 4", "global_batch_size 8 -> 4"),
+        ("--seed 1", "seed 0 -> 1"),
+        ("--model_args.depth 3", "depth"),
+        ("--image_size 20", "image_size [16, 16] -> [20, 20]"),
+    ):
         refused(launch, f"{CALM} --name other --resume runs/killed {flags}", words)
         assert not (pics / "runs" / "other").exists()
     refused(launch, f"{CALM} --name killed --global_batch_size 4", "global_batch_size 8 -> 4")

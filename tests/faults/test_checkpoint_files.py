@@ -1,4 +1,6 @@
-"""Rows 13-17 and 29 of the fault table: full and read-only disks, damaged and hostile files, what a checkpoint may hold, best and last."""
+"""Rows 13-17 and 29 of the fault table: full and read-only disks, damaged and hostile files, what a checkpoint may
+hold, best and last."""
+
 import os
 import pickle
 import shutil
@@ -17,24 +19,34 @@ from sabotage import TINY, fixed_accuracies, last, mounts_allowed, read_only, sa
 import models
 from experiments.config import Config
 from experiments.config import plain as plain_config
-from lightning_modules.checkpoints import AtomicCheckpointIO, plain
+from lightning_modules.callbacks.checkpoints import AtomicCheckpointIO, plain
 from models import pretrained
 
 pytestmark = pytest.mark.fault
-needs_mounts = pytest.mark.skipif(not mounts_allowed(), reason="file systems of one's own are not allowed here (unshare -rm)")
+needs_mounts = pytest.mark.skipif(
+    not mounts_allowed(), reason="file systems of one's own are not allowed here (unshare -rm)"
+)
 
 
 @needs_mounts
-@pytest.mark.parametrize("fault, error", [("full", "No space left"), pytest.param("read-only", "Read-only", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fault, error", [("full", "No space left"), pytest.param("read-only", "Read-only", marks=pytest.mark.slow)]
+)
 def test_row_13_a_disk_that_takes_nothing_for_a_while(pics, launch, fault, error):
     line = f"{TINY} --epochs 5 --save_every_steps 2"
     assert launch(f"{line} --name whole").code == 0
     ended = launch(f"{line} --name troubled", before=partial(troubled_disk, fault, 9, 15))
-    assert ended.code == 0 and error in ended.out and "Training goes on" in ended.out and "Traceback" not in ended.out, ended.out
+    assert (
+        ended.code == 0 and error in ended.out and "Training goes on" in ended.out and "Traceback" not in ended.out
+    ), ended.out
     whole, kept = pics / "runs" / "whole", pics / "kept" / "troubled"
     during = pretrained.read_checkpoint(pics / "during.ckpt")
     assert during["global_step"] == 8 and pretrained.intact(pics / "during.ckpt")
-    assert same_weights(last(whole), last(kept)) and result_of(kept)["failed_saves"] >= 3 and "saves of checkpoints failed" in ended.out
+    assert (
+        same_weights(last(whole), last(kept))
+        and result_of(kept)["failed_saves"] >= 3
+        and "saves of checkpoints failed" in ended.out
+    )
     assert (kept / "metrics.csv").read_text().count("\n") == 6 and result_of(kept)["finished"]
 
 
@@ -66,7 +78,9 @@ def damage(file: Path, how: str) -> None:
     file.write_bytes(b"" if how == "empty" else bytes(content))
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in ("zeros", "empty"))])
+@pytest.mark.parametrize(
+    "how", ["truncated", "flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in ("zeros", "empty"))]
+)
 def test_row_14_a_damaged_checkpoint_falls_back_to_the_one_before(pics, launch, how):
     line, run = f"{TINY} --epochs 3 --save_every_steps 3", pics / "runs" / "killed"
     assert launch(f"{line} --name whole").code == 0
@@ -91,7 +105,10 @@ def test_row_14_both_damaged_is_refused_with_the_way_out(pics, launch):
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     refused = launch(f"{line} --name killed")
     assert refused.code == 2 and "Traceback" not in refused.out and len(refused.out.splitlines()) <= 5, refused.out
-    assert all(word in refused.out for word in ("--overwrite", "--name", "last.ckpt", "last-1.ckpt", "--resume runs/killed/checkpoints/best.ckpt"))
+    assert all(
+        word in refused.out
+        for word in ("--overwrite", "--name", "last.ckpt", "last-1.ckpt", "--resume runs/killed/checkpoints/best.ckpt")
+    )
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     beside = launch(f"{line} --name beside --resume runs/killed/checkpoints/best.ckpt")
     assert beside.code == 0 and result_of(pics / "runs" / "beside")["steps"] == 12, beside.out
@@ -107,7 +124,9 @@ def test_row_15_a_directory_that_cannot_be_written_is_refused_at_the_start(pics,
     assert launch(f"{TINY} --epochs 2 --name old", kill_at_step=5).code == -9
     for place in ("runs", "runs/old/checkpoints"):
         ended = launch(f"{TINY} --epochs 2 --name old", before=partial(read_only, place))
-        assert ended.code == 2 and "cannot be written: Read-only" in ended.out and "Traceback" not in ended.out, ended.out
+        assert ended.code == 2 and "cannot be written: Read-only" in ended.out and "Traceback" not in ended.out, (
+            ended.out
+        )
     assert launch(f"{TINY} --epochs 2 --name old").code == 0
 
 
@@ -119,8 +138,14 @@ class Evil:
 def test_row_16_evil_and_remote_checkpoints_are_refused(pics, launch):
     torch.save({"state_dict": {"head.weight": torch.zeros(1)}, "config": Evil()}, pics / "evil.ckpt")
     (pics / "evil.pth").write_bytes(pickle.dumps(Evil()))
-    for words in ("--resume evil.ckpt", "--init evil.ckpt", "--init evil.pth", "--resume https://host/last.ckpt", "--init http://host/last.ckpt",
-                  "--eval_only --init s3://bucket/last.ckpt"):
+    for words in (
+        "--resume evil.ckpt",
+        "--init evil.ckpt",
+        "--init evil.pth",
+        "--resume https://host/last.ckpt",
+        "--init http://host/last.ckpt",
+        "--eval_only --init s3://bucket/last.ckpt",
+    ):
         ended = launch(f"{TINY} --epochs 1 --name refused {words}")
         expected = "from files only" if "://" in words else "could run code"
         assert ended.code == 2 and expected in ended.out and "Traceback" not in ended.out, ended.out
@@ -151,8 +176,18 @@ class WithArgs(L.LightningModule):
 
 
 def test_row_17_what_python_puts_into_a_checkpoint_loads_with_weights_only(tmp_path):
-    module = WithArgs(Args(Path("a/b"), np.float64(0.5)), {"n": np.int64(3), "row": np.arange(2), "pair": (np.float32(1), None)}, Path("runs"))
-    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, accelerator="cpu")
+    module = WithArgs(
+        Args(Path("a/b"), np.float64(0.5)),
+        {"n": np.int64(3), "row": np.arange(2), "pair": (np.float32(1), None)},
+        Path("runs"),
+    )
+    quiet = dict(
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        accelerator="cpu",
+    )
     trainer = L.Trainer(max_steps=2, plugins=[AtomicCheckpointIO()], **quiet)
     trainer.fit(module, torch.utils.data.DataLoader(torch.ones(4, 1)))
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -162,7 +197,9 @@ def test_row_17_what_python_puts_into_a_checkpoint_loads_with_weights_only(tmp_p
     assert loaded["optimizer_states"][0]["param_groups"][0]["lr"] == 0.1
     with pytest.raises(TypeError, match=r"checkpoint\.callbacks\.a\[1\] is a Evil"):
         plain({"callbacks": {"a": [1, Evil()]}})
-    config = plain_config(Config(model="vit_nano4", model_args={"drop_path": np.float64(0.1), "where": Path("a")}, data_dir=None))
+    config = plain_config(
+        Config(model="vit_nano4", model_args={"drop_path": np.float64(0.1), "where": Path("a")}, data_dir=None)
+    )
     assert yaml.safe_load(yaml.safe_dump(config))["model_args"] == {"drop_path": 0.1, "where": "a"}
 
 
@@ -180,10 +217,18 @@ def test_row_29_best_is_the_best_and_last_the_last(pics, launch):
     ended = launch(f"{TINY} --epochs 4 --name one", before=partial(fixed_accuracies, [0.1, 0.9, 0.8, 0.5]))
     assert ended.code == 0, ended.out
     run = pics / "runs" / "one"
-    steps = {name: torch.load(last(run, name), weights_only=True)["global_step"] for name in ("best.ckpt", "last-1.ckpt", "last.ckpt")}
+    steps = {
+        name: torch.load(last(run, name), weights_only=True)["global_step"]
+        for name in ("best.ckpt", "last-1.ckpt", "last.ckpt")
+    }
     assert steps == {"best.ckpt": 8, "last-1.ckpt": 12, "last.ckpt": 16}
-    assert not all(torch.equal(value, weights_of(last(run))[key]) for key, value in weights_of(last(run, "best.ckpt")).items())
+    assert not all(
+        torch.equal(value, weights_of(last(run))[key]) for key, value in weights_of(last(run, "best.ckpt")).items()
+    )
     result = result_of(run)
     assert (result["best_epoch"], result["stopped_epoch"], result["steps"]) == (1, 3, 16)
     equal = launch(f"{TINY} --epochs 3 --name equal", before=partial(fixed_accuracies, [0.5, 0.5, float("nan")]))
-    assert equal.code == 0 and torch.load(last(pics / "runs" / "equal", "best.ckpt"), weights_only=True)["global_step"] == 4
+    assert (
+        equal.code == 0
+        and torch.load(last(pics / "runs" / "equal", "best.ckpt"), weights_only=True)["global_step"] == 4
+    )

@@ -1,4 +1,5 @@
 """Rows 5, 6, 9, 10 and 20 with the launchers people use: run.py by itself, torchrun on one and two loopback nodes."""
+
 import os
 import signal
 import subprocess
@@ -33,9 +34,15 @@ pytestmark = pytest.mark.fault
 
 
 def open_command(folder, command, log, **env):
-    return subprocess.Popen(list(map(str, command)), cwd=folder, start_new_session=True, stdout=open(folder / log, "w"), stderr=subprocess.STDOUT,
-                            preexec_fn=conftest.hear_signals,
-                            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | env)
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=folder,
+        start_new_session=True,
+        stdout=open(folder / log, "w"),
+        stderr=subprocess.STDOUT,
+        preexec_fn=conftest.hear_signals,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | env,
+    )
 
 
 def by_itself(folder, line, log="log"):
@@ -43,7 +50,12 @@ def by_itself(folder, line, log="log"):
 
 
 def by_torchrun(folder, line, log="log", devices=2, **env):
-    return open_command(folder, [LAUNCH / "torchrun.sh", devices, *line.split()], log, **{"VITLAB_RESTARTS": "3", "VITLAB_GRACE": "60", **env})
+    return open_command(
+        folder,
+        [LAUNCH / "torchrun.sh", devices, *line.split()],
+        log,
+        **{"VITLAB_RESTARTS": "3", "VITLAB_GRACE": "60", **env},
+    )
 
 
 def ranks_of(folder):
@@ -51,7 +63,9 @@ def ranks_of(folder):
     found = {}
     for pid in sorted(alive(folder)):  # a rank before the loader workers it has forked
         try:
-            words = dict(word.split("=", 1) for word in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in word)
+            words = dict(
+                word.split("=", 1) for word in Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in word
+            )
             if b"run.py" in Path(f"/proc/{pid}/cmdline").read_bytes() and "LOCAL_RANK" in words:
                 found.setdefault((int(words.get("GROUP_RANK", 0)), int(words["LOCAL_RANK"])), pid)
         except OSError:
@@ -64,15 +78,22 @@ def in_training(folder, epochs=2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum, to", [(TERM, "parent"), (TERM, "child"), (TERM, "group"), (USR1, "parent"), (HUP, "group"), (INT, "group")],
-                         ids=lambda value: signal.Signals(value).name if isinstance(value, int) else value)
+@pytest.mark.parametrize(
+    "signum, to",
+    [(TERM, "parent"), (TERM, "child"), (TERM, "group"), (USR1, "parent"), (HUP, "group"), (INT, "group")],
+    ids=lambda value: signal.Signals(value).name if isinstance(value, int) else value,
+)
 def test_row5_run_py_by_itself_leaves_with_75_and_no_orphan(pics, signum, to):  # noqa: F811
     line = f"{LINE} --devices 2 --name told --workers 1"
     process = by_itself(pics, line)
     in_training(pics)
     child = ranks_of(pics)[0, 1]
     told = time.monotonic()
-    {"parent": lambda: process.send_signal(signum), "child": lambda: os.kill(child, signum), "group": lambda: os.killpg(process.pid, signum)}[to]()
+    {
+        "parent": lambda: process.send_signal(signum),
+        "child": lambda: os.kill(child, signum),
+        "group": lambda: os.killpg(process.pid, signum),
+    }[to]()
     code, took = process.wait(60), time.monotonic() - told
     assert code == (130 if signum == INT else 75) and took < 5, (code, took, (pics / "log").read_text())
     assert_none_left(pics)
@@ -106,7 +127,10 @@ def test_row6_run_py_by_itself_told_during_start_up_leaves_no_orphan(pics, after
     process.send_signal(TERM)
     told = time.monotonic()
     code = process.wait(60)
-    assert code == (75 if after > 0.5 else code) and code != 0, (code, (pics / "log").read_text())  # earlier Python itself is starting
+    assert code == (75 if after > 0.5 else code) and code != 0, (
+        code,
+        (pics / "log").read_text(),
+    )  # earlier Python itself is starting
     assert time.monotonic() - told < 20 and "Traceback" not in (pics / "log").read_text(), (pics / "log").read_text()
     assert_none_left(pics)
 
@@ -139,7 +163,9 @@ def test_row9_torchrun_restarts_and_the_run_goes_on(pics, nodes, signum):  # noq
     processes = [by_torchrun(pics, line, f"log{node}", devices=2 // nodes, **where) for node in range(nodes)]
     in_training(pics)
     rank = ranks_of(pics)[(0, 1) if nodes == 1 else (1, 0)]
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in Path(f"/proc/{rank}/environ").read_text().split("\0")  # against a race, seen at times
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in Path(f"/proc/{rank}/environ").read_text().split(
+        "\0"
+    )  # against a race, seen at times
     os.kill(rank, signum)
     logs = [pics / f"log{node}" for node in range(nodes)]
     for process in processes:
@@ -155,7 +181,9 @@ def test_row9_a_signal_to_torchrun_itself_saves_and_leaves_nothing(pics):  # noq
     process = by_torchrun(pics, f"{LINE} --epochs 4000 --name told --workers 1")
     in_training(pics)
     process.send_signal(TERM)
-    assert process.wait(60) == 75 and f"saved step {steps_of(pics / 'runs' / 'told')}" in (pics / "log").read_text(), (pics / "log").read_text()
+    assert process.wait(60) == 75 and f"saved step {steps_of(pics / 'runs' / 'told')}" in (pics / "log").read_text(), (
+        pics / "log"
+    ).read_text()
     assert_none_left(pics)
 
 
@@ -171,13 +199,21 @@ def test_row10_two_nodes_are_one_node_are_one_process(pics):  # noqa: F811
         assert all(ours[key] == theirs[key] for key in ours if not key.startswith("perf"))
         assert ours["train/loss"] == pytest.approx(alone["train/loss"], abs=1e-6)
     scored = {}
-    for name, where, ranks, machines in (("one", "", 1, 1), ("two", "--devices 2", 2, 1), ("nodes", "--num_nodes 2", 2, 2)):
+    for name, where, ranks, machines in (
+        ("one", "", 1, 1),
+        ("two", "--devices 2", 2, 1),
+        ("nodes", "--num_nodes 2", 2, 2),
+    ):
         line = f"--config runs/one/config.yaml --eval_only --init runs/one {where} --name scored-{name}"
         ended = start(pics, line, ranks=ranks, nodes=machines)
         assert ended.codes == [0] * ranks, ended.out
         scored[name] = conftest.result_of(pics / "runs" / f"scored-{name}")
     assert scored["one"]["test/acc1"] == scored["two"]["test/acc1"] == scored["nodes"]["test/acc1"]
-    assert scored["two"]["test/loss"] == scored["nodes"]["test/loss"] == pytest.approx(scored["one"]["test/loss"], rel=1e-6)
+    assert (
+        scored["two"]["test/loss"]
+        == scored["nodes"]["test/loss"]
+        == pytest.approx(scored["one"]["test/loss"], rel=1e-6)
+    )
 
 
 def test_row10_several_machines_need_a_launcher(pics):  # noqa: F811
@@ -186,17 +222,37 @@ def test_row10_several_machines_need_a_launcher(pics):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, words", [("sbatch.sh", "digits-vit_nano4-s0"), ("sbatch_array.sh", "digits-vit_nano4-s3")])
+@pytest.mark.parametrize(
+    "script, words", [("sbatch.sh", "digits-vit_nano4-s0"), ("sbatch_array.sh", "digits-vit_nano4-s3")]
+)
 def test_row8_the_batch_scripts_start_the_command_they_say(pics, script, words):  # noqa: F811
     srun = pics / "bin" / "srun"
     srun.parent.mkdir()
-    srun.write_text(f'#!/bin/sh\necho "$@" > {pics}/srun-line\nwhile [ "${{1#--}}" != "$1" ]; do shift; done\nexec "$@"\n')
+    srun.write_text(
+        f'#!/bin/sh\necho "$@" > {pics}/srun-line\nwhile [ "${{1#--}}" != "$1" ]; do shift; done\nexec "$@"\n'
+    )
     srun.chmod(0o755)
-    slurm = {"SUBMIT_DIR": LAUNCH.parents[1], "JOB_ID": 4711, "JOB_NAME": "train", "NNODES": 1, "NTASKS": 1, "NTASKS_PER_NODE": 1, "PROCID": 0,
-             "CPUS_PER_TASK": 7, "LOCALID": 0, "NODEID": 0, "ARRAY_TASK_ID": 3}
+    slurm = {
+        "SUBMIT_DIR": LAUNCH.parents[1],
+        "JOB_ID": 4711,
+        "JOB_NAME": "train",
+        "NNODES": 1,
+        "NTASKS": 1,
+        "NTASKS_PER_NODE": 1,
+        "PROCID": 0,
+        "CPUS_PER_TASK": 7,
+        "LOCALID": 0,
+        "NODEID": 0,
+        "ARRAY_TASK_ID": 3,
+    }
     command = [LAUNCH / script, "--model", "vit_nano4", "--data", "digits", "--dry_run", "--runs_dir", pics / "runs"]
-    process = open_command(pics, command, "log", **{f"SLURM_{key}": str(value) for key, value in slurm.items()},
-                           PATH=f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    process = open_command(
+        pics,
+        command,
+        "log",
+        **{f"SLURM_{key}": str(value) for key, value in slurm.items()},
+        PATH=f"{srun.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
     assert process.wait(200) == 0 and words in (pics / "log").read_text(), (pics / "log").read_text()
     assert "--cpus-per-task=7 python experiments/run.py" in (pics / "srun-line").read_text()
 
@@ -218,7 +274,9 @@ def test_row9_two_torchruns_on_one_machine_and_what_is_refused_is_told_once(pics
     refused = by_torchrun(pics, f"{LINE} --name third --model_args.dept 3", "refused")
     assert refused.wait(150) == 2
     said = (pics / "refused").read_text()
-    assert said.count("no argument 'dept'; did you mean depth?") == 1 and "Traceback" not in said and said.count("\n") == 1, said
+    assert (
+        said.count("no argument 'dept'; did you mean depth?") == 1 and "Traceback" not in said and said.count("\n") == 1
+    ), said
     in_training(pics)
     first.send_signal(TERM)
     assert first.wait(60) == 75, (pics / "log").read_text()

@@ -1,11 +1,13 @@
 """A competition's folder from real pictures: train.csv, test.csv, sample_submission.csv, train/ and test/.
 
 python tests/real/make_competition.py labels|multilabel DIR_OF_CLASS_FOLDERS OUT [--per_class 250]
-    CIFAR-10's class folders: string labels, or the labels animal, vehicle and flies joined by spaces; a fifth of the pictures is test,
-    and its labels are in OUT_solution.csv.
+    CIFAR-10's class folders: string labels, or the labels animal, vehicle and flies joined by spaces; a fifth of the
+    pictures is test, and its labels are in OUT_solution.csv.
 python tests/real/make_competition.py compress DIR_OF_PHOTOS OUT
-    any photos: the target is how well one compresses, bytes per pixel of it as a JPEG of 256x256 at quality 75, to be told from 64x64 pixels.
+    any photos: the target is how well one compresses, bytes per pixel of it as a JPEG of 256x256 at quality 75, to be
+    told from 64x64 pixels.
 """
+
 import argparse
 import csv
 import io
@@ -34,7 +36,9 @@ def jpeg_bytes(file: Path) -> int:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in Image.registered_extensions())
+    return sorted(
+        file for file in folder.iterdir() if file.is_file() and file.suffix.lower() in Image.registered_extensions()
+    )
 
 
 def rows_of(kind: str, source: Path, per_class: int) -> list[tuple[Path, str]]:
@@ -49,10 +53,14 @@ def rows_of(kind: str, source: Path, per_class: int) -> list[tuple[Path, str]]:
     classes = {folder.name: pictures_in(folder)[:per_class] for folder in sorted(source.iterdir()) if folder.is_dir()}
     empty = [name for name, files in classes.items() if not files]
     if empty or len(classes) < 2:
-        below = next((source / name for name in empty if any(each.is_dir() for each in (source / name).iterdir())), None)
+        below = next(
+            (source / name for name in empty if any(each.is_dir() for each in (source / name).iterdir())), None
+        )
         found = f"no pictures in {empty[0]}/" if empty else f"{len(classes)} folders"
-        raise ValueError(f"{source} holds {found}; wanted is a folder of pictures for each class, as airplane/*.jpg"
-                         + f": {below} may be meant" * bool(below))
+        raise ValueError(
+            f"{source} holds {found}; wanted is a folder of pictures for each class, as airplane/*.jpg"
+            + f": {below} may be meant" * bool(below)
+        )
     if kind == "multilabel" and (strange := sorted({*classes} - VEHICLES - ANIMALS)):
         known = ", ".join(sorted(VEHICLES | ANIMALS))
         raise ValueError(f"{source} has a class {strange[0]}; wanted are CIFAR-10's ({known}), whose labels are known")
@@ -60,7 +68,8 @@ def rows_of(kind: str, source: Path, per_class: int) -> list[tuple[Path, str]]:
 
 
 def write(kind: str, rows: list[tuple[Path, str]], folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """Pictures and tables of a competition in a new folder, and solution.csv; returns (id, target) of train and of test."""
+    """Pictures and tables of a competition in a new folder, and solution.csv; returns (id, target) of train and of
+    test."""
     tables: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for split in tables:
         (folder / split).mkdir(parents=True)
@@ -69,14 +78,19 @@ def write(kind: str, rows: list[tuple[Path, str]], folder: Path) -> dict[str, li
         file, value = rows[row]
         name = f"{kind}_{row:05d}"
         if kind == "compress":
-            Image.open(file).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC).save(folder / split / f"{name}.png")
+            Image.open(file).convert("RGB").resize((64, 64), Image.Resampling.BICUBIC).save(
+                folder / split / f"{name}.png"
+            )
         else:
             shutil.copyfile(file, folder / split / f"{name}{file.suffix.lower()}")
         tables[split].append((name, value))
     filler, target = "0.0" if kind == "compress" else tables["train"][0][1], TARGETS[kind]
-    for name, header, content in (("train", ["id", target], tables["train"]), ("test", ["id"], [row[:1] for row in tables["test"]]),
-                                  ("sample_submission", ["id", target], [(row[0], filler) for row in tables["test"]]),
-                                  ("solution", ["id", target], tables["test"])):
+    for name, header, content in (
+        ("train", ["id", target], tables["train"]),
+        ("test", ["id"], [row[:1] for row in tables["test"]]),
+        ("sample_submission", ["id", target], [(row[0], filler) for row in tables["test"]]),
+        ("solution", ["id", target], tables["test"]),
+    ):
         with open(folder / f"{name}.csv", "w", newline="") as out:
             csv.writer(out).writerows([header, *content])
     return tables
@@ -89,7 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--per_class", type=int, default=250)
     args = parser.parse_args(argv)
-    partial, solution = args.out.with_name(f".{args.out.name}.partial"), args.out.with_name(f"{args.out.name}_solution.csv")
+    partial, solution = (
+        args.out.with_name(f".{args.out.name}.partial"),
+        args.out.with_name(f"{args.out.name}_solution.csv"),
+    )
     try:
         if args.out.exists():
             raise ValueError(f"{args.out} is there already: another OUT, or delete it")

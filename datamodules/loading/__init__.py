@@ -1,0 +1,1 @@
+"""From files to batches: class folders, decoding, samplers, loader workers."""

@@ -1,0 +1,1 @@
+"""What `benchmark.py` measures beside a step: loading, teachers, tracking, other load."""

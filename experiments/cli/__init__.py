@@ -1,0 +1,1 @@
+"""What is typed: flags checked, recipes, names, lists, errors. No module here imports torch at its top."""

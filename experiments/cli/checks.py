@@ -1,0 +1,142 @@
+"""Values of knobs that cannot be, alone or together. No torch."""
+
+import re
+from typing import TYPE_CHECKING, TypedDict
+
+from datamodules.ranges import broken
+from experiments.cli.errors import UsageError
+from experiments.cli.keywords import check_values
+
+if TYPE_CHECKING:
+    from experiments.config import Config
+
+AT_LEAST_1 = ("lr_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps", "patience", "limit_val")
+NOT_NEGATIVE = (
+    "lr",
+    "min_lr",
+    "weight_decay",
+    "warmup_epochs",
+    "warmup_steps",
+    "warmup_lr",
+    "clip_grad",
+    "head_lr_scale",
+    "hours",
+)
+TAG_LENGTH = 64  # W&B's limit
+SHARES = ("layer_decay", "ema_decay")
+
+
+def check(cfg: "Config") -> None:
+    """Raises UsageError for the first knob that is out of its range, or at odds with another."""
+    _check_ranges(cfg)
+    for key in (
+        "model_args",
+        "data_args",
+        "augment_args",
+        "optimizer_args",
+        "loss_args",
+        "distill_args",
+        "logger_args",
+    ):
+        if not isinstance(getattr(cfg, key), dict):
+            raise UsageError(f"--{key} takes keywords, as --{key}.name value")
+    if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
+        raise UsageError(f"--name {cfg.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
+    if cfg.eval_only and (cfg.resume or not cfg.init):
+        raise UsageError("--eval_only takes its weights from --init: a run directory, a file, or pretrained")
+    for key in ("resume", "extend"):
+        if getattr(cfg, key) and cfg.overwrite:
+            raise UsageError(f"--{key} continues a run and --overwrite deletes one: give only one of them")
+    if cfg.extend and (cfg.resume or cfg.eval_only):
+        raise UsageError(f"--extend trains a finished run longer: not with --{'resume' if cfg.resume else 'eval_only'}")
+    if cfg.extend_step is not None and not cfg.extend:
+        raise UsageError("--extend_step is for --extend")
+    if cfg.folds is not None and cfg.folds < 2:
+        raise UsageError(f"--folds {cfg.folds}: at least 2")
+    if (
+        cfg.folds is not None
+        and cfg.fold is None
+        and (few := [key for key in ("limit_val", "fast_dev_run") if getattr(cfg, key)])
+    ):
+        raise UsageError(
+            f"--{few[0]} leaves rows out, and --folds {cfg.folds} merges all of them: add --fold 0 to try one fold"
+        )
+    if cfg.fold is not None and not 0 <= cfg.fold < (cfg.folds or 0):
+        which = f"those of --folds {cfg.folds} are 0 to {cfg.folds - 1}" if cfg.folds else "--folds says of how many"
+        raise UsageError(f"--fold {cfg.fold}: {which}")
+    _check_training(cfg)
+    _check_tracking(cfg)
+
+
+def _check_ranges(cfg: "Config") -> None:
+    if found := broken(cfg):
+        raise UsageError("--{} {}: {}".format(*found))
+    for keys, fits, rule in (
+        (AT_LEAST_1, lambda value: value >= 1, "must be at least 1"),
+        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
+        (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
+    ):
+        for key in keys:
+            value = getattr(cfg, key)
+            if value is not None and not fits(value):
+                raise UsageError(f"--{key} {value}: {rule}")
+    for key in ("layer_decay", "head_lr_scale", "clip_grad"):
+        if getattr(cfg, key) == 0:
+            raise UsageError(f"--{key} 0: must be above 0" + "; null does not clip" * (key == "clip_grad"))
+    if cfg.ema_decay == 1:
+        raise UsageError("--ema_decay 1: must be below 1")
+
+
+def _check_training(cfg: "Config") -> None:
+    """How it learns: knobs that contradict each other."""
+    if cfg.warmup_epochs is not None and cfg.warmup_steps is not None:
+        raise UsageError("--warmup_epochs and --warmup_steps say the same thing: give one, the other as null")
+    if cfg.warmup_epochs is not None and cfg.warmup_epochs > cfg.epochs:
+        raise UsageError(f"--warmup_epochs {cfg.warmup_epochs:g} is more than --epochs {cfg.epochs}")
+    if cfg.schedule in ("timm", "deit") and (cfg.warmup_steps is not None or (cfg.warmup_epochs or 0) % 1):
+        raise UsageError(
+            f"--schedule {cfg.schedule} changes the rate once an epoch: its warm-up is a whole number of "
+            f"--warmup_epochs"
+        )
+    for key in ("min_lr", "warmup_lr"):
+        if getattr(cfg, key) > cfg.lr:
+            raise UsageError(f"--{key} {getattr(cfg, key):g} is more than the peak, --lr {cfg.lr:g}")
+    if cfg.use_ema and cfg.ema_decay is None and not cfg.init:
+        raise UsageError("--use_ema needs averaged weights: --ema_decay 0.9999 keeps them")
+    if cfg.average_checkpoints is not None and not re.fullmatch(r"(last|best)-[1-9]\d*", cfg.average_checkpoints):
+        raise UsageError(f"--average_checkpoints {cfg.average_checkpoints}: last-5 or best-3, for example")
+
+
+class LoggerArgs(TypedDict):
+    """--logger_args."""
+
+    checkpoint: bool
+    attention: bool
+
+
+def _check_tracking(cfg: "Config") -> None:
+    """What only W&B keeps is refused with another tracker, so that nobody looks for it in vain."""
+    check_values(LoggerArgs, cfg.logger_args, "--logger_args", [*LoggerArgs.__annotations__])
+    for tag in tags(cfg.tags) or ():
+        if not 1 <= len(tag) <= TAG_LENGTH:
+            raise UsageError(
+                f"--tags {cfg.tags!r}: the tag {tag!r} has {len(tag)} characters; W&B takes 1 to {TAG_LENGTH} for each"
+            )
+    asked = {"tags": cfg.tags, "notes": cfg.notes, "logger_args.checkpoint": cfg.logger_args.get("checkpoint")}
+    for key, value in asked.items():
+        if value and cfg.logger != "wandb":
+            raise UsageError(f"--{key} goes to W&B, and this run has --logger {cfg.logger}: leave one of them out")
+    if asked["logger_args.checkpoint"] and cfg.eval_only:
+        raise UsageError("--logger_args.checkpoint uploads what was trained, and --eval_only trains nothing")
+
+
+def tags(text: str | None) -> list[str] | None:
+    """The tags of --tags, each once; None where nothing is said."""
+    return None if text is None else [*dict.fromkeys(tag.strip() for tag in text.split(","))]
+
+
+def check_teacher(cfg: "Config") -> None:
+    """What is typed, not what a recipe alone says: that may be for any teacher. Raises UsageError."""
+    for key in ("teacher_init", "distill", "distill_args"):
+        if getattr(cfg, key) and not cfg.teacher:
+            raise UsageError(f"--{key} is for learning from a teacher: --teacher names it")

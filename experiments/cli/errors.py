@@ -1,0 +1,103 @@
+"""What is said about a wrong command line, and the spelling of sizes."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+CLOSED = 141  # 128 + SIGPIPE, as shells say
+TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
+
+
+class UsageError(ValueError):
+    """The command line or a config file is wrong; the message is for the person who typed it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A verb's flags; what is wrong with them is one line, and of an unknown one the closest are named."""
+
+    def error(self, message: str) -> NoReturn:
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            message = (
+                f"unknown flag {unknown[1]}{did_you_mean(unknown[1], flags)} (--help lists them all)"
+                if unknown[1].startswith("-")
+                else f"{unknown[1]}: one word too many (--help tells what it takes)"
+            )
+        message = re.sub(
+            r"invalid choice: (.*) \(choose from (.*)\)", r"invalid choice \1: one of \2", message
+        ).replace("'", "")
+        print(
+            f"{self.prog}: {message.removeprefix('argument ')}".replace(
+                "the following arguments are required:", "missing:"
+            ),
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def invocation(verb: str) -> str:
+    """How a person starts another verb: as they started this one, by the console command or by the file in its
+    folder."""
+    script = Path(sys.argv[0])
+    folder = script.parent if script.parent.name == "experiments" else Path("experiments")
+    if script.stem == "vitlab" or script == folder / "__main__.py":
+        return f"vitlab {verb}"
+    return f"python {folder / verb}.py"
+
+
+def piped(main: Callable[..., int], *args: Any) -> int:
+    """Run a verb; where nobody reads its output any more, as behind `| head`, it ends without a word. Returns its exit
+    code."""
+    try:
+        try:
+            code = main(*args)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) or stop.code is None else 1
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
+        code = CLOSED
+    return code or 0
+
+
+def dispatch(prog: str, verbs: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:
+    """Run the verb that the first word names, or print what there are. Returns the exit code."""
+    verb, *rest = argv or ["--help"]
+    if verb in ("-h", "--help"):
+        print(
+            f"usage: {prog} VERB ... (VERB --help tells its flags)\n\n"
+            + "\n".join(f"{name:<12}{do.__doc__}" for name, do in verbs.items())
+        )
+        return 0
+    if verb not in verbs:
+        print(
+            f"{prog}: there is no {verb!r}{did_you_mean(verb, [*verbs])} (there are {', '.join(verbs)})",
+            file=sys.stderr,
+        )
+        return 2
+    return verbs[verb](rest)
+
+
+def positive(text: str, least: int = 1) -> int:
+    """A flag's whole number from `least` on, for argparse."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
+    return int(text)
+
+
+def size(text: int | str | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of `224`, `512x1024` or a pair. Raises UsageError."""
+    parts = text if isinstance(text, list | tuple) else str(text).lower().split("x")
+    if len(parts) not in (1, 2) or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"--image_size {text}: give one side, as 224, or HEIGHTxWIDTH, as 512x1024")
+    return int(parts[0]), int(parts[-1])

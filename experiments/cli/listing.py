@@ -1,0 +1,130 @@
+"""`run.py --list`: what there is. Only the parameters of models, and a model's layers, take torch."""
+
+import re
+from collections.abc import Iterable
+
+from experiments.cli import recipes as recipe
+from experiments.cli import registered
+from experiments.cli.errors import size
+from experiments.config import Config
+
+
+def main(cfg: Config) -> int:
+    """Print the names of one kind; with --model its layers. Raises ValueError for an unknown model."""
+    if cfg.list == "models" and cfg.model:
+        _layers(cfg)
+    elif cfg.list == "models":
+        _models()
+    elif cfg.list == "data":
+        _columns(registered.data_sets().items())
+    elif cfg.list == "losses":
+        _columns(
+            [
+                *(
+                    (f"--loss {name}", f"{', '.join(tasks)}: {text}")
+                    for name, (tasks, text) in registered.losses().items()
+                ),
+                *(
+                    (f"--distill {name}", f"{text} ({', '.join([*registered.shared_keywords(), *keywords])})")
+                    for name, (text, keywords) in registered.distill_losses().items()
+                ),
+                (
+                    "--loss_args.target_weights [1,2]",
+                    "how much each label or target weighs, of multilabel and regression",
+                ),
+            ]
+        )
+    elif cfg.list == "metrics":
+        _metrics()
+    else:
+        _columns((name, _purpose(name)) for name in recipe.recipe_names())
+    return 0
+
+
+def _columns(rows: Iterable[tuple[str, ...]]) -> None:
+    """Each column as wide as its longest word."""
+    rows = [*rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
+
+
+def _purpose(name: str) -> str:
+    """The first phrase of a recipe's header, over as many lines as it takes."""
+    header = []
+    for line in (recipe.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") or re.match(r"# \w+:", line):
+            break
+        header.append(line.lstrip("# "))
+    return re.split(r";|(?<!et al)\.(?=\s|$)", " ".join(header))[0].strip()
+
+
+def _metrics() -> None:
+    from lightning_modules.objectives import metrics
+
+    _columns(
+        [
+            *(
+                (name, entry.mode, f"{', '.join(entry.tasks)}: {entry.compute.__doc__.splitlines()[0]}")
+                for name, entry in metrics.METRICS.items()
+            ),
+            (
+                "my.py:function",
+                "max",
+                '(target, prediction), whole arrays -> a number; smaller is better with function.mode = "min"',
+            ),
+        ]
+    )
+    print(
+        f"left out: what the data are known for, else "
+        f"{', '.join(f'{name} ({task})' for task, name in metrics.DEFAULTS.items())}"
+    )
+
+
+def _models() -> None:
+    import torch
+
+    import models
+    from models import cost
+
+    rows, recipes = [("name", "parameters", "GMACs", "size", "recipe", "in timm")], recipe.recipe_names()
+    for name in models.names():
+        entry = models.REGISTRY[name]
+        with torch.device("meta"):
+            count = cost.parameters(models.create(name))
+        rows.append(
+            (
+                name,
+                f"{count:>13,}",
+                f"{entry.gmacs:>7.2f}",
+                f"{entry.image_size:>4}",
+                name if name in recipes else "-",
+                entry.timm or "-",
+            )
+        )
+    _columns(rows)
+    print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
+
+
+def _layers(cfg: Config) -> None:
+    import torch
+
+    import models
+    from models import cost
+
+    image_size = size(cfg.image_size or models.preprocessing(cfg.model)["image_size"])
+    with torch.device("meta"):
+        meta = models.create(cfg.model, image_size=image_size, **cfg.model_args)
+    rows = [
+        *cost.layer_table(meta, image_size),
+        (cfg.model, image_size, cost.parameters(meta), cost.gmacs(meta, image_size)),
+    ]
+    _columns(
+        [
+            ("layer", "output", "parameters", "GMACs"),
+            *(
+                (name, "x".join(map(str, shape)), f"{count:>13,}", f"{gmacs:>10.4f}")
+                for name, shape, count, gmacs in rows
+            ),
+        ]
+    )

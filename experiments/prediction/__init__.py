@@ -1,0 +1,1 @@
+"""What `predict.py` and `submit.py` do: rows, networks, a checked submission."""

@@ -1,0 +1,1 @@
+"""What `prepare.py` does ahead of training: picture cache, a teacher's answers, duplicates."""

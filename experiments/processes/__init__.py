@@ -1,0 +1,1 @@
+"""run.py processes that another process starts."""

@@ -1,0 +1,1 @@
+"""From a config to a Trainer: checks, forecast, run directory, ranks, training."""

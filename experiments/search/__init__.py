@@ -1,0 +1,1 @@
+"""What `sweep.py` does: a search space, its trials, their processes."""

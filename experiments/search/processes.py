@@ -1,0 +1,304 @@
+"""The run.py processes of a sweep: started, watched epoch by epoch, stopped early, counted."""
+
+import csv
+import math
+import shlex
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from experiments.cli.errors import UsageError, invocation
+from experiments.processes import pool
+from experiments.search import trials as sweep_trials
+from experiments.search.space import flags
+from experiments.search.trials import PRUNE, SECONDS, WHY, Trials
+from lightning_modules.callbacks.signals import INTERRUPTED, PREEMPTED, notice
+
+IN_A_ROW = 3  # failures that stop a sweep
+OF_RESULT = (
+    "best",
+    "overall",
+    "ci_low",
+    "ci_high",
+    "train_seconds",
+    "seconds_per_epoch",
+    "images_per_sec",
+    "peak_memory_mb",
+    "params",
+    "gmacs",
+)
+LAST_LINES = 15
+
+
+@dataclass
+class Child:
+    """A trial that runs: since when, seconds it ran before, epochs reported, whether it was told to stop early; its
+    process and its slot, and what its history was (time, size) when last read."""
+
+    trial: Trial
+    since: float
+    before: float
+    reported: set[int]
+    pruned: bool
+    process: Any = None
+    slot: int = 0
+    seen: tuple[int, int] = (0, 0)
+
+
+@dataclass
+class Runs:
+    """What is left of a sweep's trials. `base` are the flags that all share, `total` how many there are to be in all,
+    `slots` the environments of those that run at once, `deadline` of time.monotonic()."""
+
+    trials: Trials
+    base: list[str]
+    epochs: int
+    total: int
+    slots: list[dict[str, str]]
+    deadline: float | None
+    running: list[Child] = field(default_factory=list)
+    asked: int = 0
+    failed: int = 0
+    complaint: str | None = None  # the last words of the trial that failed last, if a person must mend it
+    known: bool = False  # that the runs have the metric
+
+    def __post_init__(self) -> None:
+        self.space, self.folder = self.trials.space, self.trials.folder
+        self.left = self.trials.unfinished()
+
+    def place(self, trial: Trial) -> Path:
+        return self.folder / f"trial-{trial.number}"
+
+    def run(self) -> int:
+        """Run what is left. Returns 0, 75 for time, or what a trial's end asks for; says how it went."""
+        self._begin()
+        code = 0
+        try:
+            self._pass_on(code)
+            while self.running or self._more(code):
+                while len(self.running) < len(self.slots) and self._more(code):
+                    self._start(self.left.pop(0) if self.left else self.trials.ask())
+                time.sleep(pool.POLL_SECONDS)
+                for child in [*self.running]:
+                    ended = child.process.poll()
+                    self._watch(child)
+                    if ended is not None:
+                        self.running.remove(child)
+                        asks = self._ended(child, ended)
+                        code = code or asks
+                self._pass_on(code)
+        except Exception:  # the runs do not have the metric, or study.db cannot be written: what runs is saved
+            self._pass_on(PREEMPTED)
+            while any(child.process.poll() is None for child in self.running):
+                time.sleep(pool.POLL_SECONDS)
+            raise
+        return code if code == 2 else self._conclude(code)
+
+    def in_vain(self) -> bool:
+        """Whether nothing has come of the trials so far."""
+        return not self.trials.count(TrialState.COMPLETE, TrialState.PRUNED) and not any(
+            self.folder.glob("trial-*/result.json")
+        )
+
+    def _more(self, code: int) -> bool:
+        """Whether another trial may be started."""
+        return (
+            not code and not self.asked and not notice.asked and (bool(self.left) or self.trials.count() < self.total)
+        )
+
+    def _begin(self) -> None:
+        space, count = self.space, {word: self.trials.count(state) for state, word in sweep_trials.STATES.items()}
+        done = ", ".join(f"{number} {word}" for word, number in count.items() if number)
+        print(
+            f"sweep {self.folder}: {self.total} trials, {done or 'none yet'}; {space.method} over "
+            f"{', '.join(each.name for each in space.varied)}, "
+            f"{space.goal} {space.metric}" + f"; {len(self.slots)} at a time" * (len(self.slots) > 1),
+            flush=True,
+        )
+
+    def _argv(self, trial: Trial | FrozenTrial) -> list[str]:
+        return [*self.base, *flags(self.space.texts(trial.params))]
+
+    def _start(self, trial: Trial) -> None:
+        kept, folder = self.trials.kept(trial), self.place(trial)
+        child = Child(
+            trial,
+            time.monotonic(),
+            kept.user_attrs.get(SECONDS, 0.0),
+            {*kept.intermediate_values},
+            pruned=PRUNE in kept.user_attrs,
+        )
+        if child.pruned or pool.result(folder).get("finished"):  # it was about to be told so
+            self._watch(child)
+            self._ended(child, 0)
+            return
+        slot = min({*range(len(self.slots))} - {child.slot for child in self.running})
+        log = folder.with_name(f"{folder.name}.log")
+        settings = " ".join(flags(self.space.texts(trial.params)))
+        print(
+            f"trial {trial.number} {'goes on' if folder.exists() else 'starts'}: {settings} (its words are in {log})",
+            flush=True,
+        )
+        child.process, child.slot = (
+            pool.start(
+                [*self._argv(trial), "--runs_dir", str(self.folder), "--name", folder.name],
+                {"WANDB_RUN_GROUP": self.folder.name, **self.slots[slot]},
+                log,
+            ),
+            slot,
+        )
+        self.running.append(child)
+
+    def _pass_on(self, code: int) -> None:
+        """End the trials that run when a signal asks for it, the time is over or the sweep stops."""
+        over = bool(code) or self.deadline is not None and time.monotonic() >= self.deadline
+        self.asked = pool.pass_on([child.process for child in self.running], self.asked, over)
+
+    def _watch(self, child: Child) -> None:
+        """Report what its history has that is new; end it where it has fallen behind. Raises UsageError for a metric
+        that runs do not have."""
+        history = self.place(child.trial) / "metrics.csv"
+        if child.pruned or not history.is_file():
+            return
+        now = history.stat()
+        if child.seen == (now.st_mtime_ns, now.st_size):
+            return
+        child.seen, rows = (now.st_mtime_ns, now.st_size), _rows(history)
+        self._check_metric(rows)
+        epochs = int(self.space.texts(child.trial.params).get("epochs", self.epochs))
+        for row in rows:
+            epoch = int(row["epoch"]) + 1
+            if self.space.metric not in row or epoch in child.reported:
+                continue
+            child.reported.add(epoch)
+            child.trial.report(row[self.space.metric], epoch)
+            self._keep(child)
+            if epoch < epochs and child.trial.should_prune():
+                child.pruned = True
+                child.trial.set_user_attr(PRUNE, epoch)
+                if child.process is not None:
+                    child.process.send_signal(signal.SIGTERM)
+                return
+
+    def _check_metric(self, rows: list[dict[str, float]]) -> None:
+        """Whether the first whole epoch has the metric, unless it is one that only result.json has."""
+        name, first = self.space.metric, [row for row in rows if row["epoch"] == rows[0]["epoch"]]
+        if self.known or not rows or name in OF_RESULT or name.startswith(("test", "oof")):
+            return
+        keys = [key for row in first for key in row]
+        self.known = name in keys
+        if not self.known and (any(key.startswith("val") for key in keys) or len(rows) > len(first)):
+            self._no_metric(keys)
+
+    def _no_metric(self, keys: list[str]) -> None:
+        there = ", ".join(key for key in dict.fromkeys(keys) if key not in ("epoch", "step"))
+        raise UsageError(f"metric.name: the runs have no {self.space.metric} (there are {there})")
+
+    def _keep(self, child: Child) -> None:
+        """Write how long it took, so that a later launch knows."""
+        child.trial.set_user_attr(SECONDS, child.before + time.monotonic() - child.since)
+
+    def _ended(self, child: Child, ended: int) -> int:
+        """Tell the study how a trial ended. Returns the exit code to stop with, 0 to go on. Raises UsageError as
+        `_watch`."""
+        result, trial = pool.result(self.place(child.trial)), child.trial
+        self._keep(child)
+        if result.get("finished"):
+            self._finished(trial, result)
+        elif child.pruned:
+            value = self.trials.kept(trial).intermediate_values.get(self.trials.kept(trial).last_step, 0.0)
+            self._tell(
+                trial,
+                TrialState.PRUNED,
+                why=None if math.isfinite(value) else f"its {self.space.metric} was {value}, not a number",
+            )
+        elif "not_finite" in result:  # what was tried is to blame, not the sweep
+            self._tell(trial, TrialState.PRUNED, why=result["not_finite"].partition(". ")[0])
+        elif self.asked or notice.asked or ended in (PREEMPTED, INTERRUPTED):
+            print(f"trial {trial.number} has stopped ({pool.how(ended)}); the same command goes on", flush=True)
+            return ended if ended in (PREEMPTED, INTERRUPTED) else PREEMPTED
+        else:
+            return self._failed(trial, ended)
+        self.failed = 0
+        return 0
+
+    def _finished(self, trial: Trial, result: dict[str, Any]) -> None:
+        name = self.space.metric
+        if name not in (result.get("metric"), *result):
+            self._no_metric(
+                [result.get("metric") or "", *(key for key, value in result.items() if isinstance(value, int | float))]
+            )
+        value = result.get("best") if name == result.get("metric") else result[name]
+        if isinstance(value, int | float) and math.isfinite(value):
+            self._tell(trial, TrialState.COMPLETE, float(value))
+        else:  # to a sampler worse than any number, which FAIL would not be
+            self._tell(trial, TrialState.PRUNED, why=f"its {name} is {'NaN' if value is None else value}, not a number")
+
+    def _failed(self, trial: Trial, ended: int) -> int:
+        log = self.place(trial).with_name(f"trial-{trial.number}.log")
+        words = "\n".join(log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]) if log.is_file() else ""
+        print(f"trial {trial.number} has failed ({pool.how(ended)}):\n{words}", flush=True)
+        complaint = words.rpartition("\n")[2] if ended == 2 else None
+        if (
+            complaint
+            and (complaint == self.complaint or self.total == 1)
+            and not any(self.folder.glob("trial-*/config.yaml"))
+        ):
+            return 2  # two say the same and none has begun: it is what all have in common, the data or a flag
+        self.complaint = complaint
+        self._tell(trial, TrialState.FAIL, why=f"{words}\n{pool.how(ended)}".strip())
+        self.failed += 1
+        stops = self.failed >= IN_A_ROW and self._more(0)
+        if stops:
+            print(
+                f"{IN_A_ROW} trials in a row have failed, so the sweep stops; the same command goes on with the next",
+                flush=True,
+            )
+        return int(stops)
+
+    def _tell(self, trial: Trial, state: TrialState, value: float | None = None, why: str | None = None) -> None:
+        if why:
+            trial.set_user_attr(WHY, why)
+        self.trials.study.tell(trial, value, state=state)
+        self.trials.write_csv(self.folder / "trials.csv")
+        print(sweep_trials.line(self.trials.row(self.trials.kept(trial)), self.space.metric), flush=True)
+
+    def _conclude(self, code: int) -> int:
+        """The table, the best, what repeats it. Returns the exit code."""
+        self.trials.write_csv(self.folder / "trials.csv")
+        print(f"\n{sweep_trials.table(self.trials.rows(), self.space)}\n")
+        if best := self.trials.best():
+            print(
+                f"best: trial {best.number}, {pool.score(self.space.metric, best.value)}; alone, it is\n"
+                f"  {invocation('run')} {shlex.join(self._argv(best))}"
+            )
+        elif nowhere := [row for row in self.trials.rows() if "not a number" in (row[sweep_trials.WHY] or "")]:
+            print(
+                f"no best: {self.space.metric} was not a number in {len(nowhere)} of {self.trials.count()} trials; is "
+                f"it defined on this split? "
+                "(auroc, for example, needs rows with and without a label)"
+            )
+        if found := self.trials.importance():
+            print("importance by Optuna: " + ", ".join(f"{name} {share:.2f}" for name, share in found.items()))
+        print(
+            f"{self.folder / 'trials.csv'} has a row of each; compare: {invocation('compare')} {self.folder}",
+            flush=True,
+        )
+        left = max(0, self.total - self.trials.count()) + self.trials.count(TrialState.RUNNING)
+        if self.asked and left:
+            print(f"{left} of {self.total} trials are left; the same command goes on", flush=True)
+        return code or (PREEMPTED if self.asked and left else 0 if self.trials.count(TrialState.COMPLETE) else 1)
+
+
+def _rows(history: Path) -> list[dict[str, float]]:
+    """The whole rows of a metrics.csv, as `lightning_modules.loggers.csv_logger.read_history` gives them without
+    loading lightning."""
+    with open(history, newline="", encoding="utf-8") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [
+        {key: float(value) for key, value in row.items() if value not in ("", None)} for row in csv.DictReader(lines)
+    ]

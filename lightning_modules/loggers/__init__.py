@@ -1,0 +1,1 @@
+"""Where rows go: metrics.csv, Weights & Biases, TensorBoard."""

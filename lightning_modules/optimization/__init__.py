@@ -1,0 +1,1 @@
+"""How weights move: optimizers, schedules, layer-wise rates, frozen parts."""

@@ -1,0 +1,1 @@
+"""Trained networks that a student learns from, live or cached."""
