@@ -26,6 +26,7 @@ chaos: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
