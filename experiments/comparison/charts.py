@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from experiments.comparison.records import Record, number
+from experiments.comparison.record import Record, number
 from experiments.comparison.tables import Comparison, Group, in_percent
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d00", "#56b4e9", "#7f3c8d", "#e73f74", "#11a579", "#555555")

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from experiments.comparison.records import Record, number
+from experiments.comparison.record import Record, number
 from experiments.comparison.row_scores import DRAWS, FILES, SEED, Rows, bootstrap, of_means, parts, read_rows, score
 from experiments.comparison.tables import Comparison, Group, in_percent
 

@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from experiments.cli.errors import UsageError, did_you_mean
-from experiments.comparison.records import FINISHED, Record, number, of_place
+from experiments.comparison.record import FINISHED, Record, number, of_place
 
 SMALLER = {
     "loss",

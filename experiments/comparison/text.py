@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparison.pairs import LEVEL, Matrix, Pair
-from experiments.comparison.records import number
+from experiments.comparison.record import number
 from experiments.comparison.tables import COST, Comparison, Group, shown, with_spread
 
 Table = tuple[list[str], list[list[str]]]

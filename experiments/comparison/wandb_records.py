@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cli.errors import UsageError
-from experiments.comparison.records import FINISHED, UNFINISHED, Record, progress
+from experiments.comparison.record import FINISHED, UNFINISHED, Record, progress
 from lightning_modules.loggers.wandb_local import STEP, has_credentials, read
 
 PREEMPTED = 75

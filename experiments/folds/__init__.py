@@ -1,1 +1,3 @@
-"""What `run.py --folds K` does: a process for each fold, then one result over all."""
+"""`run.py --folds K`: a subprocess for each fold, then one result over all."""
+
+FOLD_PER_DEVICE = "folds"  # --strategy: one fold on each device, at the same time

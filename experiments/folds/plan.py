@@ -11,8 +11,7 @@ import torch
 from datamodules.tables import folds
 from experiments.cli.errors import UsageError, invocation
 from experiments.config import Command, read
-from experiments.folds import directories, merge
-from experiments.folds.processes import APART
+from experiments.folds import FOLD_PER_DEVICE, directories, merge
 from experiments.processes.pool import gpu_names
 from experiments.reporting import result, run_page
 from experiments.running import build, forecast, run_directory, trackers
@@ -26,12 +25,13 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     for `fold_runs`, or an exit code where there is nothing to do. Raises ValueError or FileNotFoundError for what a
     person must mend."""
     build.quiet()
-    cfg, apart, line = command.config, command.config.strategy == APART, [*command.argv, "--dry_run"]
+    cfg, apart, line = command.config, command.config.strategy == FOLD_PER_DEVICE, [*command.argv, "--dry_run"]
     if apart:
         line += ["--devices", "1", "--strategy", "auto"]
         if forecast.on_gpu(cfg) and torch.cuda.device_count() < cfg.devices:
             raise UsageError(
-                f"--devices {cfg.devices} --strategy {APART}: this machine has {torch.cuda.device_count()} GPUs"
+                f"--devices {cfg.devices} --strategy {FOLD_PER_DEVICE}: this machine has "
+                f"{torch.cuda.device_count()} GPUs"
             )
     run = build.decide(read(line), assume=not write)
     if not write:

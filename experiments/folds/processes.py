@@ -16,13 +16,13 @@ from typing import Any
 from experiments.cli import launcher
 from experiments.cli.errors import TOLD, UsageError
 from experiments.config import Command, Config, read
+from experiments.folds import FOLD_PER_DEVICE
 from experiments.processes import pool
 from lightning_modules.callbacks.signals import ORDER, PREEMPTED, exit_code, notice
 
 PROCESSES = multiprocessing.get_context(
     "spawn"
 )  # for the plan, which may need a GPU that must be free again afterwards
-APART = "folds"  # --strategy: a fold on each device
 
 
 def wanted(cfg: Config) -> bool:
@@ -74,7 +74,7 @@ class Folds:
 
     def __post_init__(self) -> None:
         self.folder, self.k = Path(self.plan["folder"]), self.plan["cfg"]["folds"]
-        self.slots = self.plan["cfg"]["devices"] if self.plan["cfg"]["strategy"] == APART else 1
+        self.slots = self.plan["cfg"]["devices"] if self.plan["cfg"]["strategy"] == FOLD_PER_DEVICE else 1
         self.seconds: list[float] = pool.result(self.folder).get("fold_seconds") or [0.0] * self.k
 
     def place(self, fold: int) -> Path:
