@@ -14,7 +14,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import timm
 import torch
@@ -226,9 +230,9 @@ def main(argv: list[str] | None = None) -> int:
 
         tracking.measure(args.model, args.batch, args.rounds, args.log_every_steps)
     elif args.verb == "load":
-        from experiments import benchmark_load
+        from experiments.benchmarks import load
 
-        benchmark_load.measure(args.model, args.batch, args.rounds, args.busy)
+        load.measure(args.model, args.batch, args.rounds, args.busy)
     elif args.verb == "step":
         step(args.family, args.precision, args.batch, args.rounds, args.channels_last)
     else:

@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 from experiments.cli.errors import piped
 from experiments.comparison import pairs as compare_pairs
 from experiments.comparison import records, tables, text

@@ -12,6 +12,9 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 from safetensors.torch import save_file
 
 import models

@@ -20,6 +20,9 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import pandas as pd
 import torch

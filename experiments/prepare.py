@@ -3,6 +3,10 @@
 
 import argparse
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from experiments.cli.errors import dispatch, piped, positive
 from experiments.config import read

@@ -1,6 +1,10 @@
 """Train one model: python experiments/run.py --model vit_b16 --devices 8"""
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from experiments.cli import early, launcher, listing
 from experiments.cli.errors import piped

@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 from datamodules.tables.scheme import FILES
 from datamodules.tables.table import read_table
 from experiments.cli.errors import Parser, invocation, piped

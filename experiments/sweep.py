@@ -20,6 +20,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 from datamodules.loading.cores import cores
 from experiments import config
 from experiments.cli import launcher

@@ -6,6 +6,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
 from experiments.cli.errors import Parser, dispatch, piped, positive
 from lightning_modules.callbacks.signals import listening
 

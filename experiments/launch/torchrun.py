@@ -9,6 +9,9 @@ import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # a checkout need not be installed
+    sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+
 from experiments.cli import early, launcher
 from experiments.cli.errors import UsageError, piped
 from experiments.config import read

@@ -44,7 +44,11 @@ def busy(count: int):
 
 def step_seconds(setting: dict[str, str], name: str, batch: int, seconds: float = 5.0) -> float:
     """Median seconds of a step in a process of its own, which reads the setting as it starts."""
-    env = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"} | setting
+    env = (
+        {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+        | setting
+        | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    )
     line = [sys.executable, "-c", STEPS, str(get_num_threads()), name, str(batch), str(seconds)]
     return float(subprocess.run(line, env=env, check=True, capture_output=True, text=True).stdout)
 
