@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from experiments.cli.errors import did_you_mean, piped
+from experiments.cli.registered import summary
 
 USAGE = "usage: vitlab VERB ...   (vitlab VERB --help prints its flags; vitlab --version)"
 
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     verb, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("-h", "--help"):
         firsts = {
-            name: (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
+            name: summary(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))))
             for name, file in verbs().items()
         }
         print("\n".join([USAGE, "", *(f"{name:<11}{first.split(': python')[0]}" for name, first in firsts.items())]))

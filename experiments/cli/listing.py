@@ -65,7 +65,7 @@ def _metrics() -> None:
     _columns(
         [
             *(
-                (name, entry.mode, f"{', '.join(entry.tasks)}: {entry.compute.__doc__.splitlines()[0]}")
+                (name, entry.mode, f"{', '.join(entry.tasks)}: {registered.summary(entry.compute.__doc__)}")
                 for name, entry in metrics.METRICS.items()
             ),
             (

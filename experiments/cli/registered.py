@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def summary(docstring: str | None) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join((docstring or "").split("\n\n")[0].split())
+
+
 def models() -> tuple[list[str], list[str]]:
     """(names of our own models; what names begin with that a loop counts up), in the order of the files."""
     names, beginnings = [], []
@@ -108,7 +113,7 @@ def distill_losses() -> dict[str, tuple[str, list[str]]]:
                     else next(each for each in node.body if getattr(each, "name", "") == "__init__")
                 )
                 found[mark.args[0].value] = (
-                    (ast.get_docstring(node) or "").split("\n")[0],
+                    summary(ast.get_docstring(node)),
                     [each.arg for each in build.args.kwonlyargs],
                 )
     return found
@@ -141,8 +146,7 @@ def data_sets() -> dict[str, str]:
         for name in datamodules.names()
     }
     return {
-        name: (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
-        for name, file in files.items()
+        name: summary(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))) for name, file in files.items()
     }
 
 

@@ -822,7 +822,7 @@ def test_under_torchrun_it_is_refused(acted, tmp_path, monkeypatch, capsys):
 
 def test_a_killed_sweep_takes_its_trials_with_it_and_goes_on(tmp_path):
     file = write(tmp_path, method="bayes", early_terminate={"type": "hyperband", "min_iter": 1, "eta": 2})
-    line = [sys.executable, str(ROOT / "tests" / "sweep_processes.py"), "sweep", str(file), "--trials", "4"]
+    line = [sys.executable, str(ROOT / "tests" / "helpers" / "sweep_processes.py"), "sweep", str(file), "--trials", "4"]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     assert (
         subprocess.run([*line, "--name", "whole"], cwd=tmp_path, env=env, capture_output=True, timeout=60).returncode

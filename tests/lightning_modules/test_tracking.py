@@ -204,7 +204,7 @@ def test_each_run_keeps_pictures_in_its_own_directory_unless_told(clean, tmp_pat
 
 def test_neither_lightning_nor_torch_is_imported_to_look_for_a_key(tmp_path):
     code = (
-        "import sys; from experiments import compare_wandb; print(sorted({'torch', 'lightning', 'wandb'} & "
+        "import sys; from experiments.comparison import wandb_records; print(sorted({'torch', 'lightning', 'wandb'} & "
         "{*sys.modules}))"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
