@@ -1,108 +1,83 @@
 """The data module every picture data set shares: splits, loaders, position for exact resume, normalisation on the
 device."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datamodules.cache import store
-from datamodules.checks import check_values
+from datamodules.knobs import Augmentation, Batches, Preparation, Source, height_width, out_of_range
 from datamodules.loading.image_check import only_skips_differ
 from datamodules.loading.images import EvalPictures, Split, TrainPictures, fingerprint, hold_out, spread
 from datamodules.loading.samplers import EvalSampler, TrainSampler, passes_per_step
 from datamodules.loading.workers import loader, worker_count
-from datamodules.transforms.augment import inactive, read_augment
+from datamodules.transforms.augment import check_policy, inactive, read_augment
 from datamodules.transforms.crop_sizes import training_sizes
 from datamodules.transforms.erasing import Boxes
 from datamodules.transforms.image_transforms import Transform, eval_transform, train_transform
-from datamodules.transforms.mixing import Mixer
+from datamodules.transforms.mixing import Mixer, check_mixing
 from datamodules.transforms.on_device import OnDevice
 from datamodules.transforms.user_function import OwnTransform, digest
 
+PREPARATION = {
+    "image_size": 224,
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "interpolation": "bicubic",
+    "crop_pct": DEFAULT_CROP_PCT,
+    "crop_mode": "center",
+}  # where nothing is said
+
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class PictureData(L.LightningDataModule):
+class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataModule):
     """Subclasses implement `read`; a knob of their own is a dataclass field more. Works in a Trainer with default flags
     on any number of ranks.
 
     Args:
-        image_size: pixels, side or (height, width).
-        mean, std: of RGB in 0-1.
-        crop_pct, crop_mode, interpolation: timm's words for evaluation; interpolation also for training crops.
-        crop_scale, hflip: area range of the random resized crop, probability of a flip.
-        rand_augment: timm's policy string, such as rand-m9-n2-p0.5-mstd0.5-inc1.
-        random_erasing: probability, of N(0,1) noise in a box of the normalised picture (timm's).
-        repeated_augment: copies of each picture in a batch (`TrainSampler`).
-        mixup, cutmix: Beta parameters, 0 is off; with either, targets in training are (B, K) float32, `label_smoothing`
-            folded in.
-        augment_args: fields of `Augment`. own_augment: my.py:build in place of `train_transform` (`OwnTransform`).
-        train_size, epochs: size of training crops where it is not image_size (`training_sizes`).
-        val_fraction, split_seed: part of train held out where there is no `val`; `seed` moves order and augmentation
-            only.
-        global_batch_size: pictures of all ranks and micro batches in one optimizer step; the incomplete last one of an
-            epoch is dropped.
-        micro_batch_size: largest number of pictures in one pass of one rank.
-        workers: processes per loader and rank; None chooses from the machine.
-        cache_dir, cache_side: where pictures are kept decoded with that shorter side (datamodules/cache/store.py);
-            None: what evaluation resizes to.
-        limit_val: samples of val, and of test, that are scored, evenly spaced over each.
+        all of `Source`, `Preparation`, `Augmentation` and `Batches` (datamodules/knobs.py). What `Preparation` leaves
+            out is here 224 pixels and timm's values for ImageNet. With mixup or CutMix targets in training are (B, K)
+            float32, `label_smoothing` folded in; the incomplete last batch of an epoch is dropped.
+        own_augment: my.py:build in place of `train_transform` (`OwnTransform`).
         class_names: fixes the index order, e.g. from a checkpoint.
         encoding, outputs_per_target: how a network gives the targets of a regression
             (lightning_modules/objectives/targets.py).
-        eval_only: nothing is trained, so the global batch may be larger than the training set.
 
     Raises:
         ValueError, FileNotFoundError: a value or a folder that cannot be used, in words for people.
     """
 
+    if TYPE_CHECKING:  # as `__post_init__` leaves them
+        image_size: tuple[int, int]  # type: ignore[assignment]
+        mean: tuple[float, float, float]
+        std: tuple[float, float, float]
+        interpolation: str  # type: ignore[assignment]
+        crop_pct: float
+        crop_mode: str  # type: ignore[assignment]
+
     in_memory: ClassVar[bool] = False
 
-    data_dir: str | None = None
-    image_size: int | tuple[int, int] = 224
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    interpolation: str = "bicubic"
-    crop_pct: float = DEFAULT_CROP_PCT
-    crop_mode: str = "center"
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    hflip: float = 0.5
-    rand_augment: str | None = None
-    random_erasing: float = 0.0
-    repeated_augment: int = 1
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
-    augment_args: dict[str, Any] = field(default_factory=dict)
     own_augment: str | None = None
-    train_size: str | int | None = None
-    epochs: int = 1
-    val_fraction: float = 0.1
-    split_seed: int = 0
-    seed: int = 0
-    global_batch_size: int = 128
-    micro_batch_size: int | None = None
-    workers: int | None = None
-    cache_dir: str | None = None
-    cache_side: int | None = None
-    limit_val: int | None = None
     class_names: list[str] | None = None
     encoding: str = "sigmoid"
     outputs_per_target: int = 1
-    eval_only: bool = False
 
     def __post_init__(self) -> None:
-        super().__init__()
-        size = self.image_size
-        self.image_size = (size, size) if isinstance(size, int) else tuple(size)
+        L.LightningDataModule.__init__(self)  # super() is a group of knobs, which would set them anew
+        for name, usual in PREPARATION.items():
+            if getattr(self, name) is None:
+                setattr(self, name, usual)
+        self.image_size = height_width(self.image_size)
         self.mean, self.std, self.crop_scale = tuple(self.mean), tuple(self.std), tuple(self.crop_scale)
         self.augment = read_augment(self.augment_args)
-        check_values(self)
+        self._check_knobs()
         self.train_sizes = training_sizes(self.train_size, self.image_size, self.epochs)
         self.task, self.target_names, self.target_range, self.id_column = (
             "classification",
@@ -126,6 +101,23 @@ class PictureData(L.LightningDataModule):
             self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed
         )
         self._resume: tuple[int, int] | None = None  # epoch and samples of it, for the next train_dataloader()
+
+    def _check_knobs(self) -> None:
+        """Raises ValueError for the first value that breaks its rule."""
+        try:
+            str_to_interp_mode(self.interpolation)
+        except KeyError:
+            words = "nearest, bilinear, bicubic, box, hamming or lanczos"
+            raise ValueError(f"interpolation {self.interpolation!r}: {words}") from None
+        if broken := out_of_range(self):
+            raise ValueError("{} {!r}: {}".format(*broken))
+        if self.crop_mode not in ("center", "squash", "border"):
+            raise ValueError(f"crop_mode {self.crop_mode!r}: center, squash or border")
+        if self.rand_augment is not None:
+            check_policy(self.rand_augment, "--rand_augment", ["rand"])
+            if self.augment.auto_augment is not None:
+                raise ValueError("--rand_augment and --augment_args.auto_augment are two policies: give one")
+        check_mixing(self.mixup, self.cutmix, self.augment)
 
     def read(self) -> tuple[list[str] | None, dict[str, Split]]:
         """(class names in index order, {"train" | "val" | "test" | "predict": Split}, absent splits left out); lists,

@@ -34,7 +34,7 @@ class DataModule(PictureData):
     """
 
     in_memory: ClassVar[bool] = True
-    image_size: int | tuple[int, int] = 32
+    image_size: int | str | None = 32
 
     def read(self) -> tuple[list[str], dict[str, Split]]:
         self.crop_pct = 1.0

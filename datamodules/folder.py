@@ -11,6 +11,7 @@ import pandas as pd
 from PIL import Image
 
 from datamodules.base import PictureData
+from datamodules.knobs import ImageFiles
 from datamodules.loading.class_folders import (
     SPLITS,
     class_folders,
@@ -44,7 +45,7 @@ class Files:
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class DataModule(PictureData):
+class DataModule(ImageFiles, PictureData):
     """Class index = position in `class_names`, or else in the sorted folders of train (of val and test where there is
     no train). Pictures in folders within a class folder belong to the class.
 
@@ -66,7 +67,6 @@ class DataModule(PictureData):
     """
 
     per_class: int | None = None
-    bad_images: str = "error"
     max_pixels: int = MAX_PIXELS
     white: float | None = None
     unreadable: list[str] | None = None

@@ -12,6 +12,7 @@ import pandas as pd
 
 from datamodules.base import PictureData
 from datamodules.folder import Files
+from datamodules.knobs import ImageFiles, Table
 from datamodules.loading.decode import MAX_PIXELS, SUFFIXES, Decoding
 from datamodules.loading.images import Split
 from datamodules.tables import columns as table_columns
@@ -29,7 +30,7 @@ GIVEN = ("target", "task", "image", "group", "metric", "id_column", "fold_column
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
-class DataModule(PictureData):
+class DataModule(Table, ImageFiles, PictureData):
     """Classification, multilabel or regression from tables. Rows of train.csv become train and val; those of test.csv,
     or else of sample_submission.csv, `predict`, or `test` where test.csv has the labels.
 
@@ -68,17 +69,8 @@ class DataModule(PictureData):
 
     usual_metric: ClassVar[str | None] = None  # of a competition that is known
 
-    target: str | None = None
-    task: str | None = None
-    image: str | None = None
-    group: str | None = None
-    metric: str | None = None
-    bad_images: str = "error"
-    bad_rows: str = "error"
     max_pixels: int = MAX_PIXELS
     white: float | None = None
-    folds: int | None = None
-    fold: int | None = None
     folds_at: str | None = None
     id_column: str | None = None
     fold_column: str | None = None

@@ -1,19 +1,25 @@
-"""The one declaration of every knob, and `parse`: defaults < recipe < config file < flags, in any order of flags.
-Pure and light: no clock, no randomness, no torch, no file but the recipe and the config file.
+"""The command line of a run: all knobs in one frozen `Config`, and `parse`: defaults < recipe < config file < flags, in
+any order of flags.
+
+The knobs of the data are declared in datamodules/knobs.py, those of learning in lightning_modules/knobs.py, those of a
+run here. Pure and light: no clock, no randomness, no torch, no file but the recipe and the config file.
 """
 
 import argparse
 import re
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, FrozenInstanceError, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
+from datamodules import knobs as data_knobs
+from datamodules.knobs import AT_LEAST_1, NOT_NEGATIVE, default, height_width, knob
 from experiments.cli import launcher, recipes
 from experiments.cli.checks import check, check_teacher
-from experiments.cli.errors import UsageError, did_you_mean, size
+from experiments.cli.errors import UsageError, did_you_mean
+from lightning_modules import knobs as learning_knobs
 
 BOOLEAN = (bool, bool | None)
 SPLIT = (
@@ -32,253 +38,198 @@ SPLIT = (
 )  # the knobs that decide which rows are held out
 
 
-def knob(default: Any, text: str, *, role: Literal["training", "place", "where", "numerics"] = "training") -> Any:
-    """One flag. Its role says what a difference means: `training` makes another run with another name; `where` another
-    run, under the same name refused; `numerics` another name, but the run may go on with it; `place` neither."""
-    return field(
-        default_factory=default if callable(default) else lambda: default, metadata={"help": text, "role": role}
-    )
+@dataclass(kw_only=True)
+class Network:
+    """The network and its first weights."""
 
+    title: ClassVar[str] = "What is trained"
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Every knob of a run. Field = flag = YAML key."""
-
-    # what is trained
     recipe: str | None = knob(
         None,
-        "file in experiments/recipes/, or none; left out: demo without any other choice, the model's own name "
-        "on ImageNet, finetune with --init on other data, else none",
+        "Recipe: the name of a file in experiments/recipes/, or none. Default: demo without any other choice, the "
+        "model's own name on ImageNet, finetune with --init on other data, else none.",
         role="place",
     )
-    model: str | None = knob(None, "network: a name of --list models, or timm/<name>")
-    model_args: dict[str, Any] = knob(dict, "the network's own keywords, as --model_args.drop_path 0.2")
-    image_size: int | str | None = knob(None, "side in pixels, or HEIGHTxWIDTH; left out: the model's own")
+    model: str | None = knob(None, "Network: a name of --list models, or timm/<name>.")
+    model_args: dict[str, Any] = knob(dict, "Keywords of the network, as --model_args.drop_path 0.2.")
     init: str | None = knob(
         None,
-        "weights to start from: pretrained, a file, a run directory (over folds: each fold takes its own), or a "
-        "tag of timm's",
+        "Weights to start from: pretrained, a file, a run directory (over folds: each fold takes its own), or a tag "
+        "of timm's.",
     )
     init_head: Literal["keep", "reset"] = knob(
         "keep",
-        "keep takes the head's rows by the names of classes or "
-        "targets, where both are known; reset starts a fresh head where the "
-        "one in --init has another size or other names",
+        "What to do with the head of --init: keep takes its rows by the names of classes or targets, where both are "
+        "known; reset starts a fresh head where the size or the names differ.",
     )
-    init_partial: bool = knob(False, "take weights that lack tensors of the model beside its head, which start fresh")
+    init_partial: bool = knob(
+        False, "Accept weights that lack tensors of the model beside its head; these tensors start fresh."
+    )
     allow_seen: bool = knob(
-        False, "take weights (--init, --teacher) although they have learned rows that are held out here", role="place"
+        False, "Accept weights (--init, --teacher) that were trained on rows held out here.", role="place"
     )
-    # from whom
-    teacher: str | None = knob(
-        None,
-        "trained network to learn from: a run (over folds: each takes its own), a file, a name of --list models "
-        "or timm/<name>; several by commas; or the folder of prepare.py teacher",
-    )
-    teacher_init: str | None = knob(
-        None, "weights of a teacher given by name: a file or a run; left out: those timm publishes"
-    )
-    distill: str | None = knob(
-        None, "what is learned from the teacher: a name of --list losses; left out: hard, DeiT's (mse for regression)"
-    )
-    distill_args: dict[str, Any] = knob(
-        dict,
-        "its keywords, as --distill_args.tau 3; alpha: the teacher's share of the loss; "
-        "warmup_epochs: over which that term rises",
-    )
-    # on what
+
+
+@dataclass(kw_only=True)
+class DataSet:
+    """The data set."""
+
+    title: ClassVar[str] = "On what"
+
     data: str | None = knob(
-        None, "data set: a name of --list data; left out: what --data_dir looks like, else imagenet"
+        None, "Data set, a name of --list data. Default: what --data_dir looks like, else imagenet."
     )
-    data_dir: str | None = knob(None, "folder of the data", role="where")
-    data_args: dict[str, Any] = knob(dict, "the data set's own keywords, as --data_args.per_class 100")
-    target: str | None = knob(
-        None, "of a table: target column, several by commas; left out: what train.csv and sample_submission.csv tell"
-    )
-    task: Literal["classification", "multilabel", "regression"] | None = knob(
-        None, "of a table; left out: what the targets look like"
-    )
-    image: str | None = knob(
-        None, "of a table: where the pictures are, as {split}/{Id}.jpg; left out: what the folders tell"
-    )
-    group: str | None = knob(None, "of a table: column whose equal values never lie on both sides of a split")
-    metric: str | None = knob(
-        None, "chooses the best epoch (of equals the first): a name of --list metrics, or my.py:function"
-    )
-    bad_images: Literal["error", "skip"] = knob(
-        "error",
-        "pictures that are missing or cannot be read: skip leaves them out and lists them in "
-        "skipped.csv; a run goes on without those that break later",
-        role="place",
-    )
-    bad_rows: Literal["error", "skip"] = knob(
-        "error", "of a table: rows without a label; skip neither trains on them nor scores them"
-    )
-    folds: int | None = knob(None, "of a table: train on every fold in turn, each a process of its own, and merge")
-    fold: int | None = knob(None, "of --folds: only this one, from 0 on")
-    hours: float | None = knob(
-        None, "time that --folds may take; a fold that would not end in it is not started", role="place"
-    )
-    cache_dir: str | None = knob(
-        None, "keep pictures decoded and resized in this folder, for all runs that share it", role="place"
-    )
-    cache_side: int | None = knob(
-        None, "shorter side of the pictures in --cache_dir; left out: what evaluation resizes them to"
-    )
-    val_fraction: float = knob(0.1, "share of train held out, stratified, where there is no val folder")
-    split_seed: int = knob(0, "seed of that split (never --seed)")
-    crop_scale: tuple[float, float] = knob((0.08, 1.0), "area of the random resized crop, as [0.08,1.0]")
-    hflip: float = knob(0.5, "probability of a horizontal flip in training")
-    rand_augment: str | None = knob(None, "RandAugment in timm's words, as rand-m9-n2-p0.5-mstd0.5-inc1")
-    random_erasing: float = knob(0.0, "probability of erasing a box of a training picture")
-    repeated_augment: int = knob(
-        1, "times a picture comes in an epoch, each time augmented anew; the epoch's length stays"
-    )
-    mixup: float = knob(0.0, "alpha of mixup; 0 is off")
-    cutmix: float = knob(0.0, "alpha of CutMix; 0 is off")
-    augment_args: dict[str, Any] = knob(
-        dict,
-        "rarer: auto_augment (original, v0, 3a, augmix-m3-w3), color_jitter, vflip, crop_ratio, "
-        "erasing_mode (pixel, rand, const), erasing_count, mix_prob, mix_switch_prob, mix_mode (batch, pair, "
-        "elem, roll), cutmix_minmax; as --augment_args.mix_mode elem",
-    )
+    data_args: dict[str, Any] = knob(dict, "Keywords of the data set, as --data_args.per_class 100.")
     augment: str | None = knob(
-        None, "own augmentation in place of the crop, flips and policy: my.py:build, called with (height, width)"
-    )
-    train_size: int | str | None = knob(
-        None, "side of training crops where it is not --image_size: 160, or rising with the epochs, 128-224"
-    )
-    interpolation: Literal["bicubic", "bilinear", "nearest"] | None = knob(
-        None, "of resizing; left out: the model's own"
-    )
-    crop_pct: float | None = knob(None, "share of the resized picture that evaluation crops; left out: the model's own")
-    crop_mode: Literal["center", "squash", "border"] | None = knob(
-        None, "of evaluation, in timm's words; left out: the model's own"
-    )
-    mean: tuple[float, float, float] | None = knob(None, "colour mean, 0-1; left out: the model's own")
-    std: tuple[float, float, float] | None = knob(None, "colour standard deviation, 0-1; left out: the model's own")
-    # how it learns
-    epochs: int = knob(100, "passes over the training pictures")
-    global_batch_size: int = knob(128, "pictures in one optimizer step, over all devices, nodes and accumulated passes")
-    micro_batch_size: int | None = knob(
-        None, "most pictures one device takes in one pass; left out: what fits its memory", role="place"
-    )
-    lr: float = knob(1e-3, "true peak learning rate; given here or in --config it is not scaled")
-    lr_scaling: Literal["none", "linear", "sqrt"] = knob(
-        "none", "how a recipe's lr grows with global_batch_size / lr_batch", role="place"
-    )
-    lr_batch: int = knob(256, "batch size that a recipe's lr is meant for", role="place")
-    schedule: Literal["cosine", "timm", "deit", "swin", "convnext"] = knob(
-        "cosine", "warm-up and cosine: by step; or as timm's, DeiT's, Swin's or ConvNeXt's own trainer does it"
-    )
-    min_lr: float = knob(0.0, "learning rate at the end of the cosine")
-    warmup_lr: float = knob(0.0, "learning rate at the start of the warm-up")
-    warmup_epochs: float | None = knob(None, "epochs of linear warm-up; left out: a tenth of --epochs, 5 at most")
-    warmup_steps: int | None = knob(None, "the same in optimizer steps")
-    optimizer: Literal["adamw", "lamb", "sgd", "muon"] = knob(
-        "adamw", "timm's; muon takes AdamW for what is no hidden matrix"
-    )
-    optimizer_args: dict[str, Any] = knob(dict, "its own keywords, as --optimizer_args.betas [0.9,0.95]")
-    weight_decay: float = knob(0.05, "none on norms, biases, tokens and positions")
-    layer_decay: float | None = knob(
         None,
-        "factor of the learning rate for each layer further from the head, as 0.75; ConvNeXt has 12 layers "
-        "between stem and head, as published, other networks one a block",
+        "Augmentation of your own in place of crop, flips and policy: my.py:build, called with (height, width).",
+        group="Augmentation",
     )
-    head_lr_scale: float = knob(1.0, "factor of the head's learning rate")
-    freeze: str | None = knob(None, "what stays as it is: backbone, or the first share of the layers, as 0.5")
-    clip_grad: float | None = knob(1.0, "largest gradient; null does not clip")
-    clip_mode: Literal["norm", "value"] = knob("norm", "what --clip_grad bounds: the global norm, or each value")
-    loss: (
-        Literal[
-            "cross_entropy", "bce", "bce_rsb", "bce_deit3", "sigmoid", "mse", "l1", "huber", "ordinal", "distribution"
-        ]
-        | None
-    ) = knob(None, "a name of --list losses; left out: cross_entropy for classification, else bce")
-    loss_args: dict[str, Any] = knob(
-        dict, "its own keywords, as --loss_args.bins 20; target_weights of several targets"
+    hours: float | None = knob(
+        None,
+        "Hours that --folds may take; a fold that would not end in time is not started.",
+        NOT_NEGATIVE,
+        role="place",
+        group="Tables (a folder with train.csv)",
     )
-    label_smoothing: float = knob(0.1, "of the targets")
-    ema_decay: float | None = knob(
-        None, "keep an exponential moving average of the weights, as 0.9999, scored beside them"
+
+
+@dataclass(kw_only=True)
+class Scaling:
+    """How the learning rate of a recipe follows the batch size."""
+
+    title: ClassVar[str] = "How it learns"
+
+    lr_scaling: Literal["none", "linear", "sqrt"] = knob(
+        "none", "How the lr of a recipe grows with global_batch_size / lr_batch.", role="place"
     )
-    use_ema: bool | None = knob(
-        None, "choose, score and predict with the averaged weights; left out: where they are kept"
-    )
-    average_checkpoints: str | None = knob(None, "end with the mean of the weights of several epochs: last-5 or best-3")
-    patience: int | None = knob(None, "stop after so many epochs without a better val metric; left out: never")
-    seed: int = knob(0, "of weights, order, augmentation and dropout")
+    lr_batch: int = knob(256, "Batch size that the lr of a recipe is meant for.", AT_LEAST_1, role="place")
+
+
+@dataclass(kw_only=True)
+class Machines:
+    """Devices and how they compute."""
+
+    title: ClassVar[str] = "Where it runs"
+
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = knob(
-        "auto", "auto is bf16-mixed on a GPU that has it, 16-mixed on another, 32-true on CPU", role="numerics"
+        "auto",
+        "Precision of computation: auto is bf16-mixed on a GPU that has it, 16-mixed on another GPU, 32-true on CPU.",
+        role="numerics",
     )
-    # where it runs
-    devices: int = knob(1, "devices (or CPU processes) on each machine", role="place")
-    num_nodes: int = knob(1, "machines", role="place")
-    accelerator: Literal["auto", "cpu", "gpu"] = knob("auto", "auto is the GPU where there is one", role="place")
+    devices: int = knob(1, "Devices (or CPU processes) of each machine.", AT_LEAST_1, role="place")
+    num_nodes: int = knob(1, "Number of machines.", AT_LEAST_1, role="place")
+    accelerator: Literal["auto", "cpu", "gpu"] = knob(
+        "auto", "Kind of device: auto is the GPU where there is one.", role="place"
+    )
     strategy: str = knob(
         "auto",
-        "Lightning's strategy; auto is ddp for more than one process; folds: a device for each of --folds",
+        "Lightning's strategy: auto is ddp for more than one process; folds gives each of --folds a device.",
         role="place",
     )
-    workers: int | None = knob(
-        None, "data loading processes of each device; left out: what the machine has", role="place"
-    )
-    # the run directory
+
+
+@dataclass(kw_only=True)
+class Directory:
+    """The run directory: its name, what it resumes, what is saved."""
+
+    title: ClassVar[str] = "The run directory"
+
     name: str | None = knob(
-        None, "of the run; left out: data, model, seed and what differs from the recipe", role="place"
+        None, "Name of the run. Default: data, model, seed and what differs from the recipe.", role="place"
     )
-    runs_dir: str = knob("runs", "folder of the run directories", role="place")
+    runs_dir: str = knob("runs", "Folder of the run directories.", role="place")
     resume: str | None = knob(
-        None, "checkpoint or directory of another run to continue in full (weights, optimizer, position)", role="place"
+        None, "Checkpoint or directory of another run to resume in full (weights, optimizer, position).", role="place"
     )
     extend: str | None = knob(
         None,
-        "finished run to train longer, up to --epochs: its state goes on, the schedule runs anew over what is added",
+        "Finished run to train longer, up to --epochs: its state is taken, and the schedule runs anew over the epochs "
+        "that are added.",
     )
     extend_step: int | None = knob(
-        None, "optimizer steps that --extend's run has done; left out: as it says", role="place"
+        None, "Optimizer steps that the run of --extend has done. Default: read from it.", role="place"
     )
-    overwrite: bool = knob(False, "delete the run directory of that name and start again", role="place")
+    overwrite: bool = knob(False, "Delete the run directory of that name and start again.", role="place")
     save_every_steps: int | None = knob(
-        None, "also save last.ckpt every so many optimizer steps, beside every epoch", role="place"
+        None, "Save last.ckpt also each time this number of optimizer steps is done.", AT_LEAST_1, role="place"
     )
-    log_every_steps: int = knob(50, "optimizer steps between two rows of training metrics", role="place")
+
+
+@dataclass(kw_only=True)
+class Tracking:
+    """What is logged where."""
+
+    title: ClassVar[str] = "Logging"
+
+    log_every_steps: int = knob(50, "Optimizer steps between two rows of training metrics.", AT_LEAST_1, role="place")
     logger: Literal["wandb", "tensorboard", "csv", "none"] = knob(
-        "wandb", "tracker beside metrics.csv, which is always written", role="place"
+        "wandb", "Experiment tracker beside metrics.csv, which is always written.", role="place"
     )
-    tags: str | None = knob(None, "of the run in W&B, several by commas", role="place")
-    notes: str | None = knob(None, "on the run in W&B", role="place")
+    tags: str | None = knob(None, "Tags of the run in W&B, separated by commas.", role="place")
+    notes: str | None = knob(None, "Notes on the run in W&B.", role="place")
     logger_args: dict[str, Any] = knob(
         dict,
-        "rarer: checkpoint (true uploads the best weights at the end), attention (true: maps of 8 pictures); "
-        "as --logger_args.checkpoint true",
+        "Rarer settings of the logger, as --logger_args.checkpoint true: checkpoint uploads the best weights at the "
+        "end, attention logs attention maps of 8 images.",
         role="place",
     )
-    # less, or something else, than training
-    limit_val: int | None = knob(
-        None, "pictures of val, and of test, that are scored, evenly spaced over each; left out: all"
-    )
+
+
+@dataclass(kw_only=True)
+class Instead:
+    """Less, or something else, than training."""
+
+    title: ClassVar[str] = "Instead of training"
+
     fast_dev_run: bool = knob(
         False,
-        "try everything in a temporary directory that is deleted: two optimizer steps, 16 pictures of val "
-        "and of test, checkpoints, predictions, report",
+        "Try everything in a temporary directory that is deleted: two optimizer steps, 16 images of val and of test, "
+        "checkpoints, predictions, report.",
         role="place",
     )
-    eval_only: bool = knob(False, "score the test split if there is one, else val")
     dry_run: bool = knob(
-        False, "print the plan, the memory and a time forecast; train nothing, write nothing", role="place"
+        False, "Print the plan, the memory and a time forecast; train nothing and write nothing.", role="place"
     )
     list: Literal["models", "data", "recipes", "losses", "metrics"] | None = knob(
-        None, "print what there is and stop", role="place"
+        None, "List the names of one kind and exit.", role="place"
     )
+
+
+@dataclass(kw_only=True)
+class Config(  # the last group first: dataclasses collect the fields of their bases from the end
+    Instead,
+    Tracking,
+    Directory,
+    Machines,
+    learning_knobs.Distillation,
+    Scaling,
+    learning_knobs.Learning,
+    data_knobs.Batches,
+    data_knobs.Augmentation,
+    data_knobs.Preparation,
+    data_knobs.Table,
+    data_knobs.ImageFiles,
+    data_knobs.Source,
+    DataSet,
+    Network,
+):
+    """Every knob of a run, frozen. Field = flag = YAML key."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        if "_frozen" in self.__dict__:  # data modules inherit the same groups and are not, so no dataclass option
+            raise FrozenInstanceError(f"cannot assign to field {key!r}")
+        super().__setattr__(key, value)
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
-            height, width = size(self.image_size)
-            object.__setattr__(
-                self, "image_size", height if height == width else f"{height}x{width}"
-            )  # one spelling of one size
+            try:
+                height, width = height_width(self.image_size)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+            self.image_size = height if height == width else f"{height}x{width}"  # one spelling of one size
         check(self)
+        self.__dict__["_frozen"] = True
 
     def filled(self, **values: Any) -> "Config":
         """A copy in which the knobs left out (None) take these values."""
@@ -397,14 +348,25 @@ def _parser(files: list[Path]) -> ArgumentParser:
         "--config", type=str, help="config.yaml of a run to repeat; flags win over it, it wins over the recipe"
     )
     hints = get_type_hints(Config)
-    for knob_ in fields(Config):
-        default = knob_.default_factory()
-        options: dict[str, Any] = {"default": default, "help": knob_.metadata["help"].replace("%", "%%")}
-        if hints[knob_.name] in BOOLEAN:
-            parser.add_argument(f"--{knob_.name}", action=ActionYesNo(no_prefix="no_"), nargs="?", **options)
-        else:
-            parser.add_argument(f"--{knob_.name}", type=hints[knob_.name], **options)
+    for title, members in groups().items():
+        section = parser.add_argument_group(title)
+        for each in members:
+            options: dict[str, Any] = {"default": default(each), "help": each.metadata["help"].replace("%", "%%")}
+            if hints[each.name] in BOOLEAN:
+                section.add_argument(f"--{each.name}", action=ActionYesNo(no_prefix="no_"), nargs="?", **options)
+            else:
+                section.add_argument(f"--{each.name}", type=hints[each.name], **options)
     return parser
+
+
+def groups() -> dict[str, list[Field]]:
+    """The knobs under their headings, in the order of `--help`."""
+    declared, found = {each.name: each for each in fields(Config)}, {}
+    for base in reversed(Config.__mro__):
+        for name in base.__dict__.get("__annotations__", {}):
+            if name in declared:
+                found.setdefault(declared[name].metadata["group"] or base.title, []).append(declared[name])
+    return found
 
 
 def _check_flags(argv: list[str]) -> None:

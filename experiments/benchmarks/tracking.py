@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 import models
-from experiments.cli.errors import size
+from datamodules.knobs import height_width
 from experiments.running import build
 from lightning_modules.callbacks.meter import Meter, Waits
 from lightning_modules.loggers.csv_logger import History
@@ -122,7 +122,7 @@ def measure(model: str, batch_size: int, pairs: int, log_every_steps: int) -> No
 def _train(
     model: str, batch_size: int, pairs: int, log_every_steps: int, folder: Path
 ) -> tuple[Blocks, SafeWandbLogger]:
-    network, side = models.create(model, CLASSES), size(models.preprocessing(model)["image_size"])
+    network, side = models.create(model, CLASSES), height_width(models.preprocessing(model)["image_size"])
     task = Task(
         network,
         SPEC,

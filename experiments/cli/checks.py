@@ -3,43 +3,19 @@
 import re
 from typing import TYPE_CHECKING, TypedDict
 
-from datamodules.ranges import broken
+from datamodules.knobs import out_of_range
 from experiments.cli.errors import UsageError
 from experiments.cli.keywords import check_values
 
 if TYPE_CHECKING:
     from experiments.config import Config
 
-AT_LEAST_1 = ("lr_batch", "devices", "num_nodes", "log_every_steps", "save_every_steps", "patience", "limit_val")
-NOT_NEGATIVE = (
-    "lr",
-    "min_lr",
-    "weight_decay",
-    "warmup_epochs",
-    "warmup_steps",
-    "warmup_lr",
-    "clip_grad",
-    "head_lr_scale",
-    "hours",
-)
 TAG_LENGTH = 64  # W&B's limit
-SHARES = ("layer_decay", "ema_decay")
 
 
 def check(cfg: "Config") -> None:
     """Raises UsageError for the first knob that is out of its range, or at odds with another."""
-    _check_ranges(cfg)
-    for key in (
-        "model_args",
-        "data_args",
-        "augment_args",
-        "optimizer_args",
-        "loss_args",
-        "distill_args",
-        "logger_args",
-    ):
-        if not isinstance(getattr(cfg, key), dict):
-            raise UsageError(f"--{key} takes keywords, as --{key}.name value")
+    _check_values(cfg)
     if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
         raise UsageError(f"--name {cfg.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
     if cfg.eval_only and (cfg.resume or not cfg.init):
@@ -68,23 +44,13 @@ def check(cfg: "Config") -> None:
     _check_tracking(cfg)
 
 
-def _check_ranges(cfg: "Config") -> None:
-    if found := broken(cfg):
-        raise UsageError("--{} {}: {}".format(*found))
-    for keys, fits, rule in (
-        (AT_LEAST_1, lambda value: value >= 1, "must be at least 1"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
-        (SHARES, lambda value: 0 <= value <= 1, "must lie between 0 and 1"),
-    ):
-        for key in keys:
-            value = getattr(cfg, key)
-            if value is not None and not fits(value):
-                raise UsageError(f"--{key} {value}: {rule}")
-    for key in ("layer_decay", "head_lr_scale", "clip_grad"):
-        if getattr(cfg, key) == 0:
-            raise UsageError(f"--{key} 0: must be above 0" + "; null does not clip" * (key == "clip_grad"))
-    if cfg.ema_decay == 1:
-        raise UsageError("--ema_decay 1: must be below 1")
+def _check_values(cfg: "Config") -> None:
+    if broken := out_of_range(cfg):
+        name, value, rule = broken
+        raise UsageError(f"--{name} {value:g}: {rule}" if isinstance(value, float) else f"--{name} {value}: {rule}")
+    for key, value in vars(cfg).items():
+        if key.endswith("_args") and not isinstance(value, dict):
+            raise UsageError(f"--{key} takes keywords, as --{key}.name value")
 
 
 def _check_training(cfg: "Config") -> None:

@@ -1,4 +1,4 @@
-"""What is said about a wrong command line, and the spelling of sizes."""
+"""Errors of a wrong command line."""
 
 import argparse
 import os
@@ -8,6 +8,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
+
+from datamodules.knobs import height_width as size  # noqa: F401
 
 CLOSED = 141  # 128 + SIGPIPE, as shells say
 TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
@@ -93,11 +95,3 @@ def positive(text: str, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
     return int(text)
-
-
-def size(text: int | str | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of `224`, `512x1024` or a pair. Raises UsageError."""
-    parts = text if isinstance(text, list | tuple) else str(text).lower().split("x")
-    if len(parts) not in (1, 2) or not all(str(part).isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"--image_size {text}: give one side, as 224, or HEIGHTxWIDTH, as 512x1024")
-    return int(parts[0]), int(parts[-1])

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from datamodules.knobs import default
 from experiments.config import Config
 
 FINISHED, UNFINISHED, BROKEN = "finished", "unfinished", "broken"
 PLACE = {knob.name for knob in fields(Config) if knob.metadata["role"] == "place"}  # where a run is, not what it is
-DEFAULTS = {knob.name: knob.default_factory() for knob in fields(Config)}
+DEFAULTS = {knob.name: default(knob) for knob in fields(Config)}
 
 
 @dataclass

@@ -13,9 +13,9 @@ import lightning as L
 import torch
 
 import models
+from datamodules.knobs import height_width
 from datamodules.loading.decode import PictureError
 from experiments.cli import early
-from experiments.cli.errors import size
 from experiments.config import Config
 from experiments.reporting import media, run_page
 from experiments.running import build, forecast, run_directory, trackers
@@ -53,7 +53,7 @@ def dry_run(run: Run) -> int:
         )
         return 0
     with torch.device("meta"):
-        meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
+        meta = models.create(cfg.model, data.spec["num_outputs"], height_width(cfg.image_size), **cfg.model_args)
     fixed, per_picture = forecast.memory(meta, cfg)
     passes = data.accumulation(world)
     micro = cfg.global_batch_size // world // passes

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,9 +22,10 @@ from torch import nn
 import datamodules
 import models
 from datamodules import imagenet
+from datamodules.knobs import ImageFiles, Table, height_width
 from datamodules.loading.decode import PictureError
 from experiments.cli import early, launcher
-from experiments.cli.errors import TOLD, UsageError, size
+from experiments.cli.errors import TOLD, UsageError
 from experiments.cli.recipes import recipe_data
 from experiments.config import Command, Config, read
 from experiments.folds import directories
@@ -166,7 +167,7 @@ def decide(command: Command, *, assume: bool = False) -> Run:
         raise UsageError("\n".join(filter(None, problems)))
     seen = [] if assumed else held_out.check(cfg, data, datamodule)
     with torch.device("meta"):
-        meta = models.create(cfg.model, data.spec["num_outputs"], size(cfg.image_size), **cfg.model_args)
+        meta = models.create(cfg.model, data.spec["num_outputs"], height_width(cfg.image_size), **cfg.model_args)
     preflight.check_network(meta, cfg, data)
     cfg, alone, notes = preflight.with_warmup(cfg, alone, cfg.epochs * data.steps_per_epoch)
     cfg, alone, more = preflight.with_layer_decay(cfg, alone, meta, "layer_decay" in command.chosen)
@@ -295,7 +296,7 @@ def _pictures_line(cfg: Config) -> list[str]:
     that is not known."""
     theirs, ours = (
         _preparation(cfg),
-        {key: getattr(cfg, key) for key in PREPARATION} | {"image_size": size(cfg.image_size)},
+        {key: getattr(cfg, key) for key in PREPARATION} | {"image_size": height_width(cfg.image_size)},
     )
     if not theirs:
         return []
@@ -419,58 +420,19 @@ def datamodule(
     names = {}
     if saved := _saved(cfg):
         names = {"class_names": saved["spec"].get("class_names")}
-    known = datamodules.accepted(cfg.data)
-    table = {key: getattr(cfg, key) for key in TABLE if getattr(cfg, key) not in (None, "error")}
-    if strange := table.keys() - {*known}:
-        raise UsageError(f"--{min(strange)} is for tables (a folder with train.csv); --data {cfg.data} has none")
-    if "bad_images" in known:
-        table["bad_images"] = cfg.bad_images
-    elif cfg.bad_images != "error":
-        raise UsageError(f"--bad_images {cfg.bad_images} is for picture files; --data {cfg.data} has none")
+    known = {*datamodules.accepted(cfg.data)}
+    _check_for_files(cfg, known)
+    given = {key: getattr(cfg, key) for key in known & {*vars(cfg)} if getattr(cfg, key) is not None}
     if "unreadable" in known:
-        table["unreadable"] = unreadable
+        given["unreadable"] = unreadable
     if cfg.folds and cfg.fold is None:
-        table["fold"] = 0  # over all folds: the first stands for the rest
+        given["fold"] = 0  # over all folds: the first stands for the rest
     if cfg.folds and "folds_at" in known and "folds_at" not in cfg.data_args:
         over = Path(cfg.runs_dir) / "folds.csv"
-        table["folds_at"] = str(over if cfg.name == f"fold{cfg.fold}" and over.is_file() else over.with_suffix(""))
-    table |= {"metric": cfg.metric} if "metric" in known and cfg.metric else {}
+        given["folds_at"] = str(over if cfg.name == f"fold{cfg.fold}" and over.is_file() else over.with_suffix(""))
     encoding, outputs = targets.encoding_of(cfg.loss, cfg.loss_args.get("bins", targets.BINS))
     data = (make or partial(datamodules.create, cfg.data))(
-        encoding=encoding,
-        outputs_per_target=outputs,
-        **table,
-        data_dir=cfg.data_dir,
-        image_size=size(cfg.image_size),
-        mean=cfg.mean,
-        std=cfg.std,
-        interpolation=cfg.interpolation,
-        crop_pct=cfg.crop_pct,
-        crop_mode=cfg.crop_mode,
-        crop_scale=cfg.crop_scale,
-        hflip=cfg.hflip,
-        val_fraction=cfg.val_fraction,
-        rand_augment=cfg.rand_augment,
-        random_erasing=cfg.random_erasing,
-        repeated_augment=cfg.repeated_augment,
-        mixup=cfg.mixup,
-        cutmix=cfg.cutmix,
-        label_smoothing=cfg.label_smoothing,
-        augment_args=cfg.augment_args,
-        own_augment=cfg.augment,
-        train_size=cfg.train_size,
-        epochs=cfg.epochs,
-        split_seed=cfg.split_seed,
-        seed=cfg.seed,
-        global_batch_size=cfg.global_batch_size,
-        micro_batch_size=cfg.micro_batch_size,
-        workers=cfg.workers,
-        cache_dir=cfg.cache_dir,
-        cache_side=cfg.cache_side,
-        eval_only=cfg.eval_only,
-        limit_val=cfg.limit_val,
-        **names,
-        **cfg.data_args,
+        **given, own_augment=cfg.augment, encoding=encoding, outputs_per_target=outputs, **names, **cfg.data_args
     )
     if saved and data.target_range:
         data.target_range = saved["spec"].get("target_range") or data.target_range
@@ -482,13 +444,23 @@ def datamodule(
     return data
 
 
+def _check_for_files(cfg: Config, known: set[str]) -> None:
+    """Raises UsageError for a knob of tables, or of image files, that the data set has not."""
+    for group, text in ((Table, "tables (a folder with train.csv)"), (ImageFiles, "picture files")):
+        for knob in fields(group):
+            value = getattr(cfg, knob.name)
+            if value != knob.default and knob.name not in {*known, "metric"}:
+                said = f" {value}" * (group is ImageFiles)
+                raise UsageError(f"--{knob.name}{said} is for {text}; --data {cfg.data} has none")
+
+
 def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     """The network with its first weights, and the line that says where they come from ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(
         cfg.model,
         data.spec["num_outputs"],
-        size(cfg.image_size),
+        height_width(cfg.image_size),
         columns=pretrained.columns_of(data.spec),
         **cfg.model_args,
     )
@@ -546,6 +518,6 @@ def gmacs(run: Run) -> float:
     """Billions of multiply-accumulates of one picture's forward pass."""
     with torch.device("meta"):
         meta = models.create(
-            run.cfg.model, run.data.spec["num_outputs"], size(run.cfg.image_size), **run.cfg.model_args
+            run.cfg.model, run.data.spec["num_outputs"], height_width(run.cfg.image_size), **run.cfg.model_args
         )
-    return cost.gmacs(meta, size(run.cfg.image_size))
+    return cost.gmacs(meta, height_width(run.cfg.image_size))

@@ -16,9 +16,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from datamodules.knobs import height_width
 from datamodules.loading.cores import cores, free_memory
 from experiments.cli import launcher
-from experiments.cli.errors import UsageError, size
+from experiments.cli.errors import UsageError
 from experiments.config import Config
 from lightning_modules.callbacks.preemption import COLLECTIVE_TIMEOUT
 from models import cost
@@ -145,7 +146,8 @@ def memory(meta: nn.Module, cfg: Config) -> tuple[int, int]:
     """Estimated bytes of training: (fixed: weights, gradients, Adam's two moments, averaged weights; for each picture
     in a pass)."""
     per_picture = (
-        cost.activation_bytes(meta, size(cfg.image_size)) + 12 * size(cfg.image_size)[0] * size(cfg.image_size)[1]
+        cost.activation_bytes(meta, height_width(cfg.image_size))
+        + 12 * height_width(cfg.image_size)[0] * height_width(cfg.image_size)[1]
     )
     return (16 if cfg.ema_decay is None else 20) * cost.parameters(meta), per_picture // (
         1 if cfg.precision in ("auto", "32-true") else 2
@@ -163,7 +165,7 @@ def micro_batch_size(meta: nn.Module, cfg: Config, *, assumed: bool = False) -> 
     if room < 1:
         raise UsageError(
             f"model {cfg.model} needs about {(fixed + per_picture) / 2**30:.1f} GB for one picture of "
-            f"{size(cfg.image_size)} and {free_bytes(cfg, assumed=assumed) / 2**30:.1f} GB are free: a smaller "
+            f"{height_width(cfg.image_size)} and {free_bytes(cfg, assumed=assumed) / 2**30:.1f} GB are free: a smaller "
             f"--model or --image_size"
         )
     return max(1, min(room, cfg.global_batch_size // world_size(cfg)))
@@ -173,7 +175,7 @@ def images_per_second(model: nn.Module, cfg: Config, pictures: int) -> float:
     """Forward and backward of random pictures on one device, after one pass to warm up; data loading is not in it."""
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.precision)
-    model, images = model.to(device).train(), torch.randn(pictures, 3, *size(cfg.image_size), device=device)
+    model, images = model.to(device).train(), torch.randn(pictures, 3, *height_width(cfg.image_size), device=device)
     columns = getattr(model, "column_mlp", None)
     given = (images,) if columns is None else (images, images.new_zeros(pictures, columns[0].in_features))
 

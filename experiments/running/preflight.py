@@ -13,11 +13,12 @@ from torch import nn
 import datamodules
 import models
 from datamodules.base import PictureData
+from datamodules.knobs import height_width
 from datamodules.loading.cores import cores
 from datamodules.loading.workers import worker_count
 from datamodules.tables.table import counted
 from datamodules.transforms.augment import Augment
-from experiments.cli.errors import UsageError, did_you_mean, size
+from experiments.cli.errors import UsageError, did_you_mean
 from experiments.cli.keywords import check_values
 from experiments.cli.recipes import recipe_model
 from experiments.config import Config
@@ -102,10 +103,7 @@ def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
 def for_task(cfg: Config, data: L.LightningDataModule) -> Config:
     """The config with what was left out and depends on the task. The default smoothing is for classes and labels: of a
     regression it is off."""
-    off = (
-        data.task == "regression"
-        and cfg.label_smoothing == Config.__dataclass_fields__["label_smoothing"].default_factory()
-    )
+    off = data.task == "regression" and cfg.label_smoothing == Config.label_smoothing
     cfg = replace(cfg, label_smoothing=0.0) if off else cfg
     return cfg.filled(loss=losses.default(data.task), metric=getattr(data, "metric_name", None))
 
@@ -167,7 +165,9 @@ def check_network(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> 
     """Try the network, on no device: at every size of training crops, and for attention maps where they are asked for.
     Raises UsageError."""
     _check_train_sizes(meta, cfg, data)
-    if cfg.logger_args.get("attention") and (problems := attention_maps.no_maps(meta, data, size(cfg.image_size))):
+    if cfg.logger_args.get("attention") and (
+        problems := attention_maps.no_maps(meta, data, height_width(cfg.image_size))
+    ):
         raise UsageError("\n".join(problems))
 
 

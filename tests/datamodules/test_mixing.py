@@ -64,7 +64,8 @@ def seed_of(seed: int, epoch: int, rank: int, index: torch.Tensor) -> int:
 @pytest.mark.parametrize("name", MODES)
 def test_images_and_targets_are_timms(name):
     ours, theirs = MODES[name]
-    data, mixup = digits(**ours), Mixup(num_classes=10, **{"label_smoothing": 0.0, **theirs})
+    smoothing = {"label_smoothing": 0.0}
+    data, mixup = digits(**smoothing | ours), Mixup(num_classes=10, **smoothing | theirs)
     lambdas = []
     for batch in data.train_dataloader():
         plain = digits().on_after_batch_transfer(batch, 0)

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import yaml
 
+from datamodules.knobs import height_width
 from experiments import config
 from experiments.cli import recipes as recipe
 from experiments.config import Config, parse, read
@@ -160,7 +161,7 @@ def test_every_knob_has_help():
 
 
 def test_image_sizes():
-    assert [config.size(text) for text in (224, "224", "512x1024", [3, 4])] == [
+    assert [height_width(text) for text in (224, "224", "512x1024", [3, 4])] == [
         (224, 224),
         (224, 224),
         (512, 1024),

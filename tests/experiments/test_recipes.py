@@ -9,8 +9,8 @@ import yaml
 from conftest import result_of, write_pictures
 
 import models
+from datamodules.knobs import height_width
 from experiments.cli import recipes
-from experiments.cli.errors import size
 from experiments.cli.recipes import RECIPES, recipe_names
 from experiments.config import Config, parse
 from experiments.run import main
@@ -372,7 +372,7 @@ def test_a_recipe_starts_from_the_weights_of_its_figure(name, training):
 def test_recipe_builds_its_network(name):
     cfg = parse(["--recipe", name, *TEACHER.get(name, []), *(["--model", "vit_s16"] if name in ANY_MODEL else [])])
     with torch.device("meta"):
-        network = models.create(cfg.model, 1000, cfg.image_size and size(cfg.image_size), **cfg.model_args)
+        network = models.create(cfg.model, 1000, cfg.image_size and height_width(cfg.image_size), **cfg.model_args)
     if name in PARAMETERS:
         assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS[name]
 
