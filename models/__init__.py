@@ -1,104 +1,24 @@
 """The model room: networks by name.
 
-`create(name)` builds one, `names()` lists our own, `preprocessing(name)` says what pictures it wants, `load(path)`
+`create(name)` builds one, `names()` lists our own, `preprocessing(name)` describes the images it wants, `load(path)`
 brings one back from a checkpoint. A new model is one new file here that calls `register`; any timm backbone is
 `timm/<name>`.
 """
 
 import importlib
-import inspect
+import logging
 import pkgutil
-from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
-import timm
-from timm.data import resolve_data_config
 from torch import nn
 
-Size = int | tuple[int, int]
+from models.registry import REGISTRY, Size, build, check_name, closest, keywords, names, preprocessing, register
 
+for _module in pkgutil.iter_modules(__path__):  # each registers its models, in the order of the files
+    importlib.import_module(f"{__name__}.{_module.name}")
+from models.pretrained import initialise, load  # noqa: E402
 
-@dataclass(frozen=True)
-class Entry:
-    """One registered variant: how to build it, what it costs at its own image size, how its pictures are prepared, its
-    timm twin."""
-
-    build: type[nn.Module]
-    args: dict[str, Any]
-    gmacs: float  # multiply-accumulates of one forward pass, attention products included, 1000 outputs
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    crop_pct: float
-    timm: str | None  # the same architecture in timm, without tag
-
-
-REGISTRY: dict[str, Entry] = {}
-HALF = (0.5, 0.5, 0.5)  # mean = std of the ViT lineage
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def register(
-    name: str,
-    build: type[nn.Module],
-    *,
-    gmacs: float,
-    timm: str | None = None,
-    image_size: int = 224,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
-    interpolation: str = "bicubic",
-    crop_pct: float = 0.9,
-    **args: Any,
-) -> None:
-    """Give `build(**args)` a name on the command line. Raises KeyError when the name is taken."""
-    if name in REGISTRY:
-        raise KeyError(f"model {name} is registered twice")
-    REGISTRY[name] = Entry(build, args, gmacs, image_size, mean, std, interpolation, crop_pct, timm)
-
-
-def names() -> list[str]:
-    """Our own variants, in the order of the files and of their tables."""
-    return list(REGISTRY)
-
-
-def closest(word: str, known: list[str]) -> str:
-    """`did you mean a, b?`, or nothing where no known word is near."""
-    near = get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else ""
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError with the closest names when `name` is neither ours nor timm's."""
-    if name.startswith("timm/"):
-        arch = name[len("timm/") :]
-        if not timm.is_model(arch):
-            near = (
-                closest(arch.split(".")[0], timm.list_models()).replace("mean ", "mean timm/").replace(", ", ", timm/")
-            )
-            raise ValueError(f"timm has no model named {arch!r}{near}")
-        bare, _, tag = arch.partition(".")
-        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*")]
-        if tag and tag not in tags:
-            raise ValueError(
-                f"timm/{bare} has no weights tagged {tag!r}{closest(tag, tags)} (its tags: {', '.join(tags) or 'none'})"
-            )
-    elif name not in REGISTRY:
-        also = f"; timm has it: --model timm/{name}" if timm.is_model(name) else ""
-        near = closest(name, names()) or f"; there are {', '.join(names())}" * (not also)
-        raise ValueError(f"no model named {name!r}{also}{near}")
-
-
-def keywords(name: str) -> list[str]:
-    """The keywords that `create` takes for one of our own models, beside num_outputs, image_size and in_chans."""
-    check_name(name)
-    parameters = inspect.signature(REGISTRY[name].build.__init__).parameters
-    return [key for key in parameters if key not in ("self", "num_outputs", "image_size", "in_chans")] + [
-        "dist_head",
-        *HEAD,
-    ]
+__all__ = ["REGISTRY", "check_name", "closest", "create", "keywords", "load", "names", "preprocessing", "register"]
 
 
 def create(
@@ -107,137 +27,26 @@ def create(
     image_size: Size | None = None,
     in_chans: int = 3,
     columns: int = 0,
+    init: str | None = None,
     **model_args: Any,
 ) -> nn.Module:
-    """Build a network with fresh weights.
+    """Build a network, with fresh weights or those of `init`.
 
     Args:
         name: one of `names()`, or `timm/<name>` for any timm backbone.
         num_outputs: width of the head; 0 leaves it out, the network then returns pooled features (B, D).
         image_size: side or (height, width) in pixels; None is the variant's own.
-        in_chans: colour channels of the picture.
-        columns: of a table, that the network takes beside the picture (models/column_head.py).
+        in_chans: colour channels of the image.
+        columns: number of table columns that the network takes beside the image (models/heads.py).
+        init: `pretrained`, a file, a run directory or a tag of timm's, as `--init`; a head of another size starts
+            fresh. What was loaded is logged.
         model_args: the constructor's keywords, as `--model_args.drop_path 0.2`; for timm in timm's words or in ours.
-            `dist_head` true gives any network a second head to learn from a teacher with (models/dist_head.py),
-            `head_hidden` 128 a head of two layers, with `head_dropout` between them (models/mlp_head.py).
-    Raises ValueError for an unknown name (with the closest ones), an unknown keyword, or an image size the network
-    cannot take.
+            `dist_head` true adds a second head that learns from a teacher, `head_hidden` 128 a hidden layer before the
+            outputs, with `head_dropout` behind it (models/heads.py).
+    Raises ValueError for an unknown name (with the closest ones), an unknown keyword, an image size the network cannot
+    take, or weights of another network; FileNotFoundError for a path of `init` that does not exist.
     """
-    check_name(name)
-    if columns:
-        if model_args.get("dist_head"):
-            raise ValueError("a network with dist_head takes no columns beside the picture: give one of them")
-        return with_columns(create(name, num_outputs, image_size, in_chans, **model_args), columns)
-    head = {key: model_args.pop(key) for key in HEAD if key in model_args}
-    if head.keys() == {HEAD[1]} or head and model_args.get("dist_head"):
-        raise ValueError(
-            "head_dropout is of a head with head_hidden"
-            if HEAD[0] not in head
-            else "head_hidden and dist_head: give one of them"
-        )
-    if head:
-        model = create(name, num_outputs, image_size, in_chans, **model_args)
-        return with_mlp_head(model, head[HEAD[0]], head.get(HEAD[1], 0.0)) if num_outputs else model
-    if model_args.pop("dist_head", False):
-        return with_dist_head(create(name, num_outputs, image_size, in_chans, **model_args))
-    if name.startswith("timm/"):
-        return _create_timm(name[len("timm/") :], num_outputs, image_size, in_chans, model_args)
-    entry = REGISTRY[name]
-    for key in model_args:
-        if key not in keywords(name):
-            raise ValueError(
-                f"model {name} has no argument {key!r}{closest(key, keywords(name))} (it takes "
-                f"{', '.join(keywords(name))})"
-            )
-    _check_ranges(num_outputs, model_args)
-    size = entry.image_size if image_size is None else image_size
-    model = entry.build(num_outputs=num_outputs, image_size=size, in_chans=in_chans, **{**entry.args, **model_args})
-    model.pretrained_cfg = model.default_cfg = timm_cfg(name, num_outputs)
+    model = build(name, num_outputs, image_size, in_chans, columns, **model_args)
+    if init is not None:
+        logging.getLogger(__name__).info(initialise(model, str(init), name=name, reset_head=True))
     return model
-
-
-def _check_ranges(num_outputs: int, model_args: dict[str, Any]) -> None:
-    if num_outputs < 0:
-        raise ValueError(f"num_outputs {num_outputs}: must not be negative (0 leaves the head out)")
-    for key, value in model_args.items():
-        if (
-            key in ("depth", "patch_size", "embed_dim", "num_heads", "window_size")
-            and isinstance(value, int)
-            and value < 1
-        ):
-            raise ValueError(f"{key} {value}: must be at least 1")
-        if key in ("dropout", "attn_dropout", "drop_path") and not 0 <= value < 1:
-            raise ValueError(f"{key} {value}: must be at least 0 and below 1")
-
-
-def timm_cfg(name: str, num_outputs: int) -> dict[str, Any]:
-    """What timm's tools ask of a model: input size, normalisation, where its head and its first convolution are."""
-    entry = REGISTRY[name]
-    return {
-        "num_classes": num_outputs,
-        "input_size": (3, entry.image_size, entry.image_size),
-        "mean": entry.mean,
-        "std": entry.std,
-        "interpolation": entry.interpolation,
-        "crop_pct": entry.crop_pct,
-        "pool_size": (entry.image_size // 32,) * 2,
-        "fixed_input_size": True,
-        "first_conv": entry.build.first_conv,
-        "classifier": entry.build.classifier,
-        "architecture": name,
-    }
-
-
-HEAD = ("head_hidden", "head_dropout")
-TIMM_WORDS = {"drop_path": "drop_path_rate", "dropout": "drop_rate", "attn_dropout": "attn_drop_rate"}
-
-
-def _create_timm(
-    arch: str, num_outputs: int, image_size: Size | None, in_chans: int, model_args: dict[str, Any]
-) -> nn.Module:
-    words = {TIMM_WORDS.get(key, key): value for key, value in model_args.items()}
-    sized = {} if image_size is None else {"img_size": image_size}
-    try:
-        return timm.create_model(arch, num_classes=num_outputs, in_chans=in_chans, **sized, **words)
-    except TypeError as error:
-        if "unexpected keyword argument 'img_size'" in str(error):  # convolutional networks take any size
-            return _create_timm(arch, num_outputs, None, in_chans, model_args)
-        if "unexpected keyword argument" in str(error) or "multiple values for" in str(error):
-            raise ValueError(f"model timm/{arch}: {error}") from None
-        raise
-
-
-def preprocessing(name: str) -> dict[str, Any]:
-    """How the network's pictures are prepared: image_size (height, width), mean, std, interpolation, crop_pct,
-    crop_mode.
-
-    Ours stand in the registry; timm's are those of the weights' tag (timm.get_pretrained_cfg). Raises ValueError for an
-    unknown name.
-    """
-    check_name(name)
-    if name.startswith("timm/"):
-        cfg = timm.get_pretrained_cfg(name[len("timm/") :])
-        data = resolve_data_config(pretrained_cfg=cfg.to_dict())
-        return {
-            "image_size": tuple(data["input_size"][1:]),
-            **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
-        }
-    entry = REGISTRY[name]
-    return {
-        "image_size": (entry.image_size, entry.image_size),
-        "mean": entry.mean,
-        "std": entry.std,
-        "interpolation": entry.interpolation,
-        "crop_pct": entry.crop_pct,
-        "crop_mode": "center",
-    }
-
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
-from models.column_head import with_columns  # noqa: E402
-from models.dist_head import with_dist_head  # noqa: E402
-from models.mlp_head import with_mlp_head  # noqa: E402
-from models.pretrained import load  # noqa: E402  (after the registry, which it uses)
-
-__all__ = ["REGISTRY", "create", "keywords", "load", "names", "preprocessing", "register"]

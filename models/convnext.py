@@ -13,9 +13,9 @@ import torch
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from models import register
 from models.hierarchy import Hierarchy, PooledHead, Stage
 from models.layers import Mlp, drop_path_rates, init_trunc_normal_
+from models.registry import register
 
 
 class ConvNeXtBlock(nn.Module):

@@ -14,10 +14,10 @@ import torch
 from timm.layers import DropPath, LayerNorm2d
 from torch import Tensor, nn
 
-from models import register
 from models.convnext import ConvNeXt, check_smallest
 from models.hierarchy import Hierarchy, PooledHead, Stage
 from models.layers import drop_path_rates, init_trunc_normal_
+from models.registry import register
 
 NORMS = {"batch": nn.BatchNorm2d, "layer": LayerNorm2d}
 ACTS = {"relu": nn.ReLU, "gelu": nn.GELU}

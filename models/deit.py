@@ -8,8 +8,8 @@ Legend: B pictures, N patches, D width, K classes.
 import torch
 from torch import Tensor, nn
 
-from models import register
 from models.layers import init_trunc_normal_
+from models.registry import register
 from models.vit import ViT
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-import models
 from models import transfer
+from models.registry import REGISTRY, build, preprocessing
 from models.transfer import fit, head_keys, some, start_small_
 
 __all__ = ["fit", "head_keys", "start_small_"]  # of transfer.py, beside what stands here
@@ -174,7 +174,7 @@ def published_name(name: str, tag: str | None = None) -> str:
 
     Raises ValueError.
     """
-    arch = name[len("timm/") :] if name.startswith("timm/") else models.REGISTRY[name].timm
+    arch = name[len("timm/") :] if name.startswith("timm/") else REGISTRY[name].timm
     if arch is None:
         raise ValueError(f"there are no published weights for {name}" + (f", and no file or run {tag}" if tag else ""))
     bare = arch.split(".")[0]
@@ -227,7 +227,7 @@ def about(source: str, name: str) -> dict[str, Any]:
     if not is_published(source):
         return read_about(source)
     arch = published_name(name, None if source == "pretrained" else source)
-    prepared = models.preprocessing(f"timm/{arch}")
+    prepared = preprocessing(f"timm/{arch}")
     spec = {"num_outputs": timm.get_pretrained_cfg(arch).num_classes, **prepared}
     return {"config": {"model": f"timm/{arch}", "model_args": {}}, "spec": spec}
 
@@ -417,7 +417,7 @@ def _network_of(config: dict[str, Any], spec: dict[str, Any], image_size: tuple[
     arguments = {
         key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")
     }  # nothing else is read
-    return models.create(config["model"], spec["num_outputs"], image_size, columns=columns_of(spec), **arguments)
+    return build(config["model"], spec["num_outputs"], image_size, columns=columns_of(spec), **arguments)
 
 
 def columns_of(spec: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ flax (big_vision models/vit.py); names are timm's. The paper's headline 76.5 / 8
 head 76.7 / 79.8 %.
 """
 
-from models import HALF, register
+from models.registry import HALF, register
 from models.vit import ViT
 
 

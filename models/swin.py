@@ -17,9 +17,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import register
 from models.hierarchy import Hierarchy, PooledHead, Stage
 from models.layers import Mlp, attend, drop_path_rates, init_trunc_normal_, pair
+from models.registry import register
 
 Pair = tuple[int, int]
 

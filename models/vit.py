@@ -17,7 +17,6 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from models import HALF, register
 from models.layers import (
     Block,
     NormedPatchEmbed,
@@ -28,6 +27,7 @@ from models.layers import (
     saved_grid,
     sincos2d,
 )
+from models.registry import HALF, register
 
 GELU: dict[str, Callable[[], nn.Module]] = {"erf": nn.GELU, "tanh": partial(nn.GELU, approximate="tanh")}
 

@@ -15,8 +15,8 @@ from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import register
 from models.layers import Mlp, PatchEmbed, attend, init_trunc_normal_
+from models.registry import register
 from models.vit import PlainTransformer
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.mlp_head import Mlp
+from models.heads import Mlp
 
 
 class Aux(nn.Module):

@@ -191,7 +191,6 @@ def test_pretrained_weights_without_columns(tmp_path):
         (f"{AUX} --data_args.aux_weight 0", "must be above 0"),
         (f"{INPUTS} --teacher vit_nano4", "input_columns does not go with --teacher"),
         (f"{AUX} --teacher vit_nano4", "aux_targets does not go with"),
-        (f"{INPUTS} --model_args.dist_head true", "dist_head takes no columns"),
         ("--data_args.input_columns Bad", "column Bad: no numbers in row 5: 'x'"),
         ("--data_args.aux_targets Bad", "column Bad: no numbers in row 5: 'x'"),
         (f"{INPUTS} --model deit_ti16_distilled --model_args {{}}", "type tuple"),

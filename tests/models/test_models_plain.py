@@ -125,6 +125,10 @@ def test_what_a_variant_refuses(name):
     patch = models.REGISTRY[name].args.get("patch_size", 16)
     with pytest.raises(ValueError, match="has no argument 'drop_pth'; did you mean drop_path"):
         models.create(name, drop_pth=0.1)
+    with pytest.raises(ValueError, match="timm's num_classes is num_outputs here"):
+        models.create(name, num_classes=10)
+    with pytest.raises(ValueError, match="timm's img_size is image_size here"):
+        models.create(name, img_size=32)
     with pytest.raises(
         ValueError, match=f"not a multiple of the patch size {patch}x{patch}; the nearest.* {2 * patch}x{3 * patch}"
     ):

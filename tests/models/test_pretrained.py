@@ -258,3 +258,18 @@ def test_timm_models_take_the_same_path(tmp_path):
     )
     for key, value in source.state_dict().items():
         assert torch.equal(value, target.state_dict()[key])
+
+
+def test_create_starts_from_a_file_with_a_fresh_head_of_another_size(tmp_path, caplog):
+    saved = make(num_outputs=9)
+    torch.save(saved.state_dict(), tmp_path / "w.pth")
+    with caplog.at_level("INFO", "models"):
+        model = models.create("vit_s16", 5, 32, init=tmp_path / "w.pth", **TINY)
+    assert torch.equal(model.blocks[1].attn.qkv.weight, saved.blocks[1].attn.qkv.weight)
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 5) and "a fresh one of 5 starts" in caplog.text
+    same_size = models.create("vit_s16", 9, 32, init=str(tmp_path / "w.pth"), **TINY).eval()
+    assert same(saved, same_size)
+    with pytest.raises(ValueError, match="is it another model"):
+        models.create("vit_s16", 9, 32, init=tmp_path / "w.pth", **TINY | {"embed_dim": 64})
+    with pytest.raises(ValueError, match="no file or run other"):
+        models.create("vit_nano4", init="other")
