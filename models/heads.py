@@ -149,7 +149,7 @@ def compose_head(
     dist = dist and not hasattr(model, "set_distilled_training")
     if hidden is None and not columns and not dist:
         return model
-    linear = model.get_classifier() if hasattr(model, "get_classifier") else None
+    linear = cast(_Network, model).get_classifier() if hasattr(model, "get_classifier") else None
     if not isinstance(linear, nn.Linear):
         found = "no classifier" if linear is None else f"a classifier of type {type(linear).__name__}"
         raise ValueError(f"{type(model).__name__} has {found}: another head takes the place of one linear layer")
@@ -166,15 +166,15 @@ def compose_head(
 
 
 @cache
-def _composed(own: type[nn.Module], dist: bool) -> type[nn.Module]:
+def _composed(own: type, dist: bool) -> type:
     """The class of a network of class `own` with a composed head, as torch's fully_shard makes one."""
     head = ComposedTwoHeads if dist else ComposedHead
     return type(f"{own.__name__}{head.__name__}", (head, own), {"__module__": own.__module__, "own": own})
 
 
-def _blank(own: type[nn.Module], dist: bool) -> nn.Module:
+def _blank(own: type, dist: bool) -> nn.Module:
     """An empty object for pickle and copy to fill."""
-    composed = _composed(own, dist)
+    composed: Any = _composed(own, dist)
     return composed.__new__(composed)
 
 
