@@ -6,12 +6,13 @@ A data set is a file `datamodules/<name>.py` that defines a class `DataModule`; 
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from datamodules.loading.closest import did_you_mean
 
 if TYPE_CHECKING:
     from datamodules.base import PictureData
@@ -22,12 +23,21 @@ NAMES = {"kaggle_csv": "csv"}  # files whose data set has a shorter name
 
 def names() -> list[str]:
     """Registered data sets, sorted: the files beside this one that define `class DataModule`."""
+    return sorted(NAMES.get(stem, stem) for stem in _stems())
+
+
+def _stems() -> list[str]:
     files = Path(__file__).parent.glob("*.py")
-    return sorted(
-        NAMES.get(f.stem, f.stem)
-        for f in files
-        if re.search(r"^class DataModule\b", f.read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    return [f.stem for f in files if re.search(r"^class DataModule\b", f.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+def __getattr__(name: str) -> type[PictureData]:
+    """A data set's class by its file's name in capitals: `datamodules.ImageNet`, `Folder`, `KaggleCSV`, `Pawpularity`,
+    `Digits`; loaded when it is asked for."""
+    for stem in _stems() if name[:1].isupper() else ():
+        if stem.replace("_", "") == name.lower():
+            return import_module(f"{__name__}.{stem}").DataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def accepted(name: str) -> list[str]:
@@ -51,7 +61,8 @@ def create(name: str, **kwargs: Any) -> PictureData:
     known = accepted(name)
     for key in kwargs:
         if key not in known:
-            raise ValueError(f"data set {name!r} has no keyword {_closest(key, known)}")
+            near = did_you_mean(key, known)
+            raise ValueError(f"data set {name!r} has no keyword {key!r}{near} (it takes {', '.join(known)})")
     return data_class(name)(**kwargs)
 
 
@@ -83,15 +94,10 @@ def detect(data_dir: str) -> str:
 def data_class(name: str) -> type[PictureData]:
     """The class behind a data set's name. Raises ValueError for an unknown one."""
     if name not in names():
-        raise ValueError(f"there is no data set {_closest(name, names())}")
+        raise ValueError(f"there is no data set {name!r}{did_you_mean(name, names())} (there are {', '.join(names())})")
     return import_module(module(name)).DataModule
 
 
 def module(name: str) -> str:
     """The module of a data set's name."""
     return f"datamodules.{next((file for file, short in NAMES.items() if short == name), name)}"
-
-
-def _closest(word: str, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"{word!r}{f'; closest: {nearest[0]!r}' if nearest else ''}; there are: {', '.join(known)}"

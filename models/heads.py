@@ -153,7 +153,8 @@ def compose_head(
     if not isinstance(linear, nn.Linear):
         found = "no classifier" if linear is None else f"a classifier of type {type(linear).__name__}"
         raise ValueError(f"{type(model).__name__} has {found}: another head takes the place of one linear layer")
-    model.__class__ = _composed(type(model), dist)
+    own: Any = type(model)
+    model.__class__ = _composed(own, dist)
     composed = cast(ComposedTwoHeads, model)
     composed.head_parts = Parts(hidden, dropout, columns, dist)
     if dist:

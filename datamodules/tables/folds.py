@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datamodules.loading.files import whole_file
 from datamodules.tables.table import WHOLE, counted, listed, paired, whole
 
 MOST_BINS = 20  # of a regression's target
@@ -252,14 +253,10 @@ def read(path: str | Path, ids: Sequence[str], k: int, groups: np.ndarray | None
 
 def write(path: str | Path, ids: Sequence[str], fold: np.ndarray, id_column: str = "id") -> None:
     """Write `id,fold`, whole or not at all; a file that is there stays."""
-    path = Path(path)
-    if path.exists():
+    if Path(path).exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([[id_column, "fold"], *zip(ids, fold.tolist())])
-    os.replace(partial, path)
 
 
 def _labels(targets: np.ndarray, task: str, k: int) -> np.ndarray:

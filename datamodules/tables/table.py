@@ -5,7 +5,6 @@ Rows are numbered in messages as a spreadsheet shows them: the header is row 1. 
 """
 
 import csv
-import difflib
 import io
 import os
 import re
@@ -15,6 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+
+from datamodules.loading.closest import did_you_mean
 
 DELIMITERS = ",;\t|"
 WHOLE = re.compile(r"([-+]?)0*(\d+)(\.0*)?", re.ASCII)  # a whole number, as programs spell it: 5, 5.0, 05, +5
@@ -137,13 +138,7 @@ def listed(words: Iterable[str]) -> str:
 def near_miss(name: str, columns: Iterable[str]) -> str:
     """`; did you mean 'Label'?` for the closest column, with all that there are."""
     columns = list(columns)
-    folded = {_folded(column): column for column in reversed(columns)}
-    near = difflib.get_close_matches(_folded(name), folded, n=1, cutoff=0.6)
-    return (f"; did you mean {folded[near[0]]!r}?" if near else "") + f" (there are {', '.join(columns[:30])})"
-
-
-def _folded(name: str) -> str:
-    return name.strip().lower().replace(" ", "_").replace("-", "_")
+    return did_you_mean(name, columns, "{!r}", most=1) + f" (there are {', '.join(columns[:30])})"
 
 
 @dataclass

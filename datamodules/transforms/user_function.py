@@ -6,7 +6,6 @@ generators is the same after a resume and on any number of processes; a library 
 own.
 """
 
-import hashlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
+
+from datamodules.loading.files import sha256_of
 
 
 class OwnTransform:
@@ -54,7 +55,7 @@ class OwnTransform:
 
 def digest(where: str) -> str:
     """Of the file's content: a run does not go on with another one."""
-    return hashlib.sha256(Path(where.rpartition(":")[0]).read_bytes()).hexdigest()[:12]
+    return sha256_of(where.rpartition(":")[0])[:12]
 
 
 def _function(where: str) -> Callable[..., Any]:

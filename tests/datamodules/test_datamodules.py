@@ -76,14 +76,22 @@ def test_create_needs_nothing_but_a_name():
 
 
 def test_create_refuses_and_names_the_closest():
-    with pytest.raises(ValueError, match="'digit'; closest: 'digits'; there are: .*folder, imagenet"):
+    with pytest.raises(ValueError, match=r"'digit'; did you mean digits\? \(there are .*folder, imagenet"):
         datamodules.create("digit")
-    with pytest.raises(ValueError, match="no keyword 'per_clas'; closest: 'per_class'"):
+    with pytest.raises(ValueError, match="no keyword 'per_clas'; did you mean per_class"):
         datamodules.create("folder", per_clas=3)
     with pytest.raises(ValueError, match="no keyword 'per_class'"):
         datamodules.create("digits", **COMMON, per_class=3)
     with pytest.raises(ValueError, match="val_fraction 1.5: .* below 1"):
         datamodules.create("digits", **COMMON, val_fraction=1.5)
+
+
+def test_classes_by_the_names_that_a_user_of_lightning_looks_for():
+    for name, alias in {"csv": "KaggleCSV", "imagenet": "ImageNet", "pawpularity": "Pawpularity"}.items():
+        assert getattr(datamodules, alias) is datamodules.data_class(name)
+    assert datamodules.Folder.__qualname__ == "DataModule"  # under which Lightning keeps the state in checkpoints
+    with pytest.raises(AttributeError, match="no attribute 'Imagenette'"):
+        datamodules.Imagenette  # noqa: B018
 
 
 def test_detect(tree):
