@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 
 N ?= 50
 JOBS ?= 2
-.PHONY: demo test test-slow lint bench chaos clean
+.PHONY: demo test test-slow lint bench chaos docs clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/run.py --logger csv
@@ -22,6 +22,9 @@ bench: .venv/installed-test
 
 chaos: .venv/installed-test
 	$(BIN)/python tests/faults/chaos.py $(N)
+
+docs: .venv/installed
+	$(BIN)/python docs/tables.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

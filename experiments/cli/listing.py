@@ -12,33 +12,26 @@ from experiments.config import Config
 def main(cfg: Config) -> int:
     """Print the names of one kind; with --model its layers. Raises ValueError for an unknown model."""
     if cfg.list == "models" and cfg.model:
-        _layers(cfg)
-    elif cfg.list == "models":
-        _models()
-    elif cfg.list == "data":
-        _columns(registered.data_sets().items())
-    elif cfg.list == "losses":
-        _columns(
-            [
-                *(
-                    (f"--loss {name}", f"{', '.join(tasks)}: {text}")
-                    for name, (tasks, text) in registered.losses().items()
-                ),
-                *(
-                    (f"--distill {name}", f"{text} ({', '.join([*registered.shared_keywords(), *keywords])})")
-                    for name, (text, keywords) in registered.distill_losses().items()
-                ),
-                (
-                    "--loss_args.target_weights [1,2]",
-                    "how much each label or target weighs, of multilabel and regression",
-                ),
-            ]
-        )
-    elif cfg.list == "metrics":
-        _metrics()
-    else:
-        _columns((name, _purpose(name)) for name in recipe.recipe_names())
+        _columns(_layers(cfg))
+        return 0
+    _columns(rows(cfg.list))
+    if cfg.list == "models":
+        print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
+    if cfg.list == "metrics":
+        print(f"left out: what the data are known for, else {_default_metrics()}")
     return 0
+
+
+def rows(kind: str) -> list[tuple[str, ...]]:
+    """What is registered of a kind, a row each; the first row of models holds headings. The pages show the same."""
+    kinds = {
+        "models": _models,
+        "data": lambda: [*registered.data_sets().items()],
+        "losses": _losses,
+        "metrics": _metrics,
+        "recipes": lambda: [(name, purpose(name)) for name in recipe.recipe_names()],
+    }
+    return kinds[kind]()
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> None:
@@ -49,7 +42,7 @@ def _columns(rows: Iterable[tuple[str, ...]]) -> None:
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip())
 
 
-def _purpose(name: str) -> str:
+def purpose(name: str) -> str:
     """The first phrase of a recipe's header, over as many lines as it takes."""
     header = []
     for line in (recipe.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
@@ -59,29 +52,41 @@ def _purpose(name: str) -> str:
     return re.split(r";|(?<!et al)\.(?=\s|$)", " ".join(header))[0].strip()
 
 
-def _metrics() -> None:
+def _losses() -> list[tuple[str, ...]]:
+    shared = registered.shared_keywords()
+    return [
+        *((f"--loss {name}", f"{', '.join(tasks)}: {text}") for name, (tasks, text) in registered.losses().items()),
+        *(
+            (f"--distill {name}", f"{text} ({', '.join([*shared, *keywords])})")
+            for name, (text, keywords) in registered.distill_losses().items()
+        ),
+        ("--loss_args.target_weights [1,2]", "how much each label or target weighs, of multilabel and regression"),
+    ]
+
+
+def _metrics() -> list[tuple[str, ...]]:
     from lightning_modules.objectives import metrics
 
-    _columns(
-        [
-            *(
-                (name, entry.mode, f"{', '.join(entry.tasks)}: {registered.summary(entry.compute.__doc__)}")
-                for name, entry in metrics.METRICS.items()
-            ),
-            (
-                "my.py:function",
-                "max",
-                '(target, prediction), whole arrays -> a number; smaller is better with function.mode = "min"',
-            ),
-        ]
-    )
-    print(
-        f"left out: what the data are known for, else "
-        f"{', '.join(f'{name} ({task})' for task, name in metrics.DEFAULTS.items())}"
-    )
+    return [
+        *(
+            (name, entry.mode, f"{', '.join(entry.tasks)}: {registered.summary(entry.compute.__doc__)}")
+            for name, entry in metrics.METRICS.items()
+        ),
+        (
+            "my.py:function",
+            "max",
+            '(target, prediction), whole arrays -> a number; smaller is better with function.mode = "min"',
+        ),
+    ]
 
 
-def _models() -> None:
+def _default_metrics() -> str:
+    from lightning_modules.objectives import metrics
+
+    return ", ".join(f"{name} ({task})" for task, name in metrics.DEFAULTS.items())
+
+
+def _models() -> list[tuple[str, ...]]:
     import torch
 
     import models
@@ -102,11 +107,10 @@ def _models() -> None:
                 entry.timm or "-",
             )
         )
-    _columns(rows)
-    print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
+    return rows
 
 
-def _layers(cfg: Config) -> None:
+def _layers(cfg: Config) -> list[tuple[str, ...]]:
     import torch
 
     import models
@@ -119,12 +123,7 @@ def _layers(cfg: Config) -> None:
         *cost.layer_table(meta, image_size),
         (cfg.model, image_size, cost.parameters(meta), cost.gmacs(meta, image_size)),
     ]
-    _columns(
-        [
-            ("layer", "output", "parameters", "GMACs"),
-            *(
-                (name, "x".join(map(str, shape)), f"{count:>13,}", f"{gmacs:>10.4f}")
-                for name, shape, count, gmacs in rows
-            ),
-        ]
-    )
+    return [
+        ("layer", "output", "parameters", "GMACs"),
+        *((name, "x".join(map(str, shape)), f"{count:>13,}", f"{gmacs:>10.4f}") for name, shape, count, gmacs in rows),
+    ]
