@@ -1,7 +1,13 @@
-"""How a network learns: LightningModules, teachers, losses, optimizers, schedules, callbacks."""
+"""How a network learns: LightningModules, teachers, losses, optimizers, schedules, callbacks.
 
+`create(model, data, teacher=None, epochs=..., **knobs)` builds the LightningModule; `names()` lists the names that its
+knobs take.
+"""
+
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 
 def check_neighbours(*names: str) -> None:
@@ -19,3 +25,22 @@ def check_neighbours(*names: str) -> None:
 
 
 check_neighbours("models")
+
+_LAZY = {  # what a user names, and the module that has it: importing the package imports no torch
+    "create": "factory",
+    "names": "factory",
+    "Task": "task",
+    "Distiller": "distiller",
+    "Teacher": "teachers.teacher",
+}
+__all__ = [*_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -414,6 +414,11 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict
 
 
 def _network_of(config: dict[str, Any], spec: dict[str, Any], image_size: tuple[int, int]) -> nn.Module:
+    if "model" not in config:
+        raise ValueError(
+            "the checkpoint does not say how its network is built (models.create did not build it): make the network, "
+            "then Task.load_from_checkpoint(path, model=network)"
+        )
     arguments = {
         key: value for key, value in config["model_args"].items() if key not in ("pretrained", "checkpoint_path")
     }  # nothing else is read

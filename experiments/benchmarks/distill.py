@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import models
-from lightning_modules.distiller import Distill
+from lightning_modules.distiller import Distiller
 from lightning_modules.objectives import distill_losses, losses
 from lightning_modules.optimization.optimizers import optimizer
 from lightning_modules.task import Task
@@ -62,8 +62,8 @@ def tasks(student: str, teacher: str, cache: CachedTeacher, device: torch.device
     made = {}
     for name, build in {
         "plain": Task,
-        "cached": partial(Distill, teacher=cache, **hard),
-        "live": partial(Distill, teacher=live, **hard),
+        "cached": partial(Distiller, teacher=cache, **hard),
+        "live": partial(Distiller, teacher=live, **hard),
     }.items():
         torch.manual_seed(0)
         made[name] = build(models.create(student), SPEC, {}, **common).to(device).train()

@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.cli.errors import UsageError
 from experiments.config import Config
 from experiments.running import run_directory
+from lightning_modules.optimization.schedules import warmup_length
 
 
 def extended(cfg: Config, steps_per_epoch: int, chosen: Collection[str]) -> tuple[Config, list[str]]:
@@ -42,13 +43,10 @@ def extended(cfg: Config, steps_per_epoch: int, chosen: Collection[str]) -> tupl
 
 def warmup_steps(cfg: Config, steps_per_epoch: int) -> int:
     """Of the run, or of the part that is added: left out, a tenth of its epochs, 5 at most."""
-    if cfg.warmup_steps is not None:
-        return cfg.warmup_steps
     epochs = cfg.epochs - (cfg.extend_step / steps_per_epoch if cfg.extend_step else 0)  # an evaluation has no steps
-    epochs = min(5.0, epochs / 10) if cfg.warmup_epochs is None else cfg.warmup_epochs
-    return round(
-        (round(epochs) if cfg.schedule in ("timm", "deit") else epochs) * steps_per_epoch
-    )  # those move once an epoch
+    return warmup_length(
+        cfg.schedule, epochs, steps_per_epoch, warmup_epochs=cfg.warmup_epochs, warmup_steps=cfg.warmup_steps
+    )
 
 
 def _steps_done(cfg: Config) -> int:

@@ -1,15 +1,16 @@
 """How a run learns: the task and the trainer that its config describes."""
 
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 
+import lightning_modules
 from experiments.reporting import run_page
 from experiments.running import forecast, run_directory, trackers
 from experiments.running.build import Run
-from experiments.running.extension import warmup_steps
 from experiments.running.teacher_score import TeacherScore
 from lightning_modules.callbacks import ema
 from lightning_modules.callbacks.averaging import Averaging
@@ -19,66 +20,31 @@ from lightning_modules.callbacks.meter import Meter, Waits
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress
-from lightning_modules.distiller import Distill
-from lightning_modules.objectives import distill_losses, losses, metrics
-from lightning_modules.objectives.aux_targets import Aux
-from lightning_modules.optimization.optimizers import optimizer
-from lightning_modules.optimization.schedules import SCHEDULES, later
+from lightning_modules.factory import OF_RUNS
+from lightning_modules.knobs import Learning
+from lightning_modules.objectives import metrics
 from lightning_modules.task import Task
 from lightning_modules.teachers.cached_teacher import CachedTeacher
 from models import cost
 
 
 def task(run: Run) -> Task:
-    cfg, per_epoch, start = run.cfg, run.data.steps_per_epoch, run.cfg.extend_step or 0
-    schedule = partial(
-        SCHEDULES[cfg.schedule],
-        peak=cfg.lr,
-        min_lr=cfg.min_lr,
-        warmup_lr=cfg.warmup_lr,
-        steps_per_epoch=per_epoch,
-        warmup_steps=warmup_steps(cfg, per_epoch),
-        total_steps=cfg.epochs * per_epoch - start,
-    )
-    schedule = partial(later, schedule=schedule, start=start) if start else schedule
-    make_optimizer = partial(
-        optimizer,
-        name=cfg.optimizer,
-        lr=cfg.lr,
-        weight_decay=cfg.weight_decay,
-        layer_decay=cfg.layer_decay,
-        head_lr_scale=cfg.head_lr_scale,
-        **cfg.optimizer_args,
-    )
-    build = Task
-    if not cfg.eval_only and getattr(run.data, "aux", None):
-        build = partial(Task, aux=Aux(run.model, len(run.data.aux), run.data.aux_weight))
-    if run.teacher is not None:
-        hyper = {key: value for key, value in cfg.distill_args.items() if key not in distill_losses.SHARED}
-        widths = (
-            (run.model.head_hidden_size, run.teacher.width) if distill_losses.LOSSES[cfg.distill].on_features else None
-        )
-        build = partial(
-            Distill,
-            teacher=run.teacher,
-            distill=distill_losses.create(cfg.distill, run.data.spec["task"], widths, **hyper),
-            weights=distill_losses.weights(cfg.distill, cfg.distill_args.get("alpha")),
-            warmup_epochs=cfg.distill_args.get("warmup_epochs", 0),
-        )
-    made = build(
+    """The LightningModule of a run; its checkpoints keep the whole config."""
+    cfg = run.cfg
+    learning = {each.name: getattr(cfg, each.name) for each in fields(Learning) if each.name not in OF_RUNS}
+    return lightning_modules.create(
         run.model,
-        run.data.spec,
-        run_directory.plain(cfg),
-        schedule=schedule,
-        make_optimizer=make_optimizer,
+        run.data,
+        run.teacher,
+        start_step=cfg.extend_step or 0,
+        config=run_directory.plain(cfg),
+        epochs=cfg.epochs,
         seed=cfg.seed,
-        metric=metric(run),
-        loss=losses.create(
-            cfg.loss or losses.default(run.data.task), run.data.spec, cfg.label_smoothing, **cfg.loss_args
-        ),
+        label_smoothing=cfg.label_smoothing,
+        metric=cfg.metric,
+        **learning,
+        **({"distill": cfg.distill, "distill_args": cfg.distill_args} if run.teacher is not None else {}),
     )
-    made.monitor = monitor(run)
-    return made
 
 
 def metric(run: Run) -> metrics.Metric:
@@ -131,8 +97,6 @@ def trainer(run: Run) -> L.Trainer:
         **forecast.placement(cfg),
         max_epochs=cfg.epochs,
         accumulate_grad_batches=passes,
-        gradient_clip_val=cfg.clip_grad,
-        gradient_clip_algorithm=cfg.clip_mode,
         logger=trackers.loggers(run),
         callbacks=callbacks,
         plugins=plugins,

@@ -94,6 +94,10 @@ class Meter(Callback):
         self.epoch.add(row)
         return row
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Log in the module's place: a run's trackers have its config, and take one row a logging point."""
+        pl_module.uses_self_log = pl_module._log_hyperparams = False
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step_before, self.mark = (
             trainer.global_step,
@@ -210,7 +214,8 @@ class Meter(Callback):
         return pace * (self.total_steps - done)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, of: Tally, metrics: dict[str, float]) -> None:
-        lr, scales = pl_module.lr_used, {group.get("lr_scale", 1.0) for group in trainer.optimizers[0].param_groups}
+        lr = pl_module.schedule(trainer.global_step - 1)  # of the last step
+        scales = {group.get("lr_scale", 1.0) for group in trainer.optimizers[0].param_groups}
         row = {"epoch": trainer.current_epoch, **self.training_row(trainer, of), **metrics, "lr": lr}
         row |= {f"lr/x{scale:.4g}": lr * scale for scale in sorted(scales - {1.0})}  # groups with a share of the rate
         for logger in trainer.loggers:
@@ -224,12 +229,11 @@ class Meter(Callback):
             **_kept(self.row, trainer),
             "epoch": _kept(self.epoch, trainer),
             "norms": {name: float(value) for name, value in self.norms.items()},
-            "lr": pl_module.lr_used,
         }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["meter"]
-        self.train_seconds, pl_module.lr_used = state["train_seconds"], state["lr"]
+        self.train_seconds = state["train_seconds"]
         self.row, self.epoch = (
             _back(each, trainer.accumulate_grad_batches, pl_module.device) for each in (state, state.get("epoch"))
         )

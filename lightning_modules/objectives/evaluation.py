@@ -2,6 +2,7 @@
 batches."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Metrics(nn.Module):
     ):
         super().__init__()
         classes = spec["num_outputs"] if spec["task"] == "classification" else 0
-        self.spec, self.loss = spec, loss or (lambda logits, target: F.cross_entropy(logits, target, reduction="none"))
+        self.spec, self.loss = spec, loss or partial(F.cross_entropy, reduction="none")
         self.metrics, self.rows = nn.ModuleDict({"loss": MeanLoss(counts := Counts())}), None
         self.counts = counts
         for name, top_k in (("acc1", 1), ("acc5", 5)):

@@ -89,6 +89,19 @@ def convnext(
     )
 
 
+def warmup_length(
+    schedule: str, epochs: float, steps_per_epoch: int, *, warmup_epochs: float | None, warmup_steps: int | None
+) -> int:
+    """Optimizer steps of the warm-up. With neither length given it is a tenth of the epochs, 5 at most.
+
+    `timm` and `deit` change the rate once an epoch, so their warm-up is whole epochs.
+    """
+    if warmup_steps is not None:
+        return warmup_steps
+    length = min(5.0, epochs / 10) if warmup_epochs is None else warmup_epochs
+    return round((round(length) if schedule in ("timm", "deit") else length) * steps_per_epoch)
+
+
 def later(step: int, *, schedule: Callable[[int], float], start: int) -> float:
     """A schedule that begins at step `start`; not for steps before."""
     return schedule(step - start)

@@ -85,6 +85,18 @@ def identity(
     return json.loads(json.dumps(whole | {"world_size": world_size, "pass_size": pass_size, "device": device}))
 
 
+def identity_of(
+    data: Any, there: dict[str, Any], *, epochs: int, world_size: int, pass_size: int, device: str
+) -> dict[str, Any]:
+    """`identity` of a training with a data module, for a cache made for the identity `there`. What the data module does
+    not know of itself (its name and own keywords) is taken from there: the fingerprint stands for it."""
+    whole = {key: getattr(data, key, value) for key, value in there.items()} | data.identity
+    whole |= {key: value for key, value in data.spec.items() if key in there}
+    whole["augment"] = data.identity.get("augment")
+    whole |= {"epochs": epochs, "world_size": world_size, "pass_size": pass_size, "device": device}
+    return json.loads(json.dumps(whole))
+
+
 def differences(there: dict[str, Any], here: dict[str, Any], view: str) -> list[str]:
     """What keeps a view written for `there` from being the view of a run `here`, two identities: one line each."""
     keys = [*KNOBS[view]]
@@ -228,7 +240,7 @@ class CachedTeacher:
 
     def __init__(self, folder: str | Path):
         self.folder, self.about = Path(folder), read_about(folder)
-        self.digest = digest_of(self.about)
+        self.digest, self.checked = digest_of(self.about), False
         self.device, self._epoch = torch.device("cpu"), -1
         self._value: Tensor | None = None
         self._index: Tensor | None = None
@@ -265,6 +277,7 @@ class CachedTeacher:
                 f"--teacher {self.folder} is not complete: {len(gone)} shards are missing, the first is "
                 f"{gone[0].name}; {AGAIN}"
             )
+        self.checked = True
 
     def __call__(self, index: Tensor, epoch: int, copy: Tensor | None = None) -> Tensor:
         """index, copy (B,) of a batch on the device -> what `restore` makes of it; NaN for a picture that the epoch

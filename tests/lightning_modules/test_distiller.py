@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import models
 from experiments import run
-from lightning_modules.distiller import Distill
+from lightning_modules.distiller import Distiller
 from lightning_modules.objectives import distill_losses, losses
 from lightning_modules.optimization.optimizers import optimizer
 from lightning_modules.teachers.teacher import Teacher
@@ -25,7 +25,7 @@ def student(name="vit_s16", loss="hard", teacher=None, alpha=None, widths=None, 
     network = models.create(name, 5, 32, **SMALL, **model_args)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.2)
-    return Distill(
+    return Distiller(
         network,
         SPEC,
         {},

@@ -1,13 +1,16 @@
 """A data module and a task in a `L.Trainer` that nobody has set up for them: every row once, on any number of ranks,
 with default flags."""
 
+import csv
 import json
 import os
+import pickle
 
 import conftest
 import pytest
 
 import datamodules
+import lightning_modules
 
 QUIET = dict(
     logger=False,
@@ -59,6 +62,7 @@ def train(folder: str, rank: int, ranks: int, words: dict, flags: dict) -> None:
     trainer = L.Trainer(accelerator="cpu", devices=ranks, max_epochs=1, default_root_dir=folder, **QUIET, **flags)
     trainer.fit(task, data)
     scores = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    (tested,) = trainer.test(task, datamodule=data, verbose=False)
     data.splits["predict"] = data.splits["val"]
     answers = torch.cat(trainer.predict(task, datamodule=data))
     with open(f"{folder}/{ranks}-{rank}.json", "w") as file:
@@ -66,7 +70,7 @@ def train(folder: str, rank: int, ranks: int, words: dict, flags: dict) -> None:
             {
                 "steps": trainer.global_step,
                 "rows": task.rows,
-                "scores": scores,
+                "scores": scores | tested,
                 "predicted": len(answers),
                 "answers": answers.sum().item(),
                 "val": data.sizes["val"],
@@ -160,3 +164,159 @@ def test_a_loader_made_before_the_processes_is_divided_by_them(monkeypatch):
     for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
         monkeypatch.setattr(dist, name, lambda value=value: value)
     assert len(train) == 640 and next(iter(val)) == (1, True)
+
+
+def created(**knobs):
+    """(digits, the task of a small network on them)."""
+    data = datamodules.create("digits", **ROWS | {"global_batch_size": 256})
+    knobs = {"epochs": 3, "lr": 1e-2, "model_args": {"embed_dim": 32, "depth": 1}, **knobs}
+    return data, lightning_modules.create("vit_nano4", data, **knobs)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A training of three epochs with Lightning's own logger and callbacks: (folder, data, task, trainer, best)."""
+    import lightning as L
+    from lightning.pytorch import callbacks, loggers
+
+    folder = tmp_path_factory.mktemp("stock")
+    data, task = created(ema_decay=0.5, layer_decay=0.5, warmup_steps=3)
+    best = callbacks.ModelCheckpoint(folder, monitor="val/acc1", mode="max", filename="best")
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=3,
+        log_every_n_steps=1,
+        logger=loggers.CSVLogger(folder, "", ""),
+        callbacks=[
+            best,
+            callbacks.LearningRateMonitor(),
+            callbacks.EarlyStopping("train/loss", patience=3, check_on_train_epoch_end=True),
+        ],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(task, data)
+    return folder, data, task, trainer, best
+
+
+def cells(folder, name):
+    """The cells of a column of metrics.csv that hold something, by step."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def test_any_logger_gets_training_and_validation_values(stock):
+    folder, _, task, trainer, best = stock
+    assert [*cells(folder, "train/loss")] == [*cells(folder, "train/acc1")] == [*range(15)]
+    for stage in ("val", "val_ema"):
+        assert [*cells(folder, f"{stage}/acc1")] == [*cells(folder, f"{stage}/loss")] == [4, 9, 14]
+    assert max(cells(folder, "val/acc1").values()) == pytest.approx(best.best_model_score.item())
+    assert (folder / "hparams.yaml").read_text().count("weight_decay: 0.05") == 1
+
+
+def test_the_learning_rate_is_that_of_the_step_at_which_it_is_logged(stock):
+    folder, _, task, trainer, _ = stock
+    scales = [group["lr_scale"] for group in trainer.optimizers[0].param_groups]
+    assert len({*scales}) > 1
+    for number, scale in enumerate(scales, 1):
+        rates = cells(folder, f"lr-AdamW/pg{number}")
+        assert rates == pytest.approx({step: task.schedule(step) * scale for step in range(15)})
+
+
+def test_a_test_returns_its_scores(stock):
+    _, data, task, trainer, _ = stock
+    (scores,) = trainer.test(task, data, verbose=False)
+    assert scores.keys() == {"test/loss", "test/acc1", "test/acc5"} and scores["test/acc1"] > 0.3
+
+
+def test_a_stock_checkpoint_gives_its_network_back(stock):
+    import torch
+
+    import models
+    from lightning_modules.task import Task
+
+    _, data, task, trainer, best = stock
+    saved = torch.load(best.best_model_path, weights_only=True)
+    assert saved["hyper_parameters"] == saved["config"] and saved["spec"] == data.spec
+    for use_ema, kept in ((False, "state_dict"), (True, "ema_state_dict"), (None, "ema_state_dict")):
+        network, spec = models.load(best.best_model_path, use_ema)
+        again = Task.load_from_checkpoint(best.best_model_path, use_ema=use_ema)
+        weights = {key.removeprefix("model."): value for key, value in saved[kept].items()}
+        for other in (network, again.model):
+            assert not other.training and other.state_dict().keys() == weights.keys()
+            assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items())
+        assert spec == again.spec == data.spec and again.schedule(7) == task.schedule(7)
+    assert trainer.validate(again, data, verbose=False)[0]["val/acc1"] > 0
+
+
+def test_a_network_of_ones_own_comes_back_into_itself(tmp_path):
+    import lightning as L
+    import torch
+
+    import models
+    from lightning_modules.task import Task
+
+    data, _ = created()
+    networks = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10)) for _ in range(2)]
+    task = lightning_modules.create(networks[0], data, epochs=1)
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=1, **QUIET)
+    trainer.fit(task, data)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    again = Task.load_from_checkpoint(tmp_path / "own.ckpt", model=networks[1])
+    assert again.model is networks[1] and torch.equal(networks[0][1].weight, networks[1][1].weight)
+    with pytest.raises(ValueError, match="models.create did not build"):
+        models.load(tmp_path / "own.ckpt")
+
+
+@pytest.mark.parametrize("flags, expected", [({}, (0.5, "value")), ({"gradient_clip_val": 2.0}, (2.0, None))])
+def test_a_trainers_own_clipping_wins(monkeypatch, flags, expected):
+    import lightning as L
+
+    data, task = created(clip_grad=0.5, clip_mode="value", epochs=1)
+    seen, clip = set(), task.clip_gradients
+    monkeypatch.setattr(task, "clip_gradients", lambda *given: (seen.add(given[1:]), clip(*given)))
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=1, **flags, **QUIET)
+    trainer.fit(task, data)
+    assert seen == {expected}
+
+
+def test_a_schedule_of_other_epochs_than_the_trainers_warns(capfd):
+    import lightning as L
+
+    data, task = created(epochs=5)
+    L.Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=1, **QUIET).fit(task, data)
+    assert "the schedule is for 5 epochs, the Trainer's max_epochs is 1" in "".join(capfd.readouterr())
+
+
+def test_a_loader_without_its_data_module_is_normalised_or_refused():
+    import lightning as L
+    import torch
+
+    data, task = created()
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_epochs=1, **QUIET)
+    alone = torch.cat(trainer.predict(task, data.test_dataloader()))
+    data.splits["predict"] = data.splits["test"]
+    torch.testing.assert_close(alone, torch.cat(trainer.predict(task, datamodule=data)))
+    with pytest.raises(ValueError, match="training images are uint8"):
+        trainer.fit(task, data.train_dataloader())
+
+
+def test_a_task_pickles():
+    """What `ddp_spawn`, joblib and Ray do with it."""
+    import torch
+
+    data, task = created()
+    again = pickle.loads(pickle.dumps(task)).eval()
+    image = torch.randn(2, 3, 8, 8)
+    assert torch.equal(again(image), task.eval()(image)) and again.schedule(3) == task.schedule(3)
+
+
+@pytest.mark.slow
+def test_spawned_processes_train():
+    import lightning as L
+
+    data, task = created(epochs=1)
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", max_epochs=1, **QUIET)
+    trainer.fit(task, data)
+    assert trainer.global_step == 5 and trainer.callback_metrics["val/acc1"] >= 0
