@@ -106,7 +106,7 @@ def _attempt(do: Callable[[Any], Run], given: Any) -> tuple[Run | None, Exceptio
 def _decision(run: Run) -> dict[str, Any]:
     """What other ranks need to build the same run, as plain data."""
     return {
-        "cfg": {key: getattr(run.cfg, key) for key in run.cfg.__dataclass_fields__},
+        "cfg": {each.name: getattr(run.cfg, each.name) for each in fields(run.cfg)},
         "folder": str(run.folder),
         "resume": run.resume,
         "finished": run.finished,
