@@ -99,8 +99,12 @@ def verdict(pair: Pair, metric: str) -> str:
     """`better +1.20 [+0.40, +2.00]`, `noise ...`, `unknown`."""
     if pair.low is None:
         return pair.verdict
-    reach = f" [{shown(metric, pair.low, True)}, {shown(metric, pair.high, True)}]"
-    return f"{pair.verdict} {shown(metric, pair.difference, True)}{reach}"
+    return f"{pair.verdict} {shown(metric, pair.difference, True)} {interval(pair, metric)}"
+
+
+def interval(pair: Pair, metric: str) -> str:
+    """`[+0.40, +2.00]`, or nothing."""
+    return "" if pair.low is None else f"[{shown(metric, pair.low, True)}, {shown(metric, pair.high, True)}]"
 
 
 def against_best(found: Comparison, pairs: Matrix) -> Table:
@@ -109,15 +113,9 @@ def against_best(found: Comparison, pairs: Matrix) -> Table:
     rows = []
     for other in scored[1:]:
         pair = pairs.pairs[scored[0].name, other.name]
-        reach = (
-            f"[{shown(found.metric, pair.low, True)}, {shown(found.metric, pair.high, True)}]"
-            if pair.low is not None
-            else ""
-        )
         basis = f"{pair.by}{f', n = {pair.rows:,}' if pair.rows else ''}" if pair.by else pair.why
-        rows.append(
-            [str(other.number), other.name, pair.verdict, shown(found.metric, pair.difference, True), reach, basis]
-        )
+        difference, reach = shown(found.metric, pair.difference, True), interval(pair, found.metric)
+        rows.append([str(other.number), other.name, pair.verdict, difference, reach, basis])
     return [
         "#",
         f"{scored[0].name} is, against" if scored else "",

@@ -1,5 +1,5 @@
-"""One picture of where a vision transformer looks: each picture as the network sees it, its last block's attention, and
-the rollout."""
+"""A figure of where a vision transformer looks: each image as the network sees it, the attention of its last block, and
+the rollout over all blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,18 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
 from datamodules.transforms.on_device import OnDevice
 from experiments.prediction.inference import Views
-from experiments.reporting.figures import pixels, places
+from experiments.reporting.drawing import Drawing, Text
 from experiments.reporting.media_tables import words
 from lightning_modules.callbacks.prediction_table import fixed_rows
 from models import attention
 
 NAME, COUNT, ACROSS = "attention.png", 8, 8
+SIDE, GAP, ABOVE, LEFT = 104, 6, 22, 140  # units: height of an image, around it, titles above and at the left
 Named = list[tuple[str, Image.Image]]
 
 
@@ -51,61 +50,42 @@ def _told(target: np.ndarray, spec: dict[str, Any]) -> str:
     return ", ".join(f"{value:.4g}" for value in np.atleast_1d(target)[:4])
 
 
-def draw(model: nn.Module, spec: dict[str, Any], pictures: Named) -> np.ndarray:
-    """(H, W, 3) uint8. Raises ValueError for a network without attention between all patches."""
+def draw(model: nn.Module, spec: dict[str, Any], images: Named) -> np.ndarray:
+    """(H, W, 3) uint8: each image as the network sees it, and two maps over it. Raises ValueError for a network without
+    attention between all patches."""
     views = Views(spec, "none")
     prepare = OnDevice(tuple(spec["mean"]), tuple(spec["std"]), erasing_mode="pixel", mixer=None, seed=0)
-    device, size, shown = next(model.parameters()).device, tuple(spec["image_size"]), []
-    for title, picture in pictures:  # one by one: the maps of a large network fill a memory
-        seen = views(picture)  # (1, 3, H, W) uint8
+    device, size = next(model.parameters()).device, tuple(spec["image_size"])
+    lines = ("input", "last block, " + ("class token" if attention.asks_class_token(model) else "mean"), "rollout")
+    width, across = SIDE * size[1] / size[0], min(ACROSS, len(images))
+    band = ABOVE + len(lines) * (SIDE + GAP)
+    drawing = Drawing("", LEFT + across * (width + GAP), -(-len(images) // across) * band + GAP)
+    for place, (title, image) in enumerate(images):  # one by one: the maps of a large network fill the memory
+        seen = views(image)  # (1, 3, H, W) uint8
         maps = attention.attention_maps(model, prepare.after({"image": seen.to(device)})["image"])
-        last, through = (
-            attention.on_grid(model, each, size)[0].cpu().numpy()
+        pixels = seen[0].permute(1, 2, 0).numpy()
+        heats = [
+            _heat(pixels, attention.on_grid(model, each, size)[0].cpu().numpy())
             for each in (maps[-1].mean(1), attention.rollout(maps))
-        )
-        shown.append((title, seen[0].permute(1, 2, 0).numpy(), last, through))
-    return pixels(_figure(shown, attention.asks_class_token(model)))
+        ]
+        x, y = LEFT + place % across * (width + GAP), place // across * band
+        drawing.marks.append(Text(x + width / 2, y + ABOVE - 6, words(title, 18), "middle", size=9))
+        for line, shown in enumerate([pixels, *heats]):
+            top = y + ABOVE + line * (SIDE + GAP)
+            drawing.images.append((x, top, width, SIDE, shown))
+            if x == LEFT:
+                drawing.marks.append(Text(LEFT - 8, top + SIDE / 2, lines[line], "end", size=9))
+    return drawing.pixels()
 
 
-def _figure(shown: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]], by_class: bool) -> Figure:
-    """Bands of up to 8 pictures, three lines each."""
-    across, bands = min(ACROSS, len(shown)), -(-len(shown) // ACROSS)
-    figure, axes = places(
-        across, 3 * bands, height=1.45 * shown[0][1].shape[0] / shown[0][1].shape[1], above=0.22, left=0.95
-    )
-    lines = (
-        "what the\nnetwork sees",
-        "last block,\n" + ("class token" if by_class else "mean of patches"),
-        "rollout over\nall blocks",
-    )
-    for place, (title, picture, *maps) in enumerate(shown):
-        band, column = 3 * (place // across), place % across
-        axes[band, column].imshow(picture)
-        axes[band, column].set_title(words(title, 22), fontsize=8, parse_math=False, pad=3)
-        for line, values in enumerate(maps, 1):
-            _heat(axes[band + line, column], picture, values)
-        for line, told in enumerate(lines if column == 0 else ()):
-            axes[band + line, 0].text(
-                -0.08, 0.5, told, transform=axes[band + line, 0].transAxes, ha="right", va="center", fontsize=8
-            )
-    return figure
+def _heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values (rows, columns) of patches over the greys of an image (H, W, 3) uint8; the brightest is the largest."""
+    from matplotlib import colormaps
 
-
-def _heat(axes: Axes, picture: np.ndarray, values: np.ndarray) -> None:
-    """Values (rows, columns) of patches over the greys of a picture (H, W, 3) uint8; the brightest is the largest
-    value."""
-    height, width = picture.shape[:2]
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axes.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255, extent=extent)
-    axes.imshow(
-        values,
-        cmap="inferno",
-        alpha=0.65,
-        vmin=0,
-        vmax=float(values.max()) or 1.0,
-        interpolation="bilinear",
-        extent=extent,
-    )
+    size = image.shape[1], image.shape[0]
+    smooth = Image.fromarray((values / (values.max() or 1)).astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    heat = colormaps["inferno"](np.asarray(smooth))[..., :3] * 255
+    return (0.35 * image.mean(2, keepdims=True) + 0.65 * heat).round().astype(np.uint8)
 
 
 def write(drawn: np.ndarray, path: Path) -> None:

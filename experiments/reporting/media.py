@@ -41,12 +41,12 @@ def _scored(run: Run, trainer: L.Trainer, told: list[Any], step: int) -> None:
         with spared("best/per_class"):
             log_table(told, "best/per_class", media_tables.per_class(scored), step)
         with spared("best/confusion"):
-            log_picture(told, "best/confusion", figures.confused(scored), step)
+            log_picture(told, "best/confusion", figures.confused(scored).pixels(), step)
         with spared("best/predictions"):
             table = media_tables.examples(scored, shown, lambda ids: run_page.opened(run.data, ids))
             log_table(told, "best/predictions", table, step)
             boards = [logger for logger in told if isinstance(logger, TensorBoardLogger)]
-            log_picture(boards, "best/predictions", figures.sheet(table) if boards else None, step)
+            log_picture(boards, "best/predictions", figures.sheet(table).pixels() if boards else None, step)
 
 
 def _attention(run: Run, model: nn.Module, told: list[Any], step: int) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from experiments.reporting.scored import MOST_TARGETS, Scored, deciles
+from experiments.reporting.scored import MOST_TARGETS, Scored, by_class, by_label, confused, deciles
 from lightning_modules.callbacks.prediction_table import fixed_rows
+from lightning_modules.objectives.metrics import average_precisions
 
 MOST_LINES, PICTURE_SIDE, TOP = 10_000, 224, 5
 Opener = Callable[[list[str]], list[Image.Image | None]]
@@ -39,76 +40,28 @@ def per_class(scored: Scored) -> Table:
     return {"classification": _classes, "multilabel": _labels, "regression": _targets}[scored.task](scored)
 
 
-def recall_precision_f1(
-    there: np.ndarray, said: np.ndarray, hits: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each (K,), from how often a class is there, is said, and is both; NaN where none is."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return hits / there, hits / said, 2 * hits / (there + said)
-
-
-def taken_for(target: np.ndarray, likeliest: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(K,) the class that each one is most often mistaken for (of equals the first; -1 for none), and (K,) how
-    often."""
-    wrong, which, times = target != likeliest, np.full(classes, -1), np.zeros(classes, np.int64)
-    pairs, counts = np.unique(target[wrong].astype(np.int64) * classes + likeliest[wrong], return_counts=True)
-    order = np.argsort(
-        counts[::-1], kind="stable"
-    )  # the most frequent last, of equals the first pair: what is written last stays
-    for pair, count in zip(pairs[::-1][order], counts[::-1][order]):
-        which[pair // classes], times[pair // classes] = pair % classes, count
-    return which, times
-
-
 def _classes(scored: Scored) -> Table:
-    classes = len(scored.names)
-    there, said, hits = (
-        np.bincount(each, minlength=classes)
-        for each in (scored.target, scored.likeliest, scored.target[scored.target == scored.likeliest])
-    )
-    recall, precision, f1 = recall_precision_f1(there, said, hits)
-    which, times = taken_for(scored.target, scored.likeliest, classes)
-    rows = [
-        [
-            words(scored.names[k]),
-            int(there[k]),
-            _number(recall[k]),
-            _number(precision[k]),
-            _number(f1[k]),
-            words(scored.names[which[k]]) if which[k] >= 0 else None,
-            int(times[k]),
-        ]
-        for k in _lines(recall)
-    ]
+    each = by_class(scored.target, scored.likeliest, len(scored.names))
+    pairs = confused(scored.target, scored.likeliest, len(scored.names))
+    mistaken, first = np.unique(pairs[:, 0], return_index=True)  # the most frequent pair of each class
+    wrong = dict(zip(mistaken.tolist(), pairs[first, 1:].tolist()))
+    rows: list[list[Any]] = []
+    for k in _lines(each[:, 1]):
+        there, recall, _, precision, f1 = each[k]
+        other, times = wrong.get(int(k), (None, 0))
+        row = [words(scored.names[k]), int(there), _number(recall), _number(precision), _number(f1)]
+        rows.append([*row, None if other is None else words(scored.names[other]), times])
     return Table(["class", "rows", "recall", "precision", "f1", "most often taken for", "times"], rows)
 
 
 def _labels(scored: Scored) -> Table:
-    there, said = scored.target > 0.5, scored.prediction > 0.5  # (N, K)
-    recall, precision, f1 = recall_precision_f1(there.sum(0), said.sum(0), (there & said).sum(0))
-    average = [average_precision(there[:, k], scored.prediction[:, k]) for k in range(len(scored.names))]
-    rows = [
-        [
-            words(scored.names[k]),
-            int(there[:, k].sum()),
-            _number(precision[k]),
-            _number(recall[k]),
-            _number(f1[k]),
-            _number(average[k]),
-        ]
-        for k in _lines(f1)
-    ]
+    each, average = by_label(scored.target, scored.prediction), average_precisions(scored.target, scored.prediction)
+    rows: list[list[Any]] = []
+    for k in _lines(each[:, 4]):
+        there, recall, _, precision, f1 = each[k]
+        row = [words(scored.names[k]), int(there), _number(precision), _number(recall), _number(f1)]
+        rows.append([*row, _number(average[k])])
     return Table(["label", "rows", "precision", "recall", "f1", "average precision"], rows)
-
-
-def average_precision(there: np.ndarray, said: np.ndarray) -> float:
-    """Mean, over the rows that have a label, of the precision at their probability (N,); NaN when none has it.
-    scikit-learn's average_precision_score, which sorts (row, probability) pairs and takes several times as long."""
-    found, every = np.sort(said[there]), np.sort(said)
-    if not len(found):
-        return float("nan")
-    above, all_above = (len(values) - np.searchsorted(values, found) for values in (found, every))
-    return float((above / all_above).mean())
 
 
 def _targets(scored: Scored) -> Table:
@@ -139,32 +92,6 @@ def _number(value: float) -> float | None:
 def _lines(found: np.ndarray) -> np.ndarray:
     """All of them in order, or so many as a table takes: those with the smallest values, in order."""
     return np.arange(len(found)) if len(found) <= MOST_LINES else np.sort(np.argsort(found, kind="stable")[:MOST_LINES])
-
-
-def worst_confused(target: np.ndarray, likeliest: np.ndarray, classes: int, most: int) -> np.ndarray:
-    """At most so many classes, in order: all of few, else those of the pairs that are most often confused."""
-    if classes <= most:
-        return np.arange(classes)
-    wrong, picked = target != likeliest, []
-    pairs, counts = np.unique(target[wrong].astype(np.int64) * classes + likeliest[wrong], return_counts=True)
-    for pair in pairs[np.argsort(-counts, kind="stable")]:
-        new = [each for each in divmod(int(pair), classes) if each not in picked]
-        if len(picked) + len(new) > most:
-            break
-        picked += new
-    return np.sort(np.array(picked, np.int64))
-
-
-def confusion(target: np.ndarray, likeliest: np.ndarray, classes: int, picked: np.ndarray) -> np.ndarray:
-    """(M, M + 1) counts of the rows whose true class is one of the M picked: taken for each of them, and for any
-    other."""
-    place = np.full(classes, len(picked))
-    place[picked] = np.arange(len(picked))
-    rows, columns = place[target], place[likeliest]
-    inside = rows < len(picked)
-    return np.bincount(
-        rows[inside] * (len(picked) + 1) + columns[inside], minlength=len(picked) * (len(picked) + 1)
-    ).reshape(len(picked), -1)
 
 
 def examples(scored: Scored, shown: Mapping[str, np.ndarray], opened: Opener, count: int = 32) -> Table:

@@ -1,26 +1,21 @@
-"""What the predictions of a scored split tell, for a run's page: the worst errors, confusion, calibration; average
-precision of labels; of a regression predicted against true. The numbers are functions of arrays; the sections make HTML
-of them.
+"""Numbers on the predictions of a scored split: the worst errors, confusion, calibration; average precision of labels;
+of a regression predicted against true. The run's page and the trackers show them.
 
 Legend: N pictures, K classes or labels, T targets.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from experiments.reporting import charts
-from experiments.reporting.charts import number, section, text
+from lightning_modules.objectives.metrics import average_precisions
 
 WORST, MOST_ROWS, BINS = 32, 20, 15
 MOST_LABELS, MOST_TARGETS = 100, 4
 TINY = np.finfo(np.float32).tiny
-Opener = Callable[[list[str]], list[Image.Image | None]]
 
 
 @dataclass(frozen=True)
@@ -60,49 +55,33 @@ def read(folder: Path, spec: dict[str, Any], split: str = "") -> Scored | None:
 
 
 def _read(file: Path, spec: dict[str, Any], names: list[str], targets: list[str], columns: list[str]) -> Scored | None:
-    classes, told = (
-        spec["task"] == "classification",
-        ["prediction"] if len(names) == 1 else [f"prediction_{name}" for name in names],
-    )
-    likeliest_only = classes and not set(told) <= set(columns)
+    classes, predictions = spec["task"] == "classification", [f"prediction_{name}" for name in names]
+    if len(names) == 1:
+        predictions = ["prediction"]
+    likeliest_only = classes and not set(predictions) <= set(columns)
+    numbers = ["probability"] if likeliest_only else predictions
     identity = spec.get("id_column") if spec.get("id_column") in columns else columns[0]
-    numbers = ["probability"] if likeliest_only else told
-    numbers = numbers if classes else [*numbers, *targets]
-    words = {
-        column: str for column in (identity, *(targets if classes else ()), *(["prediction"] if likeliest_only else ()))
-    }
+    words = [identity] + targets * classes + ["prediction"] * likeliest_only
+    numeric = numbers + targets * (not classes)
     rows = pd.read_csv(
         file,
-        usecols=[*words, *numbers],
-        dtype=words | {column: np.float32 if classes else np.float64 for column in numbers},
+        usecols=[*words, *numeric],
+        dtype=dict.fromkeys(words, str) | dict.fromkeys(numeric, np.float32 if classes else np.float64),
         keep_default_na=False,
-        na_values={column: [""] for column in numbers},
+        na_values={column: [""] for column in numeric},
     )
-    whole = np.isfinite(rows[numbers].to_numpy()).all(1)
+    whole = np.isfinite(rows[numeric].to_numpy()).all(1)
     dropped, rows = int((~whole).sum()), rows[whole]
     if not len(rows):
         return None
-    found, place = {}, {name: k for k, name in enumerate(names)}
-    values = rows[numbers].to_numpy()
-    if classes:
-        target = rows["target"].map(place).to_numpy(np.int64)
-        found = (
-            {"likeliest": rows["prediction"].map(place).to_numpy(np.int64), "confidence": values[:, 0]}
-            if likeliest_only
-            else {"likeliest": values.argmax(1), "confidence": values.max(1)}
-        )
-    else:
-        target, values = rows[targets].to_numpy(), values[:, : len(told)]
-    return Scored(
-        file.name,
-        spec["task"],
-        names,
-        rows[identity].to_numpy(),
-        target,
-        None if likeliest_only else values,
-        dropped=dropped,
-        **found,
-    )
+    values, ids, place = rows[numbers].to_numpy(), rows[identity].to_numpy(), {name: k for k, name in enumerate(names)}
+    if not classes:
+        return Scored(file.name, spec["task"], names, ids, rows[targets].to_numpy(), values, dropped=dropped)
+    target = rows["target"].map(place).to_numpy(np.int64)
+    if likeliest_only:
+        likeliest = rows["prediction"].map(place).to_numpy(np.int64)
+        return Scored(file.name, spec["task"], names, ids, target, None, likeliest, values[:, 0], dropped)
+    return Scored(file.name, spec["task"], names, ids, target, values, values.argmax(1), values.max(1), dropped)
 
 
 def calibration(
@@ -116,26 +95,55 @@ def calibration(
     return counts, sure, hits, float((counts * np.abs(sure - hits)).sum() / counts.sum())
 
 
-def confused(
-    target: np.ndarray, likeliest: np.ndarray, classes: int, most: int = MOST_ROWS
-) -> list[tuple[int, int, int]]:
-    """(true, predicted, count) of the pairs most often confused; of equals the first."""
+def confused(target: np.ndarray, likeliest: np.ndarray, classes: int) -> np.ndarray:
+    """(P, 3) true class, predicted class, count of every pair that is confused, the most frequent first; of equals the
+    first."""
     wrong = target != likeliest
-    pairs, counts = np.unique(target[wrong] * classes + likeliest[wrong], return_counts=True)
-    return [
-        (int(pairs[k] // classes), int(pairs[k] % classes), int(counts[k]))
-        for k in np.argsort(-counts, kind="stable")[:most]
-    ]
+    pairs, counts = np.unique(target[wrong].astype(np.int64) * classes + likeliest[wrong], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return np.stack([pairs // classes, pairs % classes, counts], 1)[order]
+
+
+def confusion(target: np.ndarray, likeliest: np.ndarray, classes: int, picked: np.ndarray | None = None) -> np.ndarray:
+    """(M, M + 1) counts of the rows whose true class is one of the M picked ones (left out: all), by the class
+    predicted: each of them, and any other."""
+    picked = np.arange(classes) if picked is None else picked
+    size, place = len(picked), np.full(classes, len(picked))
+    place[picked] = np.arange(size)
+    rows, columns = place[target], place[likeliest]
+    inside = rows < size
+    return np.bincount(rows[inside] * (size + 1) + columns[inside], minlength=size * (size + 1)).reshape(size, -1)
+
+
+def worst_confused(target: np.ndarray, likeliest: np.ndarray, classes: int, most: int) -> np.ndarray:
+    """At most so many classes, in order: all of few, else those of the pairs that are most often confused."""
+    if classes <= most:
+        return np.arange(classes)
+    picked: list[int] = []
+    for pair in confused(target, likeliest, classes)[:, :2].tolist():
+        new = [each for each in pair if each not in picked]
+        if len(picked) + len(new) > most:
+            break
+        picked += new
+    return np.sort(np.array(picked, np.int64))
 
 
 def by_class(target: np.ndarray, likeliest: np.ndarray, classes: int) -> np.ndarray:
-    """(K, 4): pictures, share of them found (recall), times predicted, share of those right (precision); NaN of
-    none."""
-    there, said, hits = (
-        np.bincount(each, minlength=classes) for each in (target, likeliest, target[target == likeliest])
+    """(K, 5): rows of the class, recall, rows predicted as it, precision, F1; NaN of none."""
+    return by_counts(
+        *(np.bincount(each, minlength=classes) for each in (target, likeliest, target[target == likeliest]))
     )
+
+
+def by_label(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """As `by_class` of labels (N, K), which are predicted above 0.5."""
+    there, predicted = target > 0.5, prediction > 0.5
+    return by_counts(there.sum(0), predicted.sum(0), (there & predicted).sum(0))
+
+
+def by_counts(there: np.ndarray, predicted: np.ndarray, hits: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.stack([there, hits / there, said, hits / said], 1)
+        return np.stack([there, hits / there, predicted, hits / predicted, 2 * hits / (there + predicted)], 1)
 
 
 def deciles(target: np.ndarray, residual: np.ndarray) -> list[dict[str, float]]:
@@ -156,195 +164,112 @@ def deciles(target: np.ndarray, residual: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def sections(scored: Scored, opened: Opener) -> str:
-    """All that is known of the scored split, as HTML."""
-    note = (
-        f"<p>{scored.dropped:,} rows of {text(scored.file)} have no prediction that is a number; they are left "
-        f"out.</p>\n" * bool(scored.dropped)
-    )
-    if scored.task == "classification":
-        return note + _worst_classes(scored, opened) + _confusion(scored) + _calibration(scored)
-    return note + (_labels if scored.task == "multilabel" else _regression)(scored, opened)
+def summary(scored: Scored) -> dict[str, Any]:
+    """What a page shows: `worst` rows (an id each, and what makes it wrong), the `order` they stand in, and the numbers
+    of the task."""
+    return {"classification": _classes, "multilabel": _labels, "regression": _targets}[scored.task](scored)
 
 
-def _gallery(scored: Scored, rows: np.ndarray, captions: list[str], order: str, opened: Opener) -> str:
-    ids = [str(each) for each in scored.ids[rows]]
-    body = f"<p>{order} Of {len(scored.ids):,} rows of {text(scored.file)}.</p>\n"
-    return section(
-        "worst", f"The worst {len(rows)} errors", body + charts.pictures(list(zip(opened(ids), captions, ids)))
-    )
-
-
-def _worst_classes(scored: Scored, opened: Opener) -> str:
+def _classes(scored: Scored) -> dict[str, Any]:
+    names, classes = scored.names, len(scored.names)
     wrong = np.flatnonzero(scored.target != scored.likeliest)
-    if not len(wrong):
-        return section("worst", "No errors", f"<p>All {len(scored.ids):,} rows of {text(scored.file)} are right.</p>\n")
     true = None if scored.prediction is None else scored.prediction[wrong, scored.target[wrong]]  # (errors,)
     rows = wrong[np.argsort(-scored.confidence[wrong] if true is None else true, kind="stable")[:WORST]]
-    captions = []
-    for row in rows:
-        share = "" if true is None else number(float(scored.prediction[row, scored.target[row]]), True)
-        captions.append(
-            f"<b>{text(scored.names[scored.target[row]])}</b> {share}<br>taken for "
-            f"{text(scored.names[scored.likeliest[row]])} "
-            f"{number(float(scored.confidence[row]), True)}"
-        )
-    order = (
-        "The likeliest wrong answers first."
-        if true is None
-        else "Those whose true class was thought least likely first."
-    )
-    return _gallery(scored, rows, captions, order, opened)
-
-
-def _confusion(scored: Scored) -> str:
-    names, classes = scored.names, len(scored.names)
-    pairs = confused(scored.target, scored.likeliest, classes)
+    worst = [
+        {
+            "id": str(scored.ids[row]),
+            "true": names[scored.target[row]],
+            "true_probability": None if true is None else float(scored.prediction[row, scored.target[row]]),
+            "predicted": names[scored.likeliest[row]],
+            "probability": float(scored.confidence[row]),
+        }
+        for row in rows
+    ]
+    order = "The most confident wrong answers" if true is None else "Those whose true class was rated least probable"
     each = by_class(scored.target, scored.likeliest, classes)
-    if not pairs:
-        return ""
-    listed = charts.table(
-        ["true", "taken for", "pictures", "of the class"],
-        [[text(names[a]), text(names[b]), number(count), number(count / each[a, 0], True)] for a, b, count in pairs],
-        "pairs",
-    )
-    worst = np.argsort(np.nan_to_num(each[:, 1], nan=2), kind="stable")[:MOST_ROWS]
-    table = charts.table(
-        ["class", "pictures", "found", "precision"],
-        [[text(names[k]), number(each[k, 0]), number(each[k, 1], True), number(each[k, 3], True)] for k in worst],
-        "classes",
-    )
-    body = (
-        f'<div class="charts"><div><h3>Most often confused</h3>{listed}</div><div><h3>Worst '
-        f"classes</h3>{table}</div></div>\n"
-    )
-    if classes <= MOST_ROWS:
-        counts = np.bincount(scored.target * classes + scored.likeliest, minlength=classes**2).reshape(classes, classes)
-        body += f"<h3>Confusion</h3>{charts.matrix(names, counts)}"
-    return section("confusion", "Confusion", body)
+    counts = confusion(scored.target, scored.likeliest, classes)[:, :-1] if classes <= MOST_ROWS else None
+    return {
+        "worst": worst,
+        "order": f"{order} first.",
+        "pairs": [
+            (names[a], names[b], count, count / each[a, 0])
+            for a, b, count in confused(scored.target, scored.likeliest, classes)[:MOST_ROWS].tolist()
+        ],
+        "classes": [
+            (names[k], each[k, 0], each[k, 1], each[k, 3])
+            for k in np.argsort(np.nan_to_num(each[:, 1], nan=2), kind="stable")[:MOST_ROWS]
+        ],
+        "confusion": counts,
+        "share": None if counts is None else counts / counts.sum(1, keepdims=True).clip(1),
+        "calibration": _calibration(scored.confidence, scored.target == scored.likeliest),
+    }
 
 
-def _calibration(scored: Scored) -> str:
-    if scored.task == "multilabel":
-        confidence, right = scored.prediction.ravel(), scored.target.ravel() > 0.5
-        about, sure = (
-            "Every label of every picture counts: how likely it was said to be, and how often it was there.",
-            "probability of a label",
-        )
-        hits = "there"
-    else:
-        confidence, right = scored.confidence, scored.target == scored.likeliest
-        about, sure, hits = (
-            "How sure the network was of its likeliest class, and how often that was right.",
-            "confidence",
-            "right",
-        )
+def _calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     counts, mean, share, error = calibration(confidence, right)
-    rows = [
-        [f"{k / len(counts):.3f}", number(counts[k]), number(mean[k], True), number(share[k], True)]
-        for k in np.flatnonzero(counts)
-    ]
-    words = (
-        f"{about} Mean {number(confidence.mean(dtype=np.float64), True)} against {number(right.mean(), True)}. "
-        f"Expected calibration error in "
-        f'{len(counts)} bins: <b id="ece">{number(error, True)}</b>.'
-    )
-    table = (
-        f"<details><summary>The bins as "
-        f"numbers</summary>{charts.table(['bin from', 'number', sure, hits], rows, 'bins')}</details>"
-    )
-    drawn = charts.reliability(counts, mean, share, sure, hits)
-    return section(
-        "calibration", "Calibration", f'<p>{words}</p>\n<div class="charts">{drawn}<div>{table}</div></div>\n'
-    )
+    return {
+        "bins": (counts, mean, share),
+        "error": error,
+        "confidence": float(confidence.mean(dtype=np.float64)),
+        "right": float(right.mean()),
+    }
 
 
-def _labels(scored: Scored, opened: Opener) -> str:
-    from sklearn.metrics import average_precision_score
+def _labels(scored: Scored) -> dict[str, Any]:
+    names, there = scored.names, scored.target > 0.5  # (N, K)
+    predicted = np.clip(scored.prediction, TINY, 1 - 1e-7)
+    loss = -np.where(there, np.log(predicted), np.log1p(-predicted)).mean(1)
 
-    said, there = np.clip(scored.prediction, TINY, 1 - 1e-7), scored.target > 0.5  # (N, K)
-    loss = -np.where(there, np.log(said), np.log1p(-said)).mean(1)
-    rows, captions = np.argsort(-loss, kind="stable")[:WORST], []
-    for row in rows:
-        missed, wrongly = (
-            np.flatnonzero(which)[:2] for which in (there[row] & (said[row] <= 0.5), ~there[row] & (said[row] > 0.5))
-        )
-        captions.append(
-            "<br>".join(
-                f"{word} {text(scored.names[k])} {number(float(scored.prediction[row, k]), True)}"
-                for word, which in (("missed", missed), ("wrongly", wrongly))
-                for k in which
-            )
-            or "right at 50 %, and unsure"
-        )
-    gallery = _gallery(scored, rows, captions, "Those with the largest mean cross entropy first.", opened)
-    present = np.flatnonzero(there.any(0))
-    precision = np.array([average_precision_score(there[:, k], scored.prediction[:, k]) for k in present])
-    body = [
-        [
-            text(scored.names[present[k]]),
-            number(precision[k]),
-            number(there[:, present[k]].sum()),
-            number((scored.prediction[:, present[k]] > 0.5).sum()),
+    def mistakes(row: int) -> list[tuple[str, str, float]]:
+        """At most two labels missed and two predicted wrongly."""
+        kinds = {"missed": there[row] & (predicted[row] <= 0.5), "wrongly": ~there[row] & (predicted[row] > 0.5)}
+        return [
+            (kind, names[k], float(scored.prediction[row, k]))
+            for kind, which in kinds.items()
+            for k in np.flatnonzero(which)[:2]
         ]
-        for k in np.argsort(precision, kind="stable")[:MOST_LABELS]
-    ]
-    some = f", the worst {MOST_LABELS} below" if len(present) > MOST_LABELS else ""
-    words = (
-        f'<p>Average precision of each label that any picture has{some}; their mean is <b id="map">'
-        f"{number(float(precision.mean()) if len(precision) else None)}</b>.</p>\n"
-    )
-    table = charts.table(["label", "average precision", "pictures with it", "said of (above 50 %)"], body, "labels")
-    return gallery + section("labels", "Labels", words + table) + _calibration(scored)
+
+    precision = average_precisions(scored.target, scored.prediction)
+    each, present = by_label(scored.target, scored.prediction), np.flatnonzero(there.any(0))
+    order = present[np.argsort(precision[present], kind="stable")][:MOST_LABELS]
+    return {
+        "worst": [
+            {"id": str(scored.ids[row]), "mistakes": mistakes(row)} for row in np.argsort(-loss, kind="stable")[:WORST]
+        ],
+        "order": "Those with the largest mean cross entropy first.",
+        "map": float(precision[present].mean()) if len(present) else None,
+        "more": max(0, len(present) - MOST_LABELS),
+        "labels": [(names[k], precision[k], each[k, 0], each[k, 2]) for k in order],
+        "calibration": _calibration(scored.prediction.ravel(), there.ravel()),
+    }
 
 
-def _regression(scored: Scored, opened: Opener) -> str:
-    residual = scored.prediction - scored.target  # (N, T)
+def _targets(scored: Scored) -> dict[str, Any]:
+    names, residual = scored.names[:MOST_TARGETS], scored.prediction - scored.target  # (N, T)
     scale = np.maximum(scored.target.std(0), TINY)
-    rows, captions = np.argsort(-np.abs(residual / scale).mean(1), kind="stable")[:WORST], []
-    for row in rows:
-        captions.append(
-            "<br>".join(
-                f"{text(name) + ' ' if len(scored.names) > 1 else ''}true <b>{number(scored.target[row, t])}</b>, "
-                f"predicted "
-                f"{number(scored.prediction[row, t])}"
-                for t, name in enumerate(scored.names[:MOST_TARGETS])
-            )
-        )
-    order = "The largest distance between predicted and true first" + (
-        ", in standard deviations, mean over targets." if len(scale) > 1 else "."
-    )
-    parts = []
-    for t, name in enumerate(scored.names[:MOST_TARGETS]):
-        tenths = deciles(scored.target[:, t], residual[:, t])
-        drawn = [
-            (
-                each["q10"],
-                each["mean"],
-                each["q90"],
-                f"true {each['low']:g} to {each['high']:g}: mean {each['mean']:.4g}",
-            )
-            for each in tenths
-        ]
-        cells = [
-            [number(each[column]) for column in ("low", "high", "count", "mean", "q10", "q90", "rms")]
-            for each in tenths
-        ]
-        table = charts.table(
-            ["true from", "to", "pictures", "mean residual", "10 %", "90 %", "root mean square"], cells, "deciles"
-        )
-        square, absolute = float(np.sqrt((residual[:, t] ** 2).mean())), float(np.abs(residual[:, t]).mean())
-        parts.append(
-            f"<h3>{text(name)}</h3><p>Root mean squared error <b>{number(square)}</b>, mean absolute error "
-            f"<b>{number(absolute)}</b>.</p>"
-            f'<div class="charts">'
-            f"{charts.scatter('Predicted against true', scored.target[:, t], scored.prediction[:, t])}"
-            f"{charts.ranges('Residual by tenths of the true value', drawn, 'tenth')}</div>{table}"
-        )
-    note = (
-        "<p>Residual: predicted - true. Where the pictures tell little the predictions stay near the mean, and it "
-        "falls from tenth to tenth.</p>"
-    )
-    return _gallery(scored, rows, captions, order, opened) + section(
-        "regression", "Predicted against true", note + "".join(parts)
-    )
+    rows = np.argsort(-np.abs(residual / scale).mean(1), kind="stable")[:WORST]
+    return {
+        "worst": [
+            {
+                "id": str(scored.ids[row]),
+                "values": [
+                    (name if len(scored.names) > 1 else "", scored.target[row, t], scored.prediction[row, t])
+                    for t, name in enumerate(names)
+                ],
+            }
+            for row in rows
+        ],
+        "order": "The largest distance between predicted and true first"
+        + (", in standard deviations, mean over targets." if len(scale) > 1 else "."),
+        "targets": [
+            {
+                "name": name,
+                "true": scored.target[:, t],
+                "predicted": scored.prediction[:, t],
+                "rmse": float(np.sqrt((residual[:, t] ** 2).mean())),
+                "mae": float(np.abs(residual[:, t]).mean()),
+                "deciles": deciles(scored.target[:, t], residual[:, t]),
+            }
+            for t, name in enumerate(names)
+        ],
+    }

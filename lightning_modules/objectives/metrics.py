@@ -240,13 +240,20 @@ def auroc(target: np.ndarray, prediction: np.ndarray) -> float:
 @metric("max", MULTILABEL)
 def map_(target: np.ndarray, prediction: np.ndarray) -> float:
     """average precision of each label that any picture has, and their mean"""
+    each = average_precisions(target, prediction)
+    return float(each[~np.isnan(each)].mean()) if not np.isnan(each).all() else float("nan")
+
+
+def average_precisions(target: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """(K,) average precision of each label, by scikit-learn; NaN of a label that no row has."""
     from sklearn.metrics import average_precision_score
 
-    present = [k for k in range(target.shape[1]) if target[:, k].sum() > 0]
-    return (
-        float(np.mean([average_precision_score(target[:, k], prediction[:, k]) for k in present]))
-        if present
-        else float("nan")
+    there = target > 0.5
+    return np.array(
+        [
+            average_precision_score(there[:, k], prediction[:, k]) if there[:, k].any() else np.nan
+            for k in range(there.shape[1])
+        ]
     )
 
 
