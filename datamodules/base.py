@@ -12,7 +12,7 @@ from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datamodules.cache import store
+from datamodules.cache.build import ImageCache, default_side
 from datamodules.knobs import Augmentation, Batches, Preparation, Source, height_width, out_of_range
 from datamodules.loading.image_check import only_skips_differ
 from datamodules.loading.images import EvalPictures, Split, TrainPictures, fingerprint, hold_out, spread
@@ -93,8 +93,8 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         if "train" in self.splits and not self.eval_only:
             self._check_global_batch()
             self.training_view(self.image_size)  # raises for one that cannot be used
-        self.cache = store.planned(self)
-        self.cache_side = self.cache and self.cache.side
+        self.cache = self._planned_cache()
+        self.cache_side = self.cache.side if self.cache else None
         mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
         mixer = Mixer(**mixing, num_classes=len(self.class_names or ()), task=self.task) if self.mixing else None
         self._on_device = OnDevice(
@@ -213,12 +213,12 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
             return [
                 f"augment {self.own_augment} makes the training pictures: crop_scale, hflip, rand_augment and their "
                 f"like do nothing",
-                *store.notes(self),
+                *self._cache_notes(),
             ]
         lines = inactive(
             self.augment, policy=policy, policy_flag=flag, erasing=self.random_erasing > 0, mixing=self.mixing
         )
-        return lines + store.notes(self)
+        return lines + self._cache_notes()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -264,7 +264,8 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._eval_loader("predict")
+        """Of the split without labels, else of test, else of val."""
+        return self._eval_loader(next((name for name in ("predict", "test") if name in self.splits), "val"))
 
     def state_dict(self) -> dict[str, Any]:
         """Position in training (samples of all ranks), with what must be equal for it to mean the same on resume."""
@@ -278,7 +279,8 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
             "samples": batches * self.global_batch_size // passes,
             "world_size": self._world_size,
         }
-        return position | {"accumulation": passes, "crops": store.crops(self)} | self.identity
+        crops = self.cache and self.cache.crop_filter
+        return position | {"accumulation": passes, "crops": crops} | self.identity
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state` was saved; another world size is fine. Only fitting uses it.
@@ -300,8 +302,11 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         if changed:
             raise ValueError("cannot resume, the data are read in another order than before: " + "; ".join(changed))
         self._resume = (state["epoch"], state["samples"])
-        if self._rank == 0:
-            store.tell_filter(self, state.get("crops"))
+        if self._rank == 0 and self.cache and state.get("crops") not in (None, self.cache.crop_filter):
+            print(
+                f"training crops were resized by {state['crops']}, from here on by {self.cache.crop_filter}: near, but "
+                f"not equal to a run on one machine"
+            )
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """What the device side needs and the host knows (`OnDevice.before`)."""
@@ -358,6 +363,27 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
     def _served(self, split: str) -> Split:
         """The split with its pictures as batches shall have them: out of the cache where there is one."""
         return self.cache.serve(self.splits[split]) if self.cache else self.splits[split]
+
+    def _planned_cache(self) -> ImageCache | None:
+        """The cache that `cache_dir` asks for, built or not; None without it, for data in memory and for images that
+        are no files. Raises ValueError for `cache_side` without `cache_dir`."""
+        if self.cache_side is not None and not self.cache_dir:
+            raise ValueError(
+                f"--cache_side {self.cache_side} is the size of pictures in --cache_dir, which is not given"
+            )
+        if not self.cache_dir or self.in_memory or not all(hasattr(each.open, "path") for each in self.splits.values()):
+            return None
+        side = self.cache_side or default_side(self.image_size, self.crop_pct, self.train_sizes)
+        return ImageCache(str(self.cache_dir), side, self.interpolation, dict(self.splits), self.workers)
+
+    def _cache_notes(self) -> list[str]:
+        """Lines on the cache, or on why there is none where one was asked for."""
+        if self.cache is None:
+            unused = "cache_dir is not used: these data are in memory, or their pictures are no files"
+            return [unused] if self.cache_dir else []
+        plain = self.crop_mode == "center" and len({*self.image_size}) == 1
+        evaluated = self.image_size[0] / self.crop_pct if plain else None
+        return self.cache.notes([self.image_size, *self.train_sizes], evaluated)
 
     def _check_global_batch(self) -> None:
         given, largest = self.global_batch_size, self.sizes["train"]

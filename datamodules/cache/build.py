@@ -1,19 +1,22 @@
-"""How a picture cache (datamodules/cache/store.py) comes about: its size foretold, built by all cores, gone on with
-after a kill.
+"""Builds an image cache (datamodules/cache/store.py): estimates its size, decodes on all cores, resumes after a crash.
 
 It grows in a hidden folder beside its place and is renamed when it is whole, so it is there as a whole or not at all.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
+import math
 import os
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import BinaryIO
 
 import numpy as np
@@ -25,10 +28,12 @@ from torchvision.transforms import Resize
 from torchvision.transforms.functional import InterpolationMode
 from tqdm import tqdm
 
-from datamodules.cache.store import ABOUT, FORMAT, INDEX, NAMES, PIXELS, PictureCache
+from datamodules.cache.store import ABOUT, FORMAT, INDEX, NAMES, PIXELS, CachedFiles, Store
 from datamodules.loading.cores import cores
 from datamodules.loading.decode import PictureError
+from datamodules.loading.images import Split
 from datamodules.loading.workers import heed_only_the_parent
+from datamodules.transforms.array_transforms import filter_name
 
 ROWS = "rows.bin"  # of the index, as far as the pixels are on disk
 LOCK = "lock"
@@ -38,11 +43,129 @@ COMMIT_BYTES = 2**26  # of pixels lost at most by a kill
 WAIT_SECONDS = 0.5
 
 
+def default_side(image_size: tuple[int, int], crop_pct: float, train_sizes: list[tuple[int, int]]) -> int:
+    """What evaluation resizes the shorter side to before its centre crop, so that it finds its pixels ready (of an
+    image_size that is not square, or whole training crops that are larger: the largest side)."""
+    return max(math.floor(max(image_size) / crop_pct), *(max(size) for size in train_sizes))
+
+
+@dataclass(eq=False)
+class ImageCache:
+    """All pictures of `splits` with a shorter side of at most `side` pixels; a picture is never enlarged.
+
+    Args:
+        root: folder of all caches. interpolation: timm's word. splits: their `open` has `path(name)`, the file.
+            workers: that build; None: all cores.
+    """
+
+    root: str
+    side: int
+    interpolation: str
+    splits: dict[str, Split]
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        self.openers: list[Callable[[bytes], Image.Image]] = []
+        for _, split in sorted(self.splits.items()):
+            if split.open not in self.openers:
+                self.openers.append(split.open)
+
+    @cached_property
+    def names(self) -> np.ndarray:
+        """(N,) bytes, sorted, each once; of several openers each name behind the number of its own."""
+        parts = [(self.prefix(split.open), split.names) for split in self.splits.values()]
+        return np.unique(np.concatenate([np.char.add(prefix, names) if prefix else names for prefix, names in parts]))
+
+    @cached_property
+    def folder(self) -> str:
+        """Where this cache is or will be: looks at every file, opens none.
+
+        Raises:
+            FileNotFoundError: a file that is not there.
+        """
+        stats = np.array([self._stat(name) for name in self.names.tolist()], dtype=np.int64).reshape(
+            -1, 2
+        )  # bytes, nanoseconds
+        digest = hashlib.sha256(f"{FORMAT} {self.side} {self.interpolation} {len(self.names)}\n".encode())
+        digest.update(b"\n".join(self.names.tolist()) + stats.tobytes())
+        digest.update(
+            "".join(f"white {opener.how.white}\n" for opener in self.openers if opener.how.white is not None).encode()
+        )
+        return os.path.join(self.root, f"pictures-{self.side}-{self.interpolation}-{digest.hexdigest()[:16]}")
+
+    @property
+    def ready(self) -> bool:
+        return os.path.isfile(os.path.join(self.folder, ABOUT))
+
+    def prefix(self, opener: Callable[[bytes], Image.Image]) -> bytes:
+        return b"%d/" % self.openers.index(opener) if len(self.openers) > 1 else b""
+
+    def opened(self, name: bytes) -> tuple[Callable[[bytes], Image.Image], bytes]:
+        """Who opens the entry, and under which name."""
+        if len(self.openers) == 1:
+            return self.openers[0], name
+        number, own = name.split(b"/", 1)
+        return self.openers[int(number)], own
+
+    def build(self) -> None:
+        """Make it unless it is there (`build.build`)."""
+        if not self.ready:
+            build(self)
+
+    def serve(self, split: Split) -> Split:
+        """The split with its pictures out of the cache, which is built first where it is not there."""
+        self.build()
+        self.store.maps  # noqa: B018  what is damaged is said here, not by a worker
+        return replace(split, open=CachedFiles(self.store, self.prefix(split.open)))
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.folder)
+
+    def note(self) -> str:
+        """A line for people: where it is, whether it must be built, what resizes its crops."""
+        state = "ready" if self.ready else forecast(self)[1]
+        return (
+            f"picture cache {self.folder}: {len(self.names):,} pictures, {state}; training crops by {self.crop_filter}"
+        )
+
+    def notes(self, shown: list[tuple[int, int]], evaluated: float | None) -> list[str]:
+        """Lines on the cache, and on what it changes.
+
+        Args:
+            shown: (height, width) of evaluation and of all training crops. evaluated: the side in pixels that
+                evaluation resizes a square image to before a centre crop; None for another evaluation.
+        """
+        lines, largest = [self.note()], max(max(size) for size in shown)
+        if self.side < largest:
+            lines.append(f"cache_side {self.side} is less than the {largest} pixels shown: images are enlarged from it")
+        if evaluated is None or self.side != math.floor(evaluated):
+            lines.append(
+                f"evaluation resizes a second time, from the cached {self.side} pixels: scores are near, but not "
+                f"equal to those of files"
+            )
+        return lines
+
+    @property
+    def crop_filter(self) -> str:
+        """What resizes training crops on this machine."""
+        return filter_name(self.interpolation)
+
+    def _stat(self, name: bytes) -> tuple[int, int]:
+        opener, own = self.opened(name)
+        path = opener.path(own)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise FileNotFoundError(f"cannot read picture {path}: {error.strerror}") from None
+        return found.st_size, found.st_mtime_ns
+
+
 class Resized(Dataset):
     """Row of a cache -> picture (H, W, 3) uint8, its shorter side at most the cache's, by the filter of timm's
     evaluation; (height, width) of the original."""
 
-    def __init__(self, cache: PictureCache) -> None:
+    def __init__(self, cache: ImageCache) -> None:
         self.openers, self.opened, self.names = cache.openers, cache.opened, cache.names
         self.side, self.resize = cache.side, Resize(cache.side, InterpolationMode(cache.interpolation))
 
@@ -58,7 +181,7 @@ class Resized(Dataset):
         return np.array(picture), (height, width)
 
 
-def build(cache: PictureCache) -> None:
+def build(cache: ImageCache) -> None:
     """Make the cache, or go on with what a killed process has left; of several processes one builds and the others
     wait.
 
@@ -85,7 +208,7 @@ def build(cache: PictureCache) -> None:
         raise ValueError(f"--cache_dir {cache.root} cannot be written: {error.strerror or error}") from None
 
 
-def forecast(cache: PictureCache) -> tuple[int, str]:
+def forecast(cache: ImageCache) -> tuple[int, str]:
     """(bytes that the cache will take, as the sizes of some of its pictures tell; a phrase)."""
     rows = np.unique(np.linspace(0, len(cache.names) - 1, min(SAMPLE, len(cache.names))).astype(int))
     taken = []
@@ -102,7 +225,7 @@ def forecast(cache: PictureCache) -> tuple[int, str]:
     return total, f"to be built, about {_spelled(total)} ({_free(cache)} free)"
 
 
-def _build(cache: PictureCache, partial: str) -> None:
+def _build(cache: ImageCache, partial: str) -> None:
     done = _resumed(partial)
     needed, phrase = forecast(cache)
     needed -= os.path.getsize(os.path.join(partial, PIXELS))
@@ -160,7 +283,7 @@ def _resumed(partial: str) -> int:
     return done
 
 
-def _write(cache: PictureCache, pixels: BinaryIO, rows: BinaryIO, done: int) -> None:
+def _write(cache: ImageCache, pixels: BinaryIO, rows: BinaryIO, done: int) -> None:
     """Append the pictures from number `done` on. A row is written only when its pixels are on disk."""
     workers = cores() if cache.workers is None else cache.workers
     loader = DataLoader(
@@ -205,7 +328,7 @@ def _joined(samples: list[tuple[np.ndarray, tuple[int, int]]]) -> tuple[torch.Te
 
 
 @contextmanager
-def _alone(cache: PictureCache) -> Iterator[str | None]:
+def _alone(cache: ImageCache) -> Iterator[str | None]:
     """The folder to build in, for this process alone; None when another one has finished the cache meanwhile."""
     partial = _partial(cache)
     with _lock_file(partial) as lock:
@@ -234,7 +357,7 @@ def _lock_file(partial: str) -> BinaryIO:
             continue
 
 
-def _wait_for(lock: BinaryIO, cache: PictureCache) -> None:
+def _wait_for(lock: BinaryIO, cache: ImageCache) -> None:
     said = False
     while True:
         try:
@@ -246,11 +369,11 @@ def _wait_for(lock: BinaryIO, cache: PictureCache) -> None:
             time.sleep(WAIT_SECONDS)
 
 
-def _partial(cache: PictureCache) -> str:
+def _partial(cache: ImageCache) -> str:
     return os.path.join(cache.root, f".{os.path.basename(cache.folder)}.partial")
 
 
-def _free(cache: PictureCache) -> str:
+def _free(cache: ImageCache) -> str:
     """Free on the disk of the cache, or of the nearest folder that is there already."""
     place = os.path.abspath(cache.root)
     while not os.path.isdir(place):

@@ -22,7 +22,8 @@ from timm.data import create_transform
 
 import datamodules
 from datamodules.cache import build
-from datamodules.cache.store import CachedFiles, default_side
+from datamodules.cache.build import default_side
+from datamodules.cache.store import CachedFiles
 from datamodules.loading.decode import PictureError
 from datamodules.loading.images import keyed_rng
 from datamodules.transforms import array_transforms
@@ -320,14 +321,14 @@ def test_several_folders_with_the_same_names_do_not_mix(root):
     other = root / "other"
     (root / "data/train").rename(other)
     (root / "data").mkdir(exist_ok=True)
-    from datamodules.cache.store import PictureCache
+    from datamodules.cache.build import ImageCache
     from datamodules.folder import Files
     from datamodules.loading.images import Split
 
     names, targets = np.array([b"1.png"]), np.zeros(1, np.int64)
     photo(50, 30, 30).save(root / "1.png")
     one, two = Split(names, targets, Files(str(root))), Split(names, targets, Files(str(other / "dog")))
-    shared = PictureCache(str(root / "cache"), data.cache.side, "bicubic", {"train": one, "test": two}, 0)
+    shared = ImageCache(str(root / "cache"), data.cache.side, "bicubic", {"train": one, "test": two}, 0)
     for split in (one, two):
         assert shared.serve(split).open.pixels(b"1.png")[1] == split.open(b"1.png").size[::-1]
     assert isinstance(shared.serve(one).open, CachedFiles)
