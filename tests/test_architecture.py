@@ -122,3 +122,19 @@ def test_nothing_is_unpickled_without_care():
                     word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords
                 ), path
         assert "import pickle" not in path.read_text()
+
+
+def test_only_a_run_that_logs_to_wandb_imports_it():
+    wrapper = "lightning_modules/loggers/wandb_logger.py"
+    for path in SOURCES:
+        top = {
+            name
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in (
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            )
+        }
+        where = path.relative_to(ROOT).as_posix()
+        assert "wandb" not in {name.split(".")[0] for name in top} or where == wrapper, where
+        assert "lightning_modules.loggers.wandb_logger" not in top or where.startswith("experiments/benchmarks/"), where

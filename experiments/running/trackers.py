@@ -18,7 +18,7 @@ from experiments.running.build import Run
 from lightning_modules.callbacks.signals import PREEMPTED
 from lightning_modules.loggers.csv_logger import History
 from lightning_modules.loggers.messages import warn
-from lightning_modules.loggers.wandb_logger import SafeWandbLogger, id_of_agent, own_id
+from lightning_modules.loggers.wandb_local import id_of_agent, own_id
 from models import cost
 
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "timm", "wandb", "numpy")
@@ -35,7 +35,9 @@ def loggers(run: Run) -> list[Any]:
     return found
 
 
-def _wandb(run: Run, identity: str | None = None) -> SafeWandbLogger:
+def _wandb(run: Run, identity: str | None = None) -> Any:
+    from lightning_modules.loggers.wandb_logger import SafeWandbLogger  # wandb: a second, where it is asked for
+
     name, group = directories.name_and_group(run.folder, run.cfg)
     return SafeWandbLogger(
         run.folder,
@@ -103,6 +105,8 @@ def over_folds(folder: Path, values: dict[str, Any]) -> None:
         return
     try:
         config = {**cfg, "params": values["params"], "commit": values["commit"]}
+        from lightning_modules.loggers.wandb_logger import SafeWandbLogger
+
         tracker = SafeWandbLogger(
             folder, config=config, group=folder.name, job_type="folds", tags=tags(cfg["tags"]), notes=cfg["notes"]
         )

@@ -22,6 +22,17 @@ FULL, FIRST, LAST = 1, 2, 4
 STEP = "trainer/global_step"  # the x that Lightning's logger writes
 
 
+def id_of_agent() -> str | None:
+    """The W&B id that a sweep's agent has given this process; None outside one."""
+    return os.getenv("WANDB_RUN_ID") if os.getenv("WANDB_SWEEP_ID") else None
+
+
+def own_id(run_dir: Path) -> str | None:
+    """The W&B id that a run directory has; None before its first start with W&B."""
+    file = run_dir / "wandb" / "run_id.txt"
+    return file.read_text().strip() if file.is_file() else None
+
+
 def has_credentials() -> bool:
     """Whether a W&B key lies on this machine: a look at the environment and netrc, without network or prompt."""
     if os.getenv("WANDB_API_KEY") or os.getenv("WANDB_IDENTITY_TOKEN_FILE"):

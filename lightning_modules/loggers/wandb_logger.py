@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_modules.callbacks.signals import PREEMPTED
 from lightning_modules.loggers.csv_logger import read_history
 from lightning_modules.loggers.messages import note, warn
-from lightning_modules.loggers.wandb_local import STEP, has_credentials, read
+from lightning_modules.loggers.wandb_local import STEP, has_credentials, id_of_agent, own_id, read
 
 INIT_SECONDS, FINISH_SECONDS, PREEMPTED_SECONDS, UPLOAD_SECONDS = 60, 300, 20, 900  # most that a server may take
 ASK_SECONDS = 5  # that it may take to say it is there
@@ -43,17 +43,6 @@ def wandb_mode() -> str:
         note("no W&B key found: logging offline (wandb login once, or upload later with wandb sync)")
         return "offline"
     return mode
-
-
-def id_of_agent() -> str | None:
-    """The W&B id that a sweep's agent has given this process; None outside one."""
-    return os.getenv("WANDB_RUN_ID") if os.getenv("WANDB_SWEEP_ID") else None
-
-
-def own_id(run_dir: Path) -> str | None:
-    """The W&B id that a run directory has; None before its first start with W&B."""
-    file = run_dir / "wandb" / "run_id.txt"
-    return file.read_text().strip() if file.is_file() else None
 
 
 def persistent_id(run_dir: Path) -> str:
