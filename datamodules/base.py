@@ -110,7 +110,8 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
             words = "nearest, bilinear, bicubic, box, hamming or lanczos"
             raise ValueError(f"interpolation {self.interpolation!r}: {words}") from None
         if broken := out_of_range(self):
-            raise ValueError("{} {!r}: {}".format(*broken))
+            knob, value, rule = broken
+            raise ValueError(f"{knob.name} {value!r}: {rule}")
         if self.crop_mode not in ("center", "squash", "border"):
             raise ValueError(f"crop_mode {self.crop_mode!r}: center, squash or border")
         if self.rand_augment is not None:
@@ -369,7 +370,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         are no files. Raises ValueError for `cache_side` without `cache_dir`."""
         if self.cache_side is not None and not self.cache_dir:
             raise ValueError(
-                f"--cache_side {self.cache_side} is the size of pictures in --cache_dir, which is not given"
+                f"--data_args.cache_side {self.cache_side} is the size of pictures in --cache_dir, which is not given"
             )
         if not self.cache_dir or self.in_memory or not all(hasattr(each.open, "path") for each in self.splits.values()):
             return None

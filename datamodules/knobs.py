@@ -18,7 +18,9 @@ NOT_NEGATIVE: Range = lambda value: value >= 0, "must not be negative"
 POSITIVE: Range = lambda value: value > 0, "must be above 0"
 
 
-def knob(default: Any, text: str, valid: Range | None = None, *, role: Role = "training", group: str = "") -> Any:
+def knob(
+    default: Any, text: str, valid: Range | None = None, *, role: Role = "training", group: str = "", flag: str = ""
+) -> Any:
     """A field of a group of knobs.
 
     Args:
@@ -28,8 +30,9 @@ def knob(default: Any, text: str, valid: Range | None = None, *, role: Role = "t
         role: what a difference means. `training` makes another run with another name; `where` another run that is
             refused under the same name; `numerics` another name, but the run may resume; `place` neither.
         group: heading in `--help`, where it is not the title of the class.
+        flag: how a rare knob is typed, where that is not its name, as data_args.cache_side.
     """
-    metadata = {"help": text, "range": valid, "role": role, "group": group}
+    metadata = {"help": text, "range": valid, "role": role, "group": group, "flag": flag}
     return (
         field(default_factory=default, metadata=metadata)
         if callable(default)
@@ -37,12 +40,12 @@ def knob(default: Any, text: str, valid: Range | None = None, *, role: Role = "t
     )
 
 
-def out_of_range(values: Any) -> tuple[str, Any, str] | None:
-    """(name, value, rule) of the first field of a dataclass that breaks its range; None where none does."""
+def out_of_range(values: Any) -> tuple[Field, Any, str] | None:
+    """(field, value, rule) of the first field of a dataclass that breaks its range; None where none does."""
     for each in fields(values):
         value, valid = getattr(values, each.name), each.metadata.get("range")
         if value is not None and valid and not valid[0](value):
-            return each.name, value, valid[1]
+            return each, value, valid[1]
     return None
 
 
@@ -75,7 +78,10 @@ class Source:
         (lambda value: 0 <= value < 2**32, "must lie between 0 and 2^32 - 1"),
     )
     limit_val: int | None = knob(
-        None, "Number of images of val, and of test, that are scored, evenly spaced. Default: all.", AT_LEAST_1
+        None,
+        "Number of images of val, and of test, that are scored, evenly spaced. Default: all.",
+        AT_LEAST_1,
+        flag="data_args.limit_val",
     )
     cache_dir: str | None = knob(
         None, "Folder in which decoded and resized images are cached, for all runs that share it.", role="place"
@@ -84,6 +90,7 @@ class Source:
         None,
         "Shorter side in pixels of the images in --cache_dir. Default: the size that evaluation resizes to.",
         AT_LEAST_1,
+        flag="data_args.cache_side",
     )
 
 
@@ -123,7 +130,9 @@ class Table:
         group="How it learns",
     )
     bad_rows: Literal["error", "skip"] = knob(
-        "error", "What to do with rows without a label: skip neither trains on them nor scores them."
+        "error",
+        "What to do with rows without a label: skip neither trains on them nor scores them.",
+        flag="data_args.bad_rows",
     )
     folds: int | None = knob(None, "Number of folds; each is trained in a process of its own, and all are merged.")
     fold: int | None = knob(None, "The one fold of --folds to train, from 0.")
@@ -137,7 +146,9 @@ class Preparation:
 
     image_size: int | str | None = knob(None, "Side in pixels, or HEIGHTxWIDTH. Default: the model's own.")
     train_size: int | str | None = knob(
-        None, "Side of training crops where it is not --image_size: 160, or rising over the epochs, 128-224."
+        None,
+        "Side of training crops where it is not --image_size: 160, or rising over the epochs, 128-224.",
+        flag="augment_args.train_size",
     )
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = knob(
         None, "Interpolation of resizing. Default: the model's own."
@@ -146,17 +157,19 @@ class Preparation:
         None, "Share of the resized image that evaluation crops. Default: the model's own.", POSITIVE
     )  # timm's volo: 1.15, a smaller image within black
     crop_mode: Literal["center", "squash", "border"] | None = knob(
-        None, "Crop mode of evaluation, in timm's words. Default: the model's own."
+        None, "Crop mode of evaluation, in timm's words. Default: the model's own.", flag="data_args.crop_mode"
     )
     mean: tuple[float, float, float] | None = knob(
         None,
         "Mean of red, green and blue, from 0 to 1. Default: the model's own.",
         (lambda value: len(value) == 3, "must be three numbers"),
+        flag="data_args.mean",
     )
     std: tuple[float, float, float] | None = knob(
         None,
         "Standard deviation of red, green and blue, from 0 to 1. Default: the model's own.",
         (lambda value: len(value) == 3 and min(value) > 0, "must be three numbers above 0"),
+        flag="data_args.std",
     )
 
 

@@ -1,8 +1,8 @@
 """The command line of a run: all knobs in one frozen `Config`, and `parse`: defaults < recipe < config file < flags, in
 any order of flags.
 
-The knobs of the data are declared in datamodules/knobs.py, those of learning in lightning_modules/knobs.py, those of a
-run here. Pure and light: no clock, no randomness, no torch, no file but the recipe and the config file.
+The knobs are declared in experiments/cli/knobs.py and in the two files that it names. Pure and light: no clock, no
+randomness, no torch, no file but the recipe and the config file.
 """
 
 import argparse
@@ -10,16 +10,15 @@ import re
 import sys
 from dataclasses import Field, FrozenInstanceError, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from datamodules import knobs as data_knobs
-from datamodules.knobs import AT_LEAST_1, NOT_NEGATIVE, default, height_width, knob
+from datamodules.knobs import default, height_width
 from experiments.cli import launcher, recipes
 from experiments.cli.checks import check, check_teacher
 from experiments.cli.errors import UsageError, did_you_mean
-from lightning_modules import knobs as learning_knobs
+from experiments.cli.knobs import RECORDED, Knobs, flag, groups
 
 BOOLEAN = (bool, bool | None)
 SPLIT = (
@@ -39,181 +38,7 @@ SPLIT = (
 
 
 @dataclass(kw_only=True)
-class Network:
-    """The network and its first weights."""
-
-    title: ClassVar[str] = "What is trained"
-
-    recipe: str | None = knob(
-        None,
-        "Recipe: the name of a file in experiments/recipes/, or none. Default: demo without any other choice, the "
-        "model's own name on ImageNet, finetune with --init on other data, else none.",
-        role="place",
-    )
-    model: str | None = knob(None, "Network: a name of --list models, or timm/<name>.")
-    model_args: dict[str, Any] = knob(dict, "Keywords of the network, as --model_args.drop_path 0.2.")
-    init: str | None = knob(
-        None,
-        "Weights to start from: pretrained, a file, a run directory (over folds: each fold takes its own), or a tag "
-        "of timm's.",
-    )
-    init_head: Literal["keep", "reset"] = knob(
-        "keep",
-        "What to do with the head of --init: keep takes its rows by the names of classes or targets, where both are "
-        "known; reset starts a fresh head where the size or the names differ.",
-    )
-    init_partial: bool = knob(
-        False, "Accept weights that lack tensors of the model beside its head; these tensors start fresh."
-    )
-    allow_seen: bool = knob(
-        False, "Accept weights (--init, --teacher) that were trained on rows held out here.", role="place"
-    )
-
-
-@dataclass(kw_only=True)
-class DataSet:
-    """The data set."""
-
-    title: ClassVar[str] = "On what"
-
-    data: str | None = knob(
-        None, "Data set, a name of --list data. Default: what --data_dir looks like, else imagenet."
-    )
-    data_args: dict[str, Any] = knob(dict, "Keywords of the data set, as --data_args.per_class 100.")
-    augment: str | None = knob(
-        None,
-        "Augmentation of your own in place of crop, flips and policy: my.py:build, called with (height, width).",
-        group="Augmentation",
-    )
-    hours: float | None = knob(
-        None,
-        "Hours that --folds may take; a fold that would not end in time is not started.",
-        NOT_NEGATIVE,
-        role="place",
-        group="Tables (a folder with train.csv)",
-    )
-
-
-@dataclass(kw_only=True)
-class Scaling:
-    """How the learning rate of a recipe follows the batch size."""
-
-    title: ClassVar[str] = "How it learns"
-
-    lr_scaling: Literal["none", "linear", "sqrt"] = knob(
-        "none", "How the lr of a recipe grows with global_batch_size / lr_batch.", role="place"
-    )
-    lr_batch: int = knob(256, "Batch size that the lr of a recipe is meant for.", AT_LEAST_1, role="place")
-
-
-@dataclass(kw_only=True)
-class Machines:
-    """Devices and how they compute."""
-
-    title: ClassVar[str] = "Where it runs"
-
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = knob(
-        "auto",
-        "Precision of computation: auto is bf16-mixed on a GPU that has it, 16-mixed on another GPU, 32-true on CPU.",
-        role="numerics",
-    )
-    devices: int = knob(1, "Devices (or CPU processes) of each machine.", AT_LEAST_1, role="place")
-    num_nodes: int = knob(1, "Number of machines.", AT_LEAST_1, role="place")
-    accelerator: Literal["auto", "cpu", "gpu"] = knob(
-        "auto", "Kind of device: auto is the GPU where there is one.", role="place"
-    )
-    strategy: str = knob(
-        "auto",
-        "Lightning's strategy: auto is ddp for more than one process; folds gives each of --folds a device.",
-        role="place",
-    )
-
-
-@dataclass(kw_only=True)
-class Directory:
-    """The run directory: its name, what it resumes, what is saved."""
-
-    title: ClassVar[str] = "The run directory"
-
-    name: str | None = knob(
-        None, "Name of the run. Default: data, model, seed and what differs from the recipe.", role="place"
-    )
-    runs_dir: str = knob("runs", "Folder of the run directories.", role="place")
-    resume: str | None = knob(
-        None, "Checkpoint or directory of another run to resume in full (weights, optimizer, position).", role="place"
-    )
-    extend: str | None = knob(
-        None,
-        "Finished run to train longer, up to --epochs: its state is taken, and the schedule runs anew over the epochs "
-        "that are added.",
-    )
-    extend_step: int | None = knob(
-        None, "Optimizer steps that the run of --extend has done. Default: read from it.", role="place"
-    )
-    overwrite: bool = knob(False, "Delete the run directory of that name and start again.", role="place")
-    save_every_steps: int | None = knob(
-        None, "Save last.ckpt also each time this number of optimizer steps is done.", AT_LEAST_1, role="place"
-    )
-
-
-@dataclass(kw_only=True)
-class Tracking:
-    """What is logged where."""
-
-    title: ClassVar[str] = "Logging"
-
-    log_every_steps: int = knob(50, "Optimizer steps between two rows of training metrics.", AT_LEAST_1, role="place")
-    logger: Literal["wandb", "tensorboard", "csv", "none"] = knob(
-        "wandb", "Experiment tracker beside metrics.csv, which is always written.", role="place"
-    )
-    tags: str | None = knob(None, "Tags of the run in W&B, separated by commas.", role="place")
-    notes: str | None = knob(None, "Notes on the run in W&B.", role="place")
-    logger_args: dict[str, Any] = knob(
-        dict,
-        "Rarer settings of the logger, as --logger_args.checkpoint true: checkpoint uploads the best weights at the "
-        "end, attention logs attention maps of 8 images.",
-        role="place",
-    )
-
-
-@dataclass(kw_only=True)
-class Instead:
-    """Less, or something else, than training."""
-
-    title: ClassVar[str] = "Instead of training"
-
-    fast_dev_run: bool = knob(
-        False,
-        "Try everything in a temporary directory that is deleted: two optimizer steps, 16 images of val and of test, "
-        "checkpoints, predictions, report.",
-        role="place",
-    )
-    dry_run: bool = knob(
-        False, "Print the plan, the memory and a time forecast; train nothing and write nothing.", role="place"
-    )
-    list: Literal["models", "data", "recipes", "losses", "metrics"] | None = knob(
-        None, "List the names of one kind and exit.", role="place"
-    )
-
-
-@dataclass(kw_only=True)
-class Config(  # the last group first: dataclasses collect the fields of their bases from the end
-    Instead,
-    Tracking,
-    Directory,
-    Machines,
-    learning_knobs.Distillation,
-    Scaling,
-    learning_knobs.Learning,
-    data_knobs.Batches,
-    data_knobs.Augmentation,
-    data_knobs.Preparation,
-    data_knobs.Table,
-    data_knobs.ImageFiles,
-    data_knobs.Source,
-    DataSet,
-    Network,
-):
+class Config(Knobs):
     """Every knob of a run, frozen. Field = flag = YAML key."""
 
     def __setattr__(self, key: str, value: Any) -> None:
@@ -258,7 +83,9 @@ def read(argv: list[str] | None = None, prog: str = "run.py") -> Command:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _read(argv)
-    except (UsageError, argparse.ArgumentError) as error:
+    except UsageError as error:
+        raise SystemExit(launcher.refuse(prog, error)) from None
+    except argparse.ArgumentError as error:
         raise SystemExit(launcher.refuse(prog, _tidy(str(error)))) from None
 
 
@@ -275,11 +102,13 @@ def _tidy(message: str) -> str:
     line = re.sub(
         r"(?:typing\.)?Literal\[(.*?)\]", lambda found: " or ".join(found[1].replace("'", "").split(", ")), line
     )
-    return re.sub(r"argument (--\w+)\S*: invalid _boolean_type value:", r"\1: expected true or false, got", line)
+    line = re.sub(r"argument (--\w+)\S*: invalid _boolean_type value:", r"\1: expected true or false, got", line)
+    spelled = {f"--{each.name}": flag(each) for each in fields(Config)}
+    return re.sub(r"--\w+", lambda found: spelled.get(found[0], found[0]), line)
 
 
-def _read(argv: list[str]) -> Command:
-    _check_flags(argv)
+def _read(typed: list[str]) -> Command:
+    argv = _by_name(typed)
     parser, known = _parser([]), [knob_.name for knob_ in fields(Config)]
     given = {
         key: value for key, value in vars(parser.parse_args(argv, defaults=False)).items() if not key.startswith("__")
@@ -293,6 +122,7 @@ def _read(argv: list[str]) -> Command:
     alone = vars(_parser(layers).parse_args([]))
     values = vars(_parser([*layers, Path(config_file)] if config_file else layers).parse_args(argv))
     chosen = {*stored, *given}
+    _check_keywords(values)
     notes = [f"recipe {recipe} ({why})"]
     if values["model"] != recipes.recipe_model(recipe) and recipes.recipe_model(recipe) and alone["model_args"]:
         notes.append(
@@ -319,7 +149,15 @@ def _read(argv: list[str]) -> Command:
         Config(**{key: layer[key] for key in known} | {"recipe": recipe}) for layer in (values, alone)
     )
     check_teacher(config)
-    return Command(config, recipe_alone, tuple(notes), tuple(argv), frozenset(chosen))
+    return Command(config, recipe_alone, tuple(notes), tuple(typed), frozenset(chosen))
+
+
+def _check_keywords(values: dict[str, Any]) -> None:
+    """Raises UsageError for a rare knob that stands within a dictionary of a YAML file."""
+    for each in fields(Config):
+        within, _, key = each.metadata["flag"].partition(".")
+        if key and isinstance(values[within], dict) and key in values[within]:
+            raise UsageError(f"{within}.{key} is the key {each.name} in a YAML file, beside {within}")
 
 
 def _shorten_warmup(values: dict[str, Any], alone: dict[str, Any], chosen: set[str], notes: list[str]) -> None:
@@ -351,7 +189,7 @@ def _parser(files: list[Path]) -> ArgumentParser:
     for title, members in groups().items():
         section = parser.add_argument_group(title)
         for each in members:
-            options: dict[str, Any] = {"default": default(each), "help": each.metadata["help"].replace("%", "%%")}
+            options: dict[str, Any] = {"default": default(each), "help": _help(each)}
             if hints[each.name] in BOOLEAN:
                 section.add_argument(f"--{each.name}", action=ActionYesNo(no_prefix="no_"), nargs="?", **options)
             else:
@@ -359,14 +197,32 @@ def _parser(files: list[Path]) -> ArgumentParser:
     return parser
 
 
-def groups() -> dict[str, list[Field]]:
-    """The knobs under their headings, in the order of `--help`."""
-    declared, found = {each.name: each for each in fields(Config)}, {}
-    for base in reversed(Config.__mro__):
-        for name in base.__dict__.get("__annotations__", {}):
-            if name in declared:
-                found.setdefault(declared[name].metadata["group"] or base.title, []).append(declared[name])
-    return found
+def _help(each: Field) -> str:
+    """The text of a knob. A dictionary of keywords lists the rare knobs that are typed within it."""
+    if each.metadata["flag"]:
+        return argparse.SUPPRESS
+    rare = [
+        f"{other.metadata['flag'].partition('.')[2]} ({other.metadata['help'].rstrip('.')})"
+        for other in fields(Config)
+        if other.metadata["flag"].startswith(f"{each.name}.")
+    ]
+    return (each.metadata["help"] + f" Also {'; '.join(rare)}." * bool(rare)).replace("%", "%%")
+
+
+def _by_name(argv: list[str]) -> list[str]:
+    """The words of a command line with rare knobs under their names, which the parser knows. Raises UsageError for a
+    flag that does not exist."""
+    typed = {flag(each): f"--{each.name}" for each in fields(Config) if each.metadata["flag"]}
+    words = []
+    for word in argv:
+        given, sign, value = word.partition("=")
+        if other := next((spelling for spelling, name in typed.items() if name == given), None):
+            if other == f"--{RECORDED}":
+                raise UsageError(f"{given} is recorded in config.yaml and not typed")
+            raise UsageError(f"{given} is now typed as {other}")
+        words.append(typed[given] + sign + value if given in typed else word)
+    _check_flags(words)
+    return words
 
 
 def _check_flags(argv: list[str]) -> None:

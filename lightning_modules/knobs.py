@@ -7,7 +7,7 @@ import each other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 Range = tuple[Callable[[Any], bool], str]
@@ -17,9 +17,9 @@ NOT_NEGATIVE: Range = lambda value: value >= 0, "must not be negative"
 POSITIVE: Range = lambda value: value > 0, "must be above 0"
 
 
-def knob(default: Any, text: str, valid: Range | None = None, *, role: str = "training") -> Any:
+def knob(default: Any, text: str, valid: Range | None = None, *, role: str = "training", flag: str = "") -> Any:
     """A field of a group of knobs, as datamodules/knobs.py has them."""
-    metadata = {"help": text, "range": valid, "role": role, "group": ""}
+    metadata = {"help": text, "range": valid, "role": role, "group": "", "flag": flag}
     return (
         field(default_factory=default, metadata=metadata)
         if callable(default)
@@ -27,12 +27,12 @@ def knob(default: Any, text: str, valid: Range | None = None, *, role: str = "tr
     )
 
 
-def out_of_range(values: Any) -> tuple[str, Any, str] | None:
-    """(name, value, rule) of the first field of a dataclass that breaks its range; None where none does."""
+def out_of_range(values: Any) -> tuple[Field, Any, str] | None:
+    """(field, value, rule) of the first field of a dataclass that breaks its range; None where none does."""
     for each in fields(values):
         value, valid = getattr(values, each.name), each.metadata.get("range")
         if value is not None and valid and not valid[0](value):
-            return each.name, value, valid[1]
+            return each, value, valid[1]
     return None
 
 
@@ -65,13 +65,17 @@ class Learning:
         "stem and head, as published; other networks have one per block.",
         SHARE,
     )
-    head_lr_scale: float = knob(1.0, "Factor of the learning rate of the head.", POSITIVE)
+    head_lr_scale: float = knob(
+        1.0, "Factor of the learning rate of the head.", POSITIVE, flag="optimizer_args.head_lr_scale"
+    )
     freeze: str | None = knob(None, "Frozen part: backbone, or the first share of the layers, as 0.5.")
     clip_grad: float | None = knob(
         1.0, "Largest gradient norm; null does not clip.", (POSITIVE[0], "must be above 0; null does not clip")
     )
     clip_mode: Literal["norm", "value"] = knob(
-        "norm", "What --clip_grad bounds: the global norm of the gradient, or each value."
+        "norm",
+        "What --clip_grad bounds: the global norm of the gradient, or each value.",
+        flag="optimizer_args.clip_mode",
     )
     loss: (
         Literal[

@@ -233,7 +233,7 @@ def _build(cache: ImageCache, partial: str) -> None:
         raise ValueError(
             f"--cache_dir {cache.root}: {len(cache.names):,} pictures with a shorter side of {cache.side} take about "
             f"{_spelled(needed)} more,"
-            f" and {_free(cache)} are free: name another place, or a smaller --cache_side"
+            f" and {_free(cache)} are free: name another place, or a smaller --data_args.cache_side"
         )
     print(
         f"picture cache {cache.folder}: {len(cache.names):,} pictures, shorter side {cache.side} "

@@ -19,7 +19,7 @@ HOLES = (
     "null",
 )  # of labels that are numbers; of labels that are texts an empty cell alone
 EMPTY = (*HOLES, "none")  # of quantities
-NO_LABEL, SKIP = "has no label", " (--bad_rows skip leaves such rows out)"
+NO_LABEL, SKIP = "has no label", " (--data_args.bad_rows skip leaves such rows out)"
 
 
 def class_names(frame: pd.DataFrame, scheme: dict[str, Any]) -> list[str] | None:

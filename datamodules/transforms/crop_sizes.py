@@ -20,7 +20,9 @@ def training_sizes(train_size: str | int | None, image_size: tuple[int, int], ep
     found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(train_size))
     low, high = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     if not 0 < low <= high:
-        raise ValueError(f"--train_size {train_size}: a side in pixels such as 160, or a rising range such as 128-224")
+        raise ValueError(
+            f"--augment_args.train_size {train_size}: a side in pixels such as 160, or a rising range such as 128-224"
+        )
     if low == high:
         return [_scaled(low, image_size)]
     sides = [low + (high - low) * epoch / (epochs - 1) for epoch in range(epochs - 1)] + [high]

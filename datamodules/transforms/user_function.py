@@ -33,11 +33,13 @@ class OwnTransform:
             self(Image.fromarray(np.full((2 * size[0], 2 * size[1], 3), 128, np.uint8)))
         except ValueError as error:
             raise ValueError(
-                str(error) if str(error).startswith("--augment") else f"--augment {where}: {error}"
+                str(error)
+                if str(error).startswith("--augment_args.function")
+                else f"--augment_args.function {where}: {error}"
             ) from error
         except Exception as error:
             raise ValueError(
-                f"--augment {where} does not work on a grey picture: {type(error).__name__}: {error}"
+                f"--augment_args.function {where} does not work on a grey picture: {type(error).__name__}: {error}"
             ) from error
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
@@ -47,8 +49,8 @@ class OwnTransform:
         if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or tuple(image.shape) != (3, *self.size):
             found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
             raise ValueError(
-                f"--augment {self.where} must give a PIL picture or a uint8 tensor of (3, {self.size[0]}, "
-                f"{self.size[1]}), not {found}"
+                f"--augment_args.function {self.where} must give a PIL picture or a uint8 tensor of "
+                f"(3, {self.size[0]}, {self.size[1]}), not {found}"
             )
         return image
 
@@ -62,11 +64,12 @@ def _function(where: str) -> Callable[..., Any]:
     file, _, name = where.rpartition(":")
     if not file.endswith(".py") or not Path(file).is_file():
         raise ValueError(
-            f"--augment {where}: give my.py:build; there is no file {file or where!r} (looked in {Path.cwd()})"
+            f"--augment_args.function {where}: give my.py:build; there is no file {file or where!r} "
+            f"(looked in {Path.cwd()})"
         )
     place = importlib.util.spec_from_file_location(f"vitlab_augment_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
-        raise ValueError(f"--augment {where}: {file} has no function {name!r}")
+        raise ValueError(f"--augment_args.function {where}: {file} has no function {name!r}")
     return getattr(module, name)

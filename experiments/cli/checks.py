@@ -1,19 +1,17 @@
 """Values of knobs that cannot be, alone or together. No torch."""
 
 import re
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from datamodules.knobs import out_of_range
 from experiments.cli.errors import UsageError
 from experiments.cli.keywords import check_values
-
-if TYPE_CHECKING:
-    from experiments.config import Config
+from experiments.cli.knobs import Knobs, flag
 
 TAG_LENGTH = 64  # W&B's limit
 
 
-def check(cfg: "Config") -> None:
+def check(cfg: Knobs) -> None:
     """Raises UsageError for the first knob that is out of its range, or at odds with another."""
     _check_values(cfg)
     if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
@@ -26,16 +24,16 @@ def check(cfg: "Config") -> None:
     if cfg.extend and (cfg.resume or cfg.eval_only):
         raise UsageError(f"--extend trains a finished run longer: not with --{'resume' if cfg.resume else 'eval_only'}")
     if cfg.extend_step is not None and not cfg.extend:
-        raise UsageError("--extend_step is for --extend")
+        raise UsageError("extend_step goes with extend")
     if cfg.folds is not None and cfg.folds < 2:
         raise UsageError(f"--folds {cfg.folds}: at least 2")
     if (
         cfg.folds is not None
         and cfg.fold is None
-        and (few := [key for key in ("limit_val", "fast_dev_run") if getattr(cfg, key)])
+        and (few := ["--data_args.limit_val"] * bool(cfg.limit_val) + ["--fast_dev_run"] * cfg.fast_dev_run)
     ):
         raise UsageError(
-            f"--{few[0]} leaves rows out, and --folds {cfg.folds} merges all of them: add --fold 0 to try one fold"
+            f"{few[0]} leaves rows out, and --folds {cfg.folds} merges all of them: add --fold 0 to try one fold"
         )
     if cfg.fold is not None and not 0 <= cfg.fold < (cfg.folds or 0):
         which = f"those of --folds {cfg.folds} are 0 to {cfg.folds - 1}" if cfg.folds else "--folds says of how many"
@@ -44,16 +42,16 @@ def check(cfg: "Config") -> None:
     _check_tracking(cfg)
 
 
-def _check_values(cfg: "Config") -> None:
+def _check_values(cfg: Knobs) -> None:
     if broken := out_of_range(cfg):
-        name, value, rule = broken
-        raise UsageError(f"--{name} {value:g}: {rule}" if isinstance(value, float) else f"--{name} {value}: {rule}")
+        knob, value, rule = broken
+        raise UsageError(f"{flag(knob)} {f'{value:g}' if isinstance(value, float) else value}: {rule}")
     for key, value in vars(cfg).items():
         if key.endswith("_args") and not isinstance(value, dict):
             raise UsageError(f"--{key} takes keywords, as --{key}.name value")
 
 
-def _check_training(cfg: "Config") -> None:
+def _check_training(cfg: Knobs) -> None:
     """How it learns: knobs that contradict each other."""
     if cfg.warmup_epochs is not None and cfg.warmup_steps is not None:
         raise UsageError("--warmup_epochs and --warmup_steps say the same thing: give one, the other as null")
@@ -80,28 +78,29 @@ class LoggerArgs(TypedDict):
     attention: bool
 
 
-def _check_tracking(cfg: "Config") -> None:
+def _check_tracking(cfg: Knobs) -> None:
     """What only W&B keeps is refused with another tracker, so that nobody looks for it in vain."""
     check_values(LoggerArgs, cfg.logger_args, "--logger_args", [*LoggerArgs.__annotations__])
     for tag in tags(cfg.tags) or ():
         if not 1 <= len(tag) <= TAG_LENGTH:
-            raise UsageError(
-                f"--tags {cfg.tags!r}: the tag {tag!r} has {len(tag)} characters; W&B takes 1 to {TAG_LENGTH} for each"
-            )
-    asked = {"tags": cfg.tags, "notes": cfg.notes, "logger_args.checkpoint": cfg.logger_args.get("checkpoint")}
+            why = f"the tag {tag!r} has {len(tag)} characters; W&B takes 1 to {TAG_LENGTH} for each"
+            raise UsageError(f"--logger_args.tags {cfg.tags!r}: {why}")
+    asked = {"tags": cfg.tags, "notes": cfg.notes, "checkpoint": cfg.logger_args.get("checkpoint")}
     for key, value in asked.items():
         if value and cfg.logger != "wandb":
-            raise UsageError(f"--{key} goes to W&B, and this run has --logger {cfg.logger}: leave one of them out")
-    if asked["logger_args.checkpoint"] and cfg.eval_only:
+            raise UsageError(
+                f"--logger_args.{key} goes to W&B, and this run has --logger {cfg.logger}: leave one of them out"
+            )
+    if asked["checkpoint"] and cfg.eval_only:
         raise UsageError("--logger_args.checkpoint uploads what was trained, and --eval_only trains nothing")
 
 
 def tags(text: str | None) -> list[str] | None:
-    """The tags of --tags, each once; None where nothing is said."""
+    """The tags of --logger_args.tags, each once; None where nothing is said."""
     return None if text is None else [*dict.fromkeys(tag.strip() for tag in text.split(","))]
 
 
-def check_teacher(cfg: "Config") -> None:
+def check_teacher(cfg: Knobs) -> None:
     """What is typed, not what a recipe alone says: that may be for any teacher. Raises UsageError."""
     for key in ("teacher_init", "distill", "distill_args"):
         if getattr(cfg, key) and not cfg.teacher:

@@ -22,10 +22,9 @@ def check(cfg: Config, *, by_launcher: bool = False) -> None:
     over_folds = (
         cfg.folds is not None and cfg.fold is None and launcher.tasks() > 1
     )  # `fold_runs` says what to type instead
-    known, problems = (
-        datamodules.names(),
-        [_data_dir_problem(cfg), None if by_launcher or over_folds else launcher.problem(cfg)],
-    )
+    known, problems = datamodules.names(), [_data_dir_problem(cfg)]
+    if not (by_launcher or over_folds):
+        problems.append(launcher.problem(cfg.devices, cfg.num_nodes, planned=cfg.dry_run))
     if cfg.data and cfg.data not in known:
         problems.append(f"no data set named {cfg.data!r}{did_you_mean(cfg.data, known)} (there are {', '.join(known)})")
     if cfg.model:

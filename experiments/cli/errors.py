@@ -9,8 +9,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from datamodules.knobs import height_width as size  # noqa: F401
-
 CLOSED = 141  # 128 + SIGPIPE, as shells say
 TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
 

@@ -3,10 +3,6 @@ torch."""
 
 import os
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from experiments.config import Config
 
 INTERACTIVE = ("bash", "interactive")  # names of SLURM's jobs with a shell for a person
 
@@ -40,32 +36,29 @@ def refuse(prog: str, message: object) -> int:
     return 2
 
 
-def problem(cfg: "Config") -> str | None:
+def problem(devices: int, num_nodes: int, *, planned: bool) -> str | None:
     """Why the processes that were started are not those of --devices x --num_nodes, and what to type; None where they
-    are."""
-    world, asked = (
-        cfg.devices * cfg.num_nodes,
-        f"--devices {cfg.devices}" + f" --num_nodes {cfg.num_nodes}" * (cfg.num_nodes > 1),
-    )
+    are. `planned`: only a plan is asked for, and the ranks are yet to start."""
+    world, asked = devices * num_nodes, f"--devices {devices}" + f" --num_nodes {num_nodes}" * (num_nodes > 1)
     launched, step = os.environ.get("WORLD_SIZE"), srun_tasks()
     if launched:
         return (
             None
             if int(launched) == world
-            else f"the launcher started {launched} processes, but --devices {cfg.devices} x --num_nodes "
-            f"{cfg.num_nodes} are {world}"
+            else f"the launcher started {launched} processes, but --devices {devices} x --num_nodes "
+            f"{num_nodes} are {world}"
         )
     if step > 1:
-        machines = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or cfg.num_nodes)
+        machines = int(os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES") or num_nodes)
         fitting = f"--devices {step // machines}" + f" --num_nodes {machines}" * (machines > 1)
         return (
             None
-            if (step, machines) == (world, cfg.num_nodes)
+            if (step, machines) == (world, num_nodes)
             else f"srun started {step} tasks on {machines} machine{'s' * (machines > 1)}, "
             f"and {asked} means {world}: {fitting}, or srun --ntasks {world}"
         )
-    if cfg.dry_run:
-        return None  # the ranks are yet to start
+    if planned:
+        return None
     job = int(os.environ.get("SLURM_NTASKS") or 1)
     if (
         job > 1
@@ -77,9 +70,8 @@ def problem(cfg: "Config") -> str | None:
             f"... (as "
             "experiments/launch/sbatch.sh does), or --ntasks=1 for the job"
         )
-    if cfg.num_nodes > 1:
+    if num_nodes > 1:
         return (
-            f"--num_nodes {cfg.num_nodes}: torchrun or srun starts a run on several machines, as "
-            f"experiments/launch/ does"
+            f"--num_nodes {num_nodes}: torchrun or srun starts a run on several machines, as experiments/launch/ does"
         )
     return None

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterable
 
+from datamodules.knobs import height_width
 from experiments.cli import recipes as recipe
 from experiments.cli import registered
-from experiments.cli.errors import size
 from experiments.config import Config
 
 
@@ -116,7 +116,7 @@ def _layers(cfg: Config) -> list[tuple[str, ...]]:
     import models
     from models import cost
 
-    image_size = size(cfg.image_size or models.preprocessing(cfg.model)["image_size"])
+    image_size = height_width(cfg.image_size or models.preprocessing(cfg.model)["image_size"])
     with torch.device("meta"):
         meta = models.create(cfg.model, image_size=image_size, **cfg.model_args)
     rows = [

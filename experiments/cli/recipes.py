@@ -57,7 +57,7 @@ def yaml_keys(file: Path, name: str, known: list[str]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{name} is not YAML: {error}") from None
+        raise UsageError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"{name} holds no keys")
     for key in content:

@@ -25,7 +25,7 @@ def main(command: Command) -> int:
     megabytes = os.path.getsize(os.path.join(data.cache.folder, "pixels.bin")) / 2**20
     print(
         f"{data.cache.folder}: {megabytes:.1f} MB; a run of these data uses it with --cache_dir "
-        f"{command.config.cache_dir} --cache_side "
+        f"{command.config.cache_dir} --data_args.cache_side "
         f"{data.cache.side} --interpolation {data.cache.interpolation}, given or as its other flags come to"
     )
     return 0

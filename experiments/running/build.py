@@ -72,7 +72,7 @@ def resolve(command: Command, *, assume: bool = False) -> Run:
         run = enter(decide(command, assume=assume))
         os.environ[DECISION] = json.dumps(_decision(run))
         return run
-    if problem := launcher.problem(command.config):
+    if problem := launcher.problem(command.config.devices, command.config.num_nodes, planned=command.config.dry_run):
         raise UsageError(problem)
     rendezvous.meet(place, command.config)
     run = _resolve_together(command, first=place.global_rank() == 0)

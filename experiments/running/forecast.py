@@ -37,7 +37,7 @@ def lacks_gpus(cfg: Config) -> bool:
 def device_problem(cfg: Config) -> str | None:
     """Why this machine cannot give the devices asked for, with the flag that helps; None when it can."""
     gpus = torch.cuda.device_count()
-    if started := launcher.problem(cfg):
+    if started := launcher.problem(cfg.devices, cfg.num_nodes, planned=cfg.dry_run):
         return started
     if cfg.precision == "16-mixed" and not on_gpu(cfg):
         return "--precision 16-mixed needs a GPU; on CPU it is 32-true or bf16-mixed"

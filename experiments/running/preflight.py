@@ -211,9 +211,8 @@ def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule
             if cfg.model.startswith("timm/")
             else ""
         )
-        raise UsageError(
-            f"--train_size {cfg.train_size}: {cfg.model} does not take it: {str(error).splitlines()[0]}{hint}"
-        ) from None
+        why = str(error).splitlines()[0] + hint
+        raise UsageError(f"--augment_args.train_size {cfg.train_size}: {cfg.model} does not take it: {why}") from None
 
 
 def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config, list[str]]:

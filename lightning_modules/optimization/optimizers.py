@@ -67,7 +67,7 @@ def optimizer(
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise ValueError(f"--layer_decay {layer_decay}: must be above 0 and at most 1")
     if not head_lr_scale > 0:
-        raise ValueError(f"--head_lr_scale {head_lr_scale}: must be above 0")
+        raise ValueError(f"--optimizer_args.head_lr_scale {head_lr_scale}: must be above 0")
     groups = parameter_groups(model, weight_decay, layer_decay, muon=name == "muon")
     if not groups:
         raise ValueError("no parameter is left to train: --freeze froze them all")

@@ -332,7 +332,7 @@ def test_training_sizes():
     assert training_sizes("256-512", wide, 3) == [(256, 512), (384, 768), (512, 1024)]
     assert training_sizes("224", (384, 512), 3) == [(224, 288)] and training_sizes("12", (24, 40), 1) == [(12, 20)]
     for text in ("224-128", "0", "128-", "160x160", "a"):
-        with pytest.raises(ValueError, match=f"--train_size {text}: .*128-224"):
+        with pytest.raises(ValueError, match=f"--augment_args.train_size {text}: .*128-224"):
             training_sizes(text, square, 2)
 
 

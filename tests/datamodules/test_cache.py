@@ -420,7 +420,7 @@ def test_a_disk_too_small_or_full_or_shut_is_said(root, monkeypatch):
     monkeypatch.setattr(build.shutil, "disk_usage", lambda place: type("Usage", (), {"free": 1000})())
     with pytest.raises(
         ValueError,
-        match=r"12 pictures with a shorter side of 35 take about 0.\d MB more, and 0.0 MB are free: .*--cache_side",
+        match=r"12 pictures with a shorter side of 35 take about 0.\d MB more, and .* free: .*--data_args.cache_side",
     ):
         data.cache.build()
     monkeypatch.undo()
@@ -451,7 +451,7 @@ def test_forecast_is_what_it_takes(root):
 def test_without_files_there_is_no_cache(tmp_path):
     data = datamodules.create("digits", cache_dir=str(tmp_path / "cache"))
     assert data.cache is None and data.cache_side is None and "cache_dir is not used" in data.notes()[-1]
-    with pytest.raises(ValueError, match="--cache_side 64 .* --cache_dir"):
+    with pytest.raises(ValueError, match="--data_args.cache_side 64 .* --cache_dir"):
         datamodules.create("digits", cache_side=64)
 
 
@@ -510,14 +510,17 @@ def test_prepare_makes_the_cache_that_a_run_finds(pics, monkeypatch, capsys, lau
     words = ["cache", "--cache_dir", "cache", *TINY.split()]
     assert prepare.main(words) == 0
     said = capsys.readouterr().out
-    assert "53 pictures" in said and "uses it with --cache_dir cache --cache_side 16 --interpolation bicubic" in said
+    assert (
+        "53 pictures" in said
+        and "uses it with --cache_dir cache --data_args.cache_side 16 --interpolation bicubic" in said
+    )
     assert prepare.main(words) == 0 and "ready" in capsys.readouterr().out
     spoil(pics / "pics")
     ended = launch(f"{TINY} --epochs 1 --cache_dir cache")
     assert ended.code == 0 and "ready" in ended.out, ended.out
     ended = launch(
-        f"{TINY} --epochs 1 --cache_dir cache --image_size 16x12 --cache_side 16 --interpolation bicubic --name other "
-        f"--dry_run"
+        f"{TINY} --epochs 1 --cache_dir cache --image_size 16x12 --data_args.cache_side 16 --interpolation bicubic "
+        f"--name other --dry_run"
     )
     assert ended.code == 0 and "ready" in ended.out, ended.out  # another size, the flags of the hint
     assert prepare.main(["cache", "--cache_dir", "cache", "--data_dir", "pics"]) == 2

@@ -1,4 +1,4 @@
-"""`--augment my.py:build`: a person's own training views, from the command line."""
+"""`--augment_args.function my.py:build`: a person's own training views, from the command line."""
 
 import pytest
 import torch
@@ -58,14 +58,14 @@ def test_the_view_is_what_the_file_makes(own):
     ],
 )
 def test_mistakes_are_one_line_before_the_run(own, launch, where, words):
-    ended = launch(f"{TINY} --image_size 16 --epochs 1 --augment {where}")
+    ended = launch(f"{TINY} --image_size 16 --epochs 1 --augment_args.function {where}")
     assert ended.code == 2 and words in ended.out and "Traceback" not in ended.out, ended.out
     assert not (own / "runs").exists()
 
 
 @pytest.mark.fault
 def test_killed_and_resumed_and_changed(own, launch):
-    line = f"{TINY} --epochs 2 --augment my.py:build --save_every_steps 1"
+    line = f"{TINY} --epochs 2 --augment_args.function my.py:build --save_every_steps 1"
     whole = launch(f"{line} --name whole")
     assert whole.code == 0 and "augment my.py:build makes the training pictures" in whole.out, whole.out
     assert launch(f"{line} --name killed", kill_at_step=3).code == -9

@@ -102,8 +102,14 @@ def test_rows_without_a_label_are_left_out_where_one_says_so(tmp_path, monkeypat
         {"Id": ids(25), "label": labels, "score": [f"{n / 3}" if n % 6 else "NaN" for n in range(25)]},
     )
     assert run.main(["--data_dir", "comp", "--target", "label", *TINY]) == 2
-    assert "column label: no label in rows 2 and 6 (--bad_rows skip leaves such rows out)" in capsys.readouterr().err
-    assert run.main(["--data_dir", "comp", "--target", "label", "--bad_rows", "skip", *TINY, "--name", "one"]) == 0
+    assert (
+        "column label: no label in rows 2 and 6 (--data_args.bad_rows skip leaves such rows out)"
+        in capsys.readouterr().err
+    )
+    assert (
+        run.main(["--data_dir", "comp", "--target", "label", "--data_args.bad_rows", "skip", *TINY, "--name", "one"])
+        == 0
+    )
     assert "table skipped 2 rows of train without a label, listed in skipped.csv: a000, a004" in capsys.readouterr().out
     assert (
         (tmp_path / "runs/one/skipped.csv").read_text()
@@ -117,7 +123,7 @@ def test_rows_without_a_label_are_left_out_where_one_says_so(tmp_path, monkeypat
         "comp",
         "--target",
         "score",
-        "--bad_rows",
+        "--data_args.bad_rows",
         "skip",
         "--folds",
         "2",
@@ -130,7 +136,10 @@ def test_rows_without_a_label_are_left_out_where_one_says_so(tmp_path, monkeypat
     assert scores.task == "regression" and sum(scores.sizes.values()) == 20 == len(pd.read_csv(scores.folds_file))
     pd.DataFrame({"Id": ids(25), "label": ""}).to_csv("comp/train.csv", index=False)
     assert (
-        run.main(["--data_dir", "comp", "--task", "classification", "--bad_rows", "skip", *TINY, "--name", "none"]) == 2
+        run.main(
+            ["--data_dir", "comp", "--task", "classification", "--data_args.bad_rows", "skip", *TINY, "--name", "none"]
+        )
+        == 2
     )
     assert "no row has a label" in capsys.readouterr().err
 

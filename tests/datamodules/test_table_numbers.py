@@ -87,7 +87,10 @@ def test_only_whole_numbers_are_merged_and_clean_labels_stay(tmp_path, capsys, m
     write_comp(tmp_path / "comp", {"Id": ids(20), "label": labels})
     if names is None:  # NaN among numbers is a hole, not a class
         assert run.main(["--data_dir", "comp", *TINY]) == 2
-        assert "column label: no label in rows 4, 5, 8, 9, 12 and 5 more (--bad_rows skip" in capsys.readouterr().err
+        assert (
+            "column label: no label in rows 4, 5, 8, 9, 12 and 5 more (--data_args.bad_rows skip"
+            in capsys.readouterr().err
+        )
     else:
         data = decided(monkeypatch, "--data_dir", "comp", "--task", "classification", "--val_fraction", "0.3").data
         assert data.class_names == names and ("are the same numbers" in capsys.readouterr().out) == (
@@ -108,7 +111,7 @@ def test_joined_labels_and_a_labelled_test_table_are_read_by_number(tmp_path, mo
         {"Id": ids(20), "label": ["0", "1"] * 10},
         {"Id": ids(4, "t"), "label": ["1.0", "0.0", "", "1.0"]},
     )
-    data = decided(monkeypatch, "--data_dir", "tested", "--bad_rows", "skip").data
+    data = decided(monkeypatch, "--data_dir", "tested", "--data_args.bad_rows", "skip").data
     assert data.splits["test"].targets.tolist() == [1, 0, 1] and data.splits["test"].ids.tolist() == [
         "t000",
         "t001",

@@ -1,12 +1,17 @@
 """The command line: layers in any order, mistakes that die at once with a word of help."""
 
-from dataclasses import fields, replace
+import re
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import yaml
 
+import datamodules
+from datamodules import folder, kaggle_csv
+from datamodules.base import PictureData
 from datamodules.knobs import height_width
 from experiments import config
+from experiments.cli import knobs
 from experiments.cli import recipes as recipe
 from experiments.config import Config, parse, read
 from experiments.running import run_directory
@@ -156,8 +161,54 @@ def test_short_runs_shorten_a_recipes_warm_up(recipes):
     assert command.config.warmup_epochs is None and any("warm-up" in note for note in command.notes)
 
 
-def test_every_knob_has_help():
-    assert all(knob.metadata["help"] for knob in fields(Config))
+MOST_FLAGS = 81  # only fewer: a rare knob is typed within a dictionary
+
+
+def test_every_knob_is_declared_once_with_a_full_phrase_under_a_heading():
+    texts = [knob.metadata["help"] for knob in fields(Config)]
+    assert all(text[0].isupper() and text.endswith(".") and len(text.split()) > 2 for text in texts), texts
+    rooms = [vars(room).get("__annotations__", {}) for room in Config.__mro__]
+    declared = [name for room in rooms for name in room if name != "title"]
+    assert len(declared) == len({*declared}) == len(fields(Config))
+    for room in (PictureData, folder.DataModule, kaggle_csv.DataModule):
+        assert not {*room.__annotations__} & {*declared}, room
+    headed = [knob for members in knobs.groups().values() for knob in members]
+    assert headed and {knob.name for knob in headed} == {*declared}
+
+
+def test_flags_are_few(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    flags = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert len(flags) == MOST_FLAGS + 1 and "config" in flags
+
+
+def test_data_modules_have_the_ranges_and_defaults_of_flags():
+    data = datamodules.create("digits")
+    for knob in fields(knobs.data.Augmentation):
+        assert getattr(data, knob.name) == getattr(Config(), knob.name), knob.name
+    with pytest.raises(ValueError, match="mixup -1: must not be negative"):
+        datamodules.create("digits", mixup=-1)
+
+
+@pytest.mark.parametrize("name, flag", [("cache_side", "--data_args.cache_side"), ("tags", "--logger_args.tags")])
+def test_old_spellings_name_the_new_one_and_are_read_from_files(capsys, tmp_path, name, flag):
+    assert refused(capsys, f"--{name} 3") == f"run.py: --{name} is now typed as {flag}\n"
+    assert "recorded in config.yaml" in refused(capsys, "--extend_step 3")
+    assert (
+        getattr(parse([flag, "3"]), name)
+        == getattr(parse([f"{flag}=3"]), name)
+        == type(getattr(parse([flag, "3"]), name))(3)
+    )
+    (tmp_path / "old.yaml").write_text(f"{name}: 3\nmodel: vit_nano4\n" if name != "tags" else "tags: '3'\n")
+    assert getattr(parse(["--config", f"{tmp_path}/old.yaml"]), name) == getattr(parse([flag, "3"]), name)
+    (tmp_path / "new.yaml").write_text(f"{flag[2:].split('.')[0]}: {{{name}: 3}}\n")
+    assert f"is the key {name} in a YAML file" in refused(capsys, f"--config {tmp_path}/new.yaml")
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        Config().seed = 3
 
 
 def test_image_sizes():
@@ -204,7 +255,7 @@ def test_more_than_two_differences_become_six_hex_digits_that_differ():
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--head_lr_scale 0", "--head_lr_scale 0: must be above 0"),
+        ("--optimizer_args.head_lr_scale 0", "--optimizer_args.head_lr_scale 0: must be above 0"),
         ("--ema_decay 1", "--ema_decay 1: must be below 1"),
         ("--clip_grad 0", "null does not clip"),
         ("--use_ema", "--ema_decay 0.9999 keeps them"),

@@ -25,7 +25,7 @@ from models.swin import resize_table
 
 SMALL = "--model_args.embed_dim 32 --model_args.depth 1 --model_args.num_heads 2"
 VIT = f"--model vit_nano4 {SMALL}"
-AS_SEEN = "--mean [0.1,0.2,0.3] --crop_pct 0.7 --interpolation bilinear"
+AS_SEEN = "--data_args.mean [0.1,0.2,0.3] --crop_pct 0.7 --interpolation bilinear"
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_pictures_are_prepared_as_those_of_the_run(folder, run, first):
     code, said = run(f"{VIT} --init first", "as-before")
     assert code == 0 and prepared(folder, "as-before") == prepared(folder, "first") != {}, said
     assert "image_size 16x16, mean 0.1,0.2,0.3" in said and "interpolation bilinear, crop_pct 0.7" in said
-    code, said = run(f"{VIT} --init first --crop_pct 0.9 --mean [0.5,0.5,0.5]", "otherwise")
+    code, said = run(f"{VIT} --init first --crop_pct 0.9 --data_args.mean [0.5,0.5,0.5]", "otherwise")
     assert code == 0 and "but for mean 0.5,0.5,0.5 (there 0.1,0.2,0.3), crop_pct 0.9 (there 0.7)" in said, said
     assert prepared(folder, "otherwise") == prepared(folder, "first") | {"crop_pct": 0.9, "mean": [0.5, 0.5, 0.5]}
 

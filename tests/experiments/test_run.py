@@ -138,7 +138,7 @@ def test_of_equal_scores_the_first_epoch_is_the_best_after_a_resume_too(pics, la
 
 
 def test_a_run_is_evaluated_as_it_was_trained_and_repeated_from_its_config(pics, launch):
-    line = f"{TINY} --epochs 1 --mean [0.1,0.2,0.3] --crop_pct 0.7"
+    line = f"{TINY} --epochs 1 --data_args.mean [0.1,0.2,0.3] --crop_pct 0.7"
     assert launch(line).code == 0
     (folder,) = (pics / "runs").iterdir()
     scored = launch(f"--eval_only --init {folder} --logger csv --name scored")
@@ -151,7 +151,7 @@ def test_a_run_is_evaluated_as_it_was_trained_and_repeated_from_its_config(pics,
 
 
 def test_an_exported_file_and_old_foreign_weights_are_evaluated(pics, launch):
-    assert launch(f"{TINY} --epochs 1 --mean [0.1,0.2,0.3] --name one").code == 0
+    assert launch(f"{TINY} --epochs 1 --data_args.mean [0.1,0.2,0.3] --name one").code == 0
     assert export.main([str(pics / "runs" / "one"), "--out", str(pics / "one.safetensors")]) == 0
     exported = launch("--eval_only --init one.safetensors --data_dir pics --logger csv --name exported")
     assert exported.code == 0, exported.out
@@ -161,7 +161,7 @@ def test_an_exported_file_and_old_foreign_weights_are_evaluated(pics, launch):
         for key, value in weights_of(pics / "runs" / "one" / "checkpoints" / "best.ckpt").items()
     }
     torch.save(weights, pics / "old.pth", _use_new_zipfile_serialization=False)
-    old = launch(f"{TINY} --mean [0.1,0.2,0.3] --eval_only --init old.pth --name old")
+    old = launch(f"{TINY} --data_args.mean [0.1,0.2,0.3] --eval_only --init old.pth --name old")
     assert old.code == 0, old.out
     assert result_of(pics / "runs" / "old")["test/acc1"] == result_of(pics / "runs" / "one")["test/acc1"]
 
@@ -316,7 +316,7 @@ def test_two_ranks_score_the_batch_norm_that_is_saved(tmp_path, launch):
         ("--warmup_steps 5000", "--warmup_steps 5000 is more than the run's 4 steps"),
         ("--average_checkpoints best-1 --val_fraction 0", "no val split"),
         ("--freeze 2", "fraction"),
-        ("--train_size 18", "--train_size 18"),
+        ("--augment_args.train_size 18", "--augment_args.train_size 18"),
         ("--loss bce_deit3", "--loss bce_deit3"),
         ("--rand_augment rand-x9", "rand_augment"),
     ],
@@ -355,7 +355,7 @@ def test_few_rows_are_scored_evenly_over_the_split(pics, monkeypatch):
         "--data_dir pics --model vit_nano4 --model_args.depth 1 --image_size 16 --global_batch_size 20 --epochs 1 "
         "--workers 0 --logger csv"
     )
-    assert run.main(f"{line} --limit_val 3 --name few".split()) == 0
+    assert run.main(f"{line} --data_args.limit_val 3 --name few".split()) == 0
     with open(pics / "runs" / "few" / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["target"] for row in rows] == ["dark", "grey", "light"]

@@ -30,7 +30,7 @@ TINY = (
     "--model_args.drop_path 0.2 "
     "--recipe none --global_batch_size 8 --lr 2e-3 --workers 0 --logger csv --micro_batch_size 4"
 )
-MIXED = "--mixup 0.5 --random_erasing 0.5 --ema_decay 0.8 --mean [0.2,0.3,0.4] --std [0.3,0.2,0.1]"
+MIXED = "--mixup 0.5 --random_erasing 0.5 --ema_decay 0.8 --data_args.mean [0.2,0.3,0.4] --data_args.std [0.3,0.2,0.1]"
 SAFE = {
     "html",
     "head",

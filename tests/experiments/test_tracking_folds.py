@@ -8,7 +8,7 @@ from wandb_stub import WandbStub
 from experiments.comparison import records, wandb_records
 from experiments.processes import pool
 
-FOLDS = f"{LINE.replace('--logger csv', '--logger wandb')} --epochs 1 --folds 2 --name all --tags x"
+FOLDS = f"{LINE.replace('--logger csv', '--logger wandb')} --epochs 1 --folds 2 --name all --logger_args.tags x"
 
 
 def test_folds_are_a_group_and_their_merge_is_one_run(comp, launch, monkeypatch):  # noqa: F811
@@ -48,7 +48,12 @@ def test_folds_are_a_group_and_their_merge_is_one_run(comp, launch, monkeypatch)
 
 
 def test_a_merge_without_a_server_is_a_merge(comp, launch):  # noqa: F811
-    assert launch(FOLDS.replace("--logger wandb --", "--logger csv --").replace("--tags x", ""), before=quick).code == 0
+    assert (
+        launch(
+            FOLDS.replace("--logger wandb --", "--logger csv --").replace("--logger_args.tags x", ""), before=quick
+        ).code
+        == 0
+    )
     (comp / "runs" / "all" / "result.json").unlink()
     (comp / "runs" / "all" / "wandb").write_text("a file in the way")
     ended = launch(FOLDS, before=quick)

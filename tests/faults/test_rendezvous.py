@@ -149,7 +149,8 @@ def test_tasks_of_slurm_that_are_not_the_ranks_are_one_line(pics, monkeypatch, c
 def test_who_starts_the_ranks_under_slurm(monkeypatch, tasks, line, ranks):
     for key, value in (BATCH | tasks).items():
         monkeypatch.setenv(key, value)
-    assert launcher.problem(parse(f"{TINY} {line}".split())) is None and launcher.tasks() == ranks
+    cfg = parse(f"{TINY} {line}".split())
+    assert launcher.problem(cfg.devices, cfg.num_nodes, planned=False) is None and launcher.tasks() == ranks
 
 
 @pytest.mark.slow

@@ -222,13 +222,13 @@ OTHERS = [
     ("--rand_augment rand-m5", "rand_augment None -> rand-m5"),
     ("--random_erasing 0.1", "random_erasing 0.0 -> 0.1"),
     ("--augment_args.vflip 0.5", "augment_args {} -> {'vflip': 0.5}"),
-    ("--train_size 8", "train_size None -> 8"),
+    ("--augment_args.train_size 8", "train_size None -> 8"),
     ("--mixup 0.2", "mixup 0.0 -> 0.2"),
     ("--cutmix 1", "cutmix 0.0 -> 1.0"),
     ("--repeated_augment 2", "repeated_augment 1 -> 2"),
     ("--image_size 20", "image_size [16, 16] -> [20, 20]"),
-    ("--mean [0.4,0.5,0.5]", "mean"),
-    ("--std [0.4,0.5,0.5]", "std"),
+    ("--data_args.mean [0.4,0.5,0.5]", "mean"),
+    ("--data_args.std [0.4,0.5,0.5]", "std"),
     ("--interpolation bilinear", "interpolation bicubic -> bilinear"),
     ("--val_fraction 0.3", "val_fraction 0.1 -> 0.3"),
     ("--split_seed 1", "split_seed 0 -> 1"),
@@ -271,8 +271,8 @@ def test_what_matters_to_some_views_only(pics, monkeypatch):
     assert apart(viewed, "--epochs 9 --seed 4 --hflip 0 --rand_augment rand-m5") == []
     assert apart(viewed, "--epochs 9 --crop_pct 0.5") == ["  crop_pct 1.0 -> 0.5"]
     assert "unmixed" in apart(viewed, "--epochs 9 --mixup 0.1")[0]
-    rising = hand_made(pics / "rising", "--train_size 8-16 --epochs 4")
-    assert apart(rising, "--train_size 8-16 --epochs 3") == ["  epochs 4 -> 3"]
+    rising = hand_made(pics / "rising", "--augment_args.train_size 8-16 --epochs 4")
+    assert apart(rising, "--augment_args.train_size 8-16 --epochs 3") == ["  epochs 4 -> 3"]
 
 
 def test_files_that_are_missing_or_damaged(pics, monkeypatch):

@@ -157,10 +157,10 @@ def test_mode_is_online_only_with_a_key(clean, tmp_path, capsys):
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--tags a,,b", "the tag ''"),
-        (f"--tags {'x' * 65}", "65 characters"),
-        ("--tags a --logger csv", "--tags goes to W&B"),
-        ("--notes a --logger tensorboard", "--notes goes to W&B"),
+        ("--logger_args.tags a,,b", "the tag ''"),
+        (f"--logger_args.tags {'x' * 65}", "65 characters"),
+        ("--logger_args.tags a --logger csv", "--logger_args.tags goes to W&B"),
+        ("--logger_args.notes a --logger tensorboard", "--logger_args.notes goes to W&B"),
         ("--logger_args.chekpoint true", "did you mean checkpoint?"),
         ("--logger_args.checkpoint 1", "checkpoint 1 is not bool"),
         ("--logger_args.attention 1", "attention 1 is not bool"),
@@ -214,9 +214,12 @@ def test_neither_lightning_nor_torch_is_imported_to_look_for_a_key(tmp_path):
 def test_killed_and_resumed_it_is_one_run_with_all_rows_and_the_weights(launch, tmp_path):
     folder = tmp_path / "runs" / "tracked"
     with WandbStub() as server:
-        assert launch(f"{LINE} --tags a,b --notes first", env=server.env, kill_at_step=6).code == -9
-        line = f"{LINE} --notes second --logger_args.checkpoint true"
-        ended = launch(line + " --tags b,ü,b", env=server.env)
+        assert (
+            launch(f"{LINE} --logger_args.tags a,b --logger_args.notes first", env=server.env, kill_at_step=6).code
+            == -9
+        )
+        line = f"{LINE} --logger_args.notes second --logger_args.checkpoint true"
+        ended = launch(line + " --logger_args.tags b,ü,b", env=server.env)
         assert ended.code == 0, ended.out
         assert not server.unknown and len(server.runs) == 1
         ((name, run),) = server.runs.items()
