@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from dataclasses import Field, FrozenInstanceError, asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -62,6 +63,29 @@ class Config(Knobs):
 
 
 @dataclass(frozen=True)
+class Typed:
+    """A command line, parsed once.
+
+    Args:
+        argv: its words. flags: values of the flags given, `whole` those that replace a dictionary instead of adding to
+            it. file: values of --config.
+    """
+
+    argv: tuple[str, ...]
+    flags: dict[str, Any]
+    whole: frozenset[str]
+    file: dict[str, Any]
+
+    def over(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The values of a config with those of the file and of the flags over them."""
+        values = {**values, **self.file}
+        for key, value in self.flags.items():
+            added = isinstance(value, dict) and isinstance(values.get(key), dict) and key not in self.whole
+            values[key] = {**values[key], **value} if added else value
+        return values
+
+
+@dataclass(frozen=True)
 class Command:
     """What was typed: the config, the values of its recipe alone (run names tell the difference), a line on each
     derived choice, and the names of the knobs that flags and config file give."""
@@ -69,8 +93,16 @@ class Command:
     config: Config
     recipe_alone: Config
     notes: tuple[str, ...]
-    argv: tuple[str, ...]
+    typed: Typed
     chosen: frozenset[str] = frozenset()
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return self.typed.argv
+
+    def again(self, **flags: Any) -> "Command":
+        """The command with more flags, from which another recipe may follow. Raises UsageError."""
+        return _command(replace(self.typed, flags={**self.typed.flags, **flags}))
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -82,7 +114,7 @@ def read(argv: list[str] | None = None, prog: str = "run.py") -> Command:
     """`parse`, with what the run name and the printed lines need; `prog` is who speaks of a mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _read(argv)
+        return _command(_typed(argv))
     except UsageError as error:
         raise SystemExit(launcher.refuse(prog, error)) from None
     except argparse.ArgumentError as error:
@@ -107,57 +139,47 @@ def _tidy(message: str) -> str:
     return re.sub(r"--\w+", lambda found: spelled.get(found[0], found[0]), line)
 
 
-def _read(typed: list[str]) -> Command:
-    argv = _by_name(typed)
-    parser, known = _parser([]), [knob_.name for knob_ in fields(Config)]
-    given = {
-        key: value for key, value in vars(parser.parse_args(argv, defaults=False)).items() if not key.startswith("__")
-    }
-    config_file = given.pop("config", None)
-    stored = recipes.yaml_keys(Path(config_file), f"--config {config_file}", known) if config_file else {}
-    recipe, why = recipes.choose_recipe({**stored, **given}, "recipe" in given)
-    layers = [recipes.RECIPES / f"{recipe}.yaml"] if recipe != "none" else []
-    if layers:
-        recipes.check_recipe(layers[0], known)
-    alone = vars(_parser(layers).parse_args([]))
-    values = vars(_parser([*layers, Path(config_file)] if config_file else layers).parse_args(argv))
-    chosen = {*stored, *given}
-    _check_keywords(values)
-    notes = [f"recipe {recipe} ({why})"]
-    if values["model"] != recipes.recipe_model(recipe) and recipes.recipe_model(recipe) and alone["model_args"]:
-        notes.append(
-            f"model_args of the recipe are for {alone['model']} and left out: {', '.join(alone['model_args'])}"
-        )
-        values["model_args"], alone["model_args"] = (
-            {**(stored.get("model_args") or {}), **(given.get("model_args") or {})},
-            {},
-        )
-    _shorten_warmup(values, alone, chosen, notes)
-    if (
-        values["data_dir"] and "data" not in chosen
-    ):  # the folder says what it is; a recipe's data set is for where nothing is said
-        values["data"] = alone["data"] = None
-    values = recipes.scale_lr(values, notes, true_peak="lr" in chosen)
-    recipes.lower_ends(values, alone, chosen, notes)
-    if not chosen & {
-        "lr",
-        "lr_scaling",
-        "lr_batch",
-    }:  # then the rates follow from the batch size, which names the run already
-        alone |= {key: values[key] for key in ("lr", "min_lr", "warmup_lr") if key not in chosen}
-    config, recipe_alone = (
-        Config(**{key: layer[key] for key in known} | {"recipe": recipe}) for layer in (values, alone)
-    )
-    check_teacher(config)
-    return Command(config, recipe_alone, tuple(notes), tuple(typed), frozenset(chosen))
+def _typed(argv: list[str]) -> Typed:
+    words = _by_name(argv)
+    flags = vars(_parser().parse_args(words, defaults=False))
+    file = flags.pop("config", None)
+    whole = {word.partition("=")[0].removeprefix("--") for word in words}
+    return Typed(tuple(argv), flags, frozenset(whole), _from_file(Path(file), f"--config {file}") if file else {})
 
 
-def _check_keywords(values: dict[str, Any]) -> None:
-    """Raises UsageError for a rare knob that stands within a dictionary of a YAML file."""
+def _from_file(file: Path, name: str) -> dict[str, Any]:
+    """The knobs of a YAML file, of their types. Raises UsageError for one that does not exist."""
+    content = recipes.yaml_keys(file, name, [each.name for each in fields(Config)])
     for each in fields(Config):
         within, _, key = each.metadata["flag"].partition(".")
-        if key and isinstance(values[within], dict) and key in values[within]:
-            raise UsageError(f"{within}.{key} is the key {each.name} in a YAML file, beside {within}")
+        if key and key in (content.get(within) or {}):
+            raise UsageError(f"{name}: {within}.{key} is the key {each.name} in a YAML file, beside {within}")
+    return vars(_parser().parse_path(str(file), defaults=False)) if content else {}
+
+
+def _command(typed: Typed) -> Command:
+    """The config that was meant, in a straight line: recipe, layers, what the recipe gives way to, learning rate."""
+    chosen = {*typed.file, *typed.flags}
+    recipe, why = recipes.choose_recipe({**typed.file, **typed.flags}, "recipe" in typed.flags)
+    alone, notes = {each.name: default(each) for each in fields(Config)}, [f"recipe {recipe} ({why})"]
+    if recipe != "none":
+        alone |= _from_file(recipes.RECIPES / f"{recipe}.yaml", f"recipe {recipe}")
+        recipes.check_recipe(recipe)
+    values, meant_for = typed.over(alone), recipes.recipe_model(recipe)
+    if meant_for not in (None, values["model"]) and alone["model_args"]:
+        notes.append(f"model_args of the recipe are for {meant_for} and left out: {', '.join(alone['model_args'])}")
+        alone["model_args"] = {}
+        values["model_args"] = typed.over({"model_args": {}})["model_args"]
+    _shorten_warmup(values, alone, chosen, notes)
+    if values["data_dir"] and "data" not in chosen:
+        values["data"] = alone["data"] = None  # the folder says what it is; a recipe's data set is for no folder
+    values = recipes.scale_lr(values, notes, true_peak="lr" in chosen)
+    recipes.lower_ends(values, alone, chosen, notes)
+    if not chosen & {"lr", "lr_scaling", "lr_batch"}:  # the rates follow from the batch size, which is in the name
+        alone |= {key: values[key] for key in ("lr", "min_lr", "warmup_lr") if key not in chosen}
+    config, recipe_alone = (Config(**each | {"recipe": recipe}) for each in (values, alone))
+    check_teacher(config)
+    return Command(config, recipe_alone, tuple(notes), typed, frozenset(chosen))
 
 
 def _shorten_warmup(values: dict[str, Any], alone: dict[str, Any], chosen: set[str], notes: list[str]) -> None:
@@ -173,10 +195,10 @@ def _shorten_warmup(values: dict[str, Any], alone: dict[str, Any], chosen: set[s
         values["warmup_epochs"] = alone["warmup_epochs"] = None
 
 
-def _parser(files: list[Path]) -> ArgumentParser:
+@cache
+def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="run.py",
-        default_config_files=[str(file) for file in files],
         exit_on_error=False,
         allow_abbrev=False,
         description="Train one model: python experiments/run.py --model vit_b16 --devices 8",

@@ -66,13 +66,11 @@ def yaml_keys(file: Path, name: str, known: list[str]) -> dict[str, Any]:
     return content
 
 
-def check_recipe(file: Path, known: list[str]) -> None:
-    """Raises UsageError for an unknown key, and for one that no recipe may set."""
-    for key in yaml_keys(file, f"recipe {file.stem}", known):
+def check_recipe(name: str) -> None:
+    """Raises UsageError for a key that no recipe may set."""
+    for key in _content(name):
         if key in ("data_args", "data_dir", "runs_dir", "name", "resume", "extend", "recipe"):
-            raise UsageError(
-                f"recipe {file.stem} sets {key!r}: a recipe may set model and data, never paths or data_args"
-            )
+            raise UsageError(f"recipe {name} sets {key!r}: a recipe may set model and data, never paths or data_args")
 
 
 def scale_lr(values: dict[str, Any], notes: list[str], *, true_peak: bool) -> dict[str, Any]:
