@@ -26,14 +26,14 @@ def main(argv: list[str] | None = None) -> int:
         if folder := early.finished(command.config):
             return early.tell(folder)
         from experiments.reporting import result  # torch and lightning: seconds, so after --help and mistakes
-        from experiments.running import build, training
+        from experiments.running import build, objects, training
 
         run = build.resolve(command, assume=command.config.dry_run)
         if run.cfg.dry_run:
             return result.dry_run(run)
         if run.finished:
             return result.finished(run)
-        build.cache_pictures(run.data)
+        objects.cache_pictures(run.data)
         task, trainer = training.task(run), training.trainer(run)
     except (ValueError, FileNotFoundError) as error:
         return launcher.refuse("run.py", error)

@@ -75,7 +75,7 @@ def _folder(file: Path) -> Path:
 def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
     """The data set of the run, its folder listed."""
     from experiments.config import Config
-    from experiments.running import build
+    from experiments.running import objects
 
     known, folder = {key.name for key in fields(Config)}, _folder(file)
     cfg = Config(
@@ -90,7 +90,7 @@ def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
         cache_dir=None,
         cache_side=None,
     )
-    return build.datamodule(replace(cfg, data_dir=data_dir) if data_dir else cfg)
+    return objects.datamodule(replace(cfg, data_dir=data_dir) if data_dir else cfg)
 
 
 VERBS = {"attention": attention}

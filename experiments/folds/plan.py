@@ -14,7 +14,7 @@ from experiments.config import Command, read
 from experiments.folds import FOLD_PER_DEVICE, directories, merge
 from experiments.processes.pool import gpu_names
 from experiments.reporting import result, run_page
-from experiments.running import build, forecast, run_directory, trackers
+from experiments.running import build, decide, forecast, run_directory, trackers
 from experiments.running.build import Run
 from lightning_modules.callbacks.first_images import spared
 from lightning_modules.objectives import metrics
@@ -33,7 +33,7 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
                 f"--devices {cfg.devices} --strategy {FOLD_PER_DEVICE}: this machine has "
                 f"{torch.cuda.device_count()} GPUs"
             )
-    run = build.decide(read(line), assume=not write)
+    run = decide.decide(read(line), assume=not write)
     if not write:
         result.dry_run(run)
         print(f"all of this {cfg.folds} times, once for each fold")
@@ -111,7 +111,7 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
     run_directory.write_result(folder, values)
     data = None
     with spared("the pictures of report.html"):
-        data = build.listed(read([*known["argv"]]))
+        data = decide.listed(read([*known["argv"]]))
     with spared("report.html"):
         run_page.make(folder, known["spec"], "finished" if whole else "preempted", data=data)
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 import datamodules
 import models
+from datamodules.knobs import Table
 from datamodules.loading import perceptual_hash
 from datamodules.loading.cores import cores
 from datamodules.loading.decode import PictureError
@@ -24,7 +25,7 @@ from datamodules.tables import folds
 from datamodules.transforms.image_transforms import eval_transform
 from experiments.cli.errors import UsageError
 from experiments.config import Command, Config
-from experiments.running import build
+from experiments.running import objects
 from models import pretrained
 
 THRESHOLDS = {"hash": 0.9, "model": 0.97}
@@ -83,13 +84,10 @@ def _data(cfg: Config) -> Any:
     """The table; of the flags only those that say what it is."""
     if not cfg.data_dir:
         raise UsageError("--data_dir is missing: the folder with train.csv")
-    kept = {
-        key: getattr(cfg, key)
-        for key in ("data_dir", "data_args", "bad_images", *build.TABLE)
-        if key not in ("folds", "fold")
-    }
+    of_table = Table.__dataclass_fields__.keys() - {"folds", "fold", "metric"}
+    kept = {key: getattr(cfg, key) for key in ("data_dir", "data_args", "bad_images", *of_table)}
     small = Config(**kept, data=cfg.data or datamodules.detect(cfg.data_dir), model="vit_nano4", global_batch_size=1)
-    data = build.datamodule(small.filled(**models.preprocessing(small.model) | {"image_size": 32}))
+    data = objects.datamodule(small.filled(**models.preprocessing(small.model) | {"image_size": 32}))
     if data.id_column is None:
         raise UsageError(f"--data_dir {cfg.data_dir}: duplicates are for tables, folders with train.csv")
     return data

@@ -5,13 +5,13 @@ import sys
 
 from experiments.cli.errors import UsageError
 from experiments.config import Command
-from experiments.running import build
+from experiments.running import decide, objects
 
 
 def main(command: Command) -> int:
     """Build it, or say that it is there. Returns the exit code."""
     try:
-        data = build.listed(command)
+        data = decide.listed(command)
         if data.cache is None:
             raise UsageError(
                 f"--data {command.config.data}: these data are in memory, or their pictures are no files; there is "
@@ -21,7 +21,7 @@ def main(command: Command) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
-    build.cache_pictures(data, "prepare.py")
+    objects.cache_pictures(data, "prepare.py")
     megabytes = os.path.getsize(os.path.join(data.cache.folder, "pixels.bin")) / 2**20
     print(
         f"{data.cache.folder}: {megabytes:.1f} MB; a run of these data uses it with --cache_dir "

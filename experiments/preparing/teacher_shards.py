@@ -19,7 +19,7 @@ from datamodules.loading.decode import PictureError
 from experiments.cli.errors import UsageError
 from experiments.config import Command, read
 from experiments.folds import directories
-from experiments.running import build, forecast, run_directory, teacher_score
+from experiments.running import build, forecast, objects, run_directory, teacher_score
 from lightning_modules.callbacks.signals import notice
 from lightning_modules.teachers import cached_teacher
 from lightning_modules.teachers.cached_teacher import CachedTeacher
@@ -83,7 +83,7 @@ def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[buil
         "copies": data.repeated_augment if view == "replayed" else 1,
         "rows": data.steps_per_epoch * data.global_batch_size if view == "replayed" else data.sizes["train"],
         "teachers": _named(run),
-        "identity": build.seen_by_teacher(run.cfg, run.data),
+        "identity": objects.seen_by_teacher(run.cfg, run.data),
     }
     if spec["task"] == "regression":
         about["units"] = "own"

@@ -18,7 +18,7 @@ from datamodules.loading.decode import PictureError
 from experiments.cli import early
 from experiments.config import Config
 from experiments.reporting import media, run_page
-from experiments.running import build, forecast, run_directory, trackers
+from experiments.running import forecast, objects, run_directory, trackers
 from experiments.running.build import Run
 from lightning_modules.callbacks.averaging import Averaging
 from lightning_modules.callbacks.checkpoints import LastCheckpoint
@@ -65,8 +65,8 @@ def dry_run(run: Run) -> int:
                 *(("assumed", line) for line in run.assumed),
                 (
                     "model",
-                    f"{cfg.model}, {cost.parameters(run.model):,} parameters, {build.gmacs(run):.2f} GMACs at "
-                    f"{cfg.image_size}",
+                    f"{cfg.model}, {cost.parameters(run.model):,} parameters, "
+                    f"{objects.gmacs(cfg, data.spec):.2f} GMACs at {cfg.image_size}",
                 ),
                 (
                     "data",
@@ -302,7 +302,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         "model": cfg.model,
         "data": cfg.data,
         "params": cost.parameters(task.model),
-        "gmacs": round(build.gmacs(run), 4),
+        "gmacs": round(objects.gmacs(run.cfg, run.data.spec), 4),
         **scores,
         "epochs": 0 if cfg.eval_only else cfg.epochs,
         "steps": steps,

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from experiments import export
 from experiments.cli.checks import tags
 from experiments.folds import directories
-from experiments.running import build, forecast, run_directory
+from experiments.running import forecast, objects, run_directory
 from experiments.running.build import Run
 from lightning_modules.callbacks.signals import PREEMPTED
 from lightning_modules.loggers.csv_logger import History
@@ -69,7 +69,7 @@ def about(run: Run) -> dict[str, Any]:
     return {
         **run_directory.plain(cfg),
         "params": cost.parameters(run.model),
-        "gmacs": round(build.gmacs(run), 4),
+        "gmacs": round(objects.gmacs(run.cfg, run.data.spec), 4),
         "commit": run_directory.commit(),
         "version": run_directory.version(),
         "world_size": forecast.world_size(cfg),

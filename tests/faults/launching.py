@@ -55,7 +55,7 @@ class Fault:
             raise self.kind(self.error)
 
     def plant(self, folder: Path) -> None:
-        from experiments.running import build
+        from experiments.running import objects
         from lightning_modules.callbacks.checkpoints import AtomicCheckpointIO
         from lightning_modules.task import Task
 
@@ -65,7 +65,7 @@ class Fault:
             "test": (Task, "test_step"),
             "save": (AtomicCheckpointIO, "save_checkpoint"),
             "setup": (Task, "configure_optimizers"),
-            "decide": (build, "datamodule"),
+            "decide": (objects, "datamodule"),
         }[self.phase]
         original = getattr(owner, name)
 

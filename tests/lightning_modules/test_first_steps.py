@@ -19,7 +19,7 @@ from datamodules.base import PictureData
 from datamodules.loading.images import Split
 from datamodules.transforms import mixing
 from experiments.config import parse
-from experiments.running import build, training
+from experiments.running import build, objects, training
 from models.pretrained import fit
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -125,8 +125,8 @@ def run(command, shapes, monkeypatch, folder):
     monkeypatch.setattr(
         datamodules, "create", lambda name, **knobs: Fixed(**{key: knobs[key] for key in knobs.keys() & taken})
     )
-    data = build.datamodule(cfg)
-    network, _ = build.model(cfg, data)
+    data = objects.datamodule(cfg)
+    network, _ = objects.model(cfg, data)
     adapted, _ = fit(network, weights(shapes), "official")
     missing, unexpected = network.load_state_dict(adapted, strict=False)
     assert not unexpected and all("running" in key or "batches" in key for key in missing)

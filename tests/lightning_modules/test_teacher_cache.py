@@ -17,7 +17,7 @@ from timm.data import create_transform
 
 from datamodules.loading.decode import open_picture
 from experiments.config import read
-from experiments.running import build
+from experiments.running import build, decide, objects
 from lightning_modules.teachers import cached_teacher
 from lightning_modules.teachers.cached_teacher import CachedTeacher, compress, restore
 from lightning_modules.teachers.teacher import Teacher
@@ -173,11 +173,11 @@ def test_killed_while_writing(taught, launch, ranks):
 
 
 def decided(line: str) -> build.Run:
-    return build.decide(read(f"{TINY} {line} --dry_run".split()))
+    return decide.decide(read(f"{TINY} {line} --dry_run".split()))
 
 
 def seen(run: build.Run) -> dict:
-    return build.seen_by_teacher(run.cfg, run.data)
+    return objects.seen_by_teacher(run.cfg, run.data)
 
 
 def hand_made(folder: Path, line: str, view: str = "replayed") -> CachedTeacher:
