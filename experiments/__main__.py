@@ -6,7 +6,8 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from experiments.cli.errors import did_you_mean, piped
+from datamodules.loading.closest import did_you_mean
+from experiments.cli.errors import piped
 from experiments.cli.registered import summary
 
 USAGE = "usage: vitlab VERB ...   (vitlab VERB --help prints its flags; vitlab --version)"

@@ -16,9 +16,10 @@ from typing import Any, get_type_hints
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from datamodules.knobs import default, height_width
+from datamodules.loading.closest import did_you_mean
 from experiments.cli import launcher, recipes
 from experiments.cli.checks import check, check_teacher
-from experiments.cli.errors import UsageError, did_you_mean
+from experiments.cli.errors import UsageError
 from experiments.cli.knobs import RECORDED, Knobs, flag, groups
 
 BOOLEAN = (bool, bool | None)

@@ -8,7 +8,6 @@ it back.
 import argparse
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ if __name__ == "__main__":  # a checkout need not be installed
 from safetensors.torch import save_file
 
 import models
+from datamodules.loading.files import whole_file
 from experiments.cli.errors import piped
 from experiments.config import SPLIT
 from models import pretrained
@@ -72,17 +72,9 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
         "source_sha256": about["source_sha256"],
     }
     metadata = {"format": "pt", "vitlab": json.dumps(about), **{key: json.dumps(value) for key, value in shown.items()}}
-    partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(
-            {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()},
-            partial,
-            metadata,
-        )
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    weights = {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+    with whole_file(out) as partial:
+        save_file(weights, partial, metadata)
     return out
 
 

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from datamodules.loading.cores import cores
 from datamodules.loading.decode import Decoding, PictureError
+from datamodules.loading.files import write_text
 from experiments.cli.errors import Parser, piped, positive
 from experiments.prediction import inference
 from experiments.prediction.inference import How, Source
@@ -270,9 +271,7 @@ def _fill(values: np.ndarray, problems: dict[int, str], ids: pd.Series) -> None:
 def _write_table(out: Path, ids: pd.Series, values: np.ndarray, outputs: list[str] | None) -> None:
     columns = ["prediction"] if outputs is None else [f"prediction_{name}" for name in outputs]
     table = pd.concat([ids.reset_index(drop=True), pd.DataFrame(values, columns=columns)], axis=1)
-    partial = out.with_name(f".{out.name}.partial")
-    table.to_csv(partial, index=False)
-    os.replace(partial, out)
+    write_text(out, table.to_csv(index=False))
 
 
 def _name(args: argparse.Namespace) -> str:
@@ -334,9 +333,7 @@ def _write_about(file: Path, args: argparse.Namespace, job: Job, precision: str)
         "rows": len(job.rows.names),
         "spec": job.sources[0].spec,
     }
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, file)
+    write_text(file, json.dumps(content, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from typing import Any
 if __name__ == "__main__":  # a checkout need not be installed
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
+from datamodules.loading.files import write_text
 from datamodules.tables.scheme import FILES
 from datamodules.tables.table import read_table
 from experiments.cli.errors import Parser, invocation, piped
@@ -53,10 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(fact)
     out = Path(args.out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(f".{out.name}.partial")
-        outcome.table.to_csv(partial, index=False, lineterminator="\n")
-        os.replace(partial, out)
+        write_text(out, outcome.table.to_csv(index=False, lineterminator="\n"))
     except OSError as error:
         print(f"submit.py: --out {out} cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import datamodules
+from datamodules.loading.closest import did_you_mean
 from experiments.cli import launcher, registered
-from experiments.cli.errors import UsageError, did_you_mean
+from experiments.cli.errors import UsageError
 from experiments.config import Config
 from experiments.running import run_directory
 from lightning_modules.objectives import metrics

@@ -5,9 +5,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
+
+from datamodules.loading.closest import did_you_mean
 
 CLOSED = 141  # 128 + SIGPIPE, as shells say
 TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
@@ -38,11 +39,6 @@ class Parser(argparse.ArgumentParser):
             file=sys.stderr,
         )
         raise SystemExit(2)
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, n=2, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def invocation(verb: str) -> str:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from experiments.cli.errors import UsageError, did_you_mean
+from datamodules.loading.closest import did_you_mean
+from experiments.cli.errors import UsageError
 
 
 def check_values(build: Callable, given: dict[str, Any], flag: str, known: list[str]) -> None:

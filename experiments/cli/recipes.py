@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from experiments.cli.errors import UsageError, did_you_mean
+from datamodules.loading.closest import did_you_mean
+from experiments.cli.errors import UsageError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -2,11 +2,12 @@
 
 import ast
 import re
-from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from datamodules.loading.closest import did_you_mean
 
 
 def summary(docstring: str | None) -> str:
@@ -67,7 +68,7 @@ def model_problem(name: str) -> str | None:
         return None
     also = f"; timm has it: --model timm/{name}" if name in _timm()[0] else ""
     return (
-        f"no model named {name!r}{also}{_closest(name, known)} (--list models prints the names, timm/<name> is any "
+        f"no model named {name!r}{also}{did_you_mean(name, known)} (--list models prints the names, timm/<name> is any "
         f"of timm's)"
     )
 
@@ -75,17 +76,11 @@ def model_problem(name: str) -> str | None:
 def _timm_problem(arch: str, tag: str) -> str | None:
     functions, tags = _timm()
     if arch not in functions and arch not in tags:
-        return f"timm has no model named {arch!r}{_closest(arch, functions, 'timm/')}"
+        return f"timm has no model named {arch!r}{did_you_mean(arch, functions, 'timm/{}')}"
     if tag and tags.get(arch) and tag not in tags[arch]:
-        return (
-            f"timm/{arch} has no weights tagged {tag!r}{_closest(tag, tags[arch])} (its tags: {', '.join(tags[arch])})"
-        )
+        near = did_you_mean(tag, tags[arch])
+        return f"timm/{arch} has no weights tagged {tag!r}{near} (its tags: {', '.join(tags[arch])})"
     return None
-
-
-def _closest(word: str, known: list[str], prefix: str = "") -> str:
-    near = get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(prefix + each for each in near)}?" if near else ""
 
 
 @cache

@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from experiments.cli.errors import UsageError, did_you_mean
+from datamodules.loading.closest import did_you_mean
+from datamodules.loading.files import whole_file
+from experiments.cli.errors import UsageError
 from experiments.comparison.record import FINISHED, Record, number, of_place
 
 SMALLER = {
@@ -342,12 +344,10 @@ def write_groups(path: Path, found: Comparison) -> None:
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("source", "notes")))
     columns += [key for key in ("source", "notes") if any(key in row for row in rows)]
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows({key: cell(value) for key, value in row.items()} for row in rows)
-    partial.replace(path)
 
 
 def cell(value: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from datamodules.loading.files import write_text
 from experiments.cli.errors import UsageError
 from experiments.config import Config, plain
 from experiments.running import run_directory
@@ -21,7 +22,7 @@ def enter(cfg: Config) -> None:
         if cfg.overwrite and folder.exists():
             run_directory.remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        run_directory.write_text(folder / run_directory.CONFIG, yaml.safe_dump(plain(cfg), sort_keys=False))
+        write_text(folder / run_directory.CONFIG, yaml.safe_dump(plain(cfg), sort_keys=False))
     except OSError as error:
         raise UsageError(
             f"the run directory {folder} cannot be written: {error.strerror or error}; --runs_dir names another place"

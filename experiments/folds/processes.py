@@ -4,7 +4,6 @@ device, and what they say together. This process stays light: it imports no torc
 import csv
 import json
 import multiprocessing
-import os
 import signal
 import sys
 import time
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from datamodules.loading.files import write_text
 from experiments.cli import launcher
 from experiments.cli.errors import TOLD, UsageError
 from experiments.config import Command, Config, read
@@ -258,6 +258,4 @@ def _merge(folds: Folds, *, whole: bool) -> int:
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(result, indent=1) + "\n")

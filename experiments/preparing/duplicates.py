@@ -1,7 +1,6 @@
 """Find pictures of a table that are (nearly) the same, and write groups that keep them on one side of every split."""
 
 import csv
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +19,7 @@ from datamodules.knobs import Table
 from datamodules.loading import perceptual_hash
 from datamodules.loading.cores import cores
 from datamodules.loading.decode import PictureError
+from datamodules.loading.files import whole_file
 from datamodules.loading.workers import worker_count
 from datamodules.tables import folds
 from datamodules.transforms.image_transforms import eval_transform
@@ -194,8 +194,5 @@ def _tell(
 
 
 def _write(path: Path, id_column: str, ids: list[str], group: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([[id_column, "group"], *zip(ids, group.tolist())])
-    os.replace(partial, path)

@@ -16,10 +16,11 @@ import torch
 import models
 from datamodules.base import PictureData
 from datamodules.loading.decode import PictureError
+from datamodules.loading.files import write_text
 from experiments.cli.errors import UsageError
 from experiments.config import Command, read
 from experiments.folds import directories
-from experiments.running import build, forecast, objects, run_directory, teacher_score
+from experiments.running import build, forecast, objects, teacher_score
 from lightning_modules.callbacks.signals import notice
 from lightning_modules.teachers import cached_teacher
 from lightning_modules.teachers.cached_teacher import CachedTeacher
@@ -193,7 +194,7 @@ def _write(run: build.Run, about: dict[str, Any], out: Path) -> int:
     trainer, view = _trainer(run), about["view"]
     if trainer.is_global_zero and not cached_teacher.is_cache(out):
         out.mkdir(parents=True, exist_ok=True)
-        run_directory.write_text(out / cached_teacher.ABOUT, json.dumps(about, indent=1) + "\n")
+        write_text(out / cached_teacher.ABOUT, json.dumps(about, indent=1) + "\n")
     epochs = range(run.cfg.epochs if view == "replayed" else 1)
     world = range(forecast.world_size(run.cfg))
     left = [

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from datamodules.loading.files import whole_file
 from datamodules.transforms.on_device import OnDevice
 from experiments.prediction.inference import Views
 from experiments.reporting.drawing import Drawing, Text
@@ -90,9 +91,8 @@ def _heat(image: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def write(drawn: np.ndarray, path: Path) -> None:
     """A PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    Image.fromarray(drawn).save(partial, "PNG")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        Image.fromarray(drawn).save(partial, "PNG")
 
 
 def no_maps(model: nn.Module, data: L.LightningDataModule, image_size: tuple[int, int]) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from datamodules.loading.files import write_text
 from experiments.config import Config, plain
 from experiments.reporting import drawing, page
 from experiments.reporting import scored as scored_numbers
@@ -95,7 +96,7 @@ def make(
         config=_config(config),
     )
     try:
-        run_directory.write_text(folder / PAGE, made)
+        write_text(folder / PAGE, made)
     finally:
         with suppress(OSError):  # half a page, where the disk is full
             (folder / f".{PAGE}.partial").unlink(missing_ok=True)

@@ -14,11 +14,12 @@ import datamodules
 import models
 from datamodules.base import PictureData
 from datamodules.knobs import height_width
+from datamodules.loading.closest import did_you_mean
 from datamodules.loading.cores import cores
 from datamodules.loading.workers import worker_count
 from datamodules.tables.table import counted
 from datamodules.transforms.augment import Augment
-from experiments.cli.errors import UsageError, did_you_mean
+from experiments.cli.errors import UsageError
 from experiments.cli.keywords import check_values
 from experiments.cli.recipes import recipe_model
 from experiments.config import Config

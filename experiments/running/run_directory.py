@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from datamodules.loading.files import write_text
 from datamodules.loading.image_check import only_skips_differ
 from experiments.cli.errors import UsageError
 from experiments.config import Config, plain
@@ -458,13 +459,6 @@ def _spelled(value: Any) -> str:
         name = path.parents[1].name if path.parent.name == "checkpoints" else path.name
         return f"{name}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
     return "x".join(map(_spelled, value)) if isinstance(value, list) else str(value)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def result(folder: Path) -> dict[str, Any]:

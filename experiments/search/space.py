@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.cli.errors import UsageError, did_you_mean
+from datamodules.loading.closest import did_you_mean
+from experiments.cli.errors import UsageError
 from experiments.cli.recipes import yaml_keys
 
 KEYS = [

@@ -4,7 +4,6 @@ table."""
 import csv
 import json
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from datamodules.loading.files import whole_file
 from experiments.cli.errors import UsageError
 from experiments.processes.pool import score
 from experiments.search.space import Space
@@ -143,8 +143,7 @@ class Trials:
     def write_csv(self, path: Path) -> None:
         """One row a trial, as `rows`."""
         names = [each.name for each in self.space.varied]
-        partial = path.with_name(f".{path.name}.partial")
-        with open(partial, "w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(
                 file, ["number", "state", "value", "epochs", SECONDS, *names], extrasaction="ignore"
             )
@@ -157,7 +156,6 @@ class Trials:
                         for key, value in {**row, SECONDS: seconds, **row["parameters"]}.items()
                     }
                 )
-        os.replace(partial, path)
 
 
 @contextmanager
