@@ -3,6 +3,7 @@
 import csv
 import sys
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def _data(cfg: Config) -> Any:
     """The table; of the flags only those that say what it is."""
     if not cfg.data_dir:
         raise UsageError("--data_dir is missing: the folder with train.csv")
-    of_table = Table.__dataclass_fields__.keys() - {"folds", "fold", "metric"}
+    of_table = {knob.name for knob in fields(Table)} - {"folds", "fold", "metric"}
     kept = {key: getattr(cfg, key) for key in ("data_dir", "data_args", "bad_images", *of_table)}
     small = Config(**kept, data=cfg.data or datamodules.detect(cfg.data_dir), model="vit_nano4", global_batch_size=1)
     data = objects.datamodule(small.filled(**models.preprocessing(small.model) | {"image_size": 32}))

@@ -77,15 +77,12 @@ def quiet() -> None:
     """Silence what Lightning says of itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message=".*isinstance\\(treespec, LeafSpec\\).*"
-    )  # lightning 2.6 with newer torch
-    warnings.filterwarnings(
-        "ignore", message=".*Total length of `list` across ranks is zero.*"
-    )  # no val split: said by --dry_run
-    warnings.filterwarnings(
-        "ignore", message=".*dataloader is not resumable.*"
-    )  # ours is: its position is in the checkpoint
+    for message in (
+        r".*isinstance\(treespec, LeafSpec\).*",  # lightning 2.6 with newer torch
+        ".*Total length of `list` across ranks is zero.*",  # no val split: said by --dry_run
+        ".*dataloader is not resumable.*",  # ours is: its position is in the checkpoint
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def enter(run: Run) -> Run:

@@ -5,7 +5,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def adopt_checkpoint(command: Command) -> Command:
     saved = objects.saved(cfg).get("config", {})
     keys = [*("model", "model_args")] if cfg.model is None else []
     if not (cfg.data or cfg.data_dir):
-        keys += ["data", "data_dir", "data_args", "bad_images", *Table.__dataclass_fields__]
+        keys += ["data", "data_dir", "data_args", "bad_images", *(knob.name for knob in fields(Table))]
     keys += [key for key in ("val_fraction", "split_seed") if key not in command.chosen]
     keys += ["loss", "loss_args"] if cfg.loss is None else []  # they say what the outputs mean
     taken = {key: saved[key] for key in keys if key in saved}

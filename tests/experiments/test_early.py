@@ -75,7 +75,7 @@ def test_every_registered_name_is_found_without_importing_it():
     every = [f"timm/{name}" for name in (*timm.list_models(), *timm.list_pretrained())]
     assert [problem for problem in map(registered.model_problem, [*models.names(), *every]) if problem] == []
     assert registered.distill_losses() == {
-        name: (entry.build.__doc__.splitlines()[0], distill_losses.keywords(name))
+        name: (registered.summary(entry.build.__doc__), distill_losses.keywords(name))
         for name, entry in distill_losses.LOSSES.items()
     }
     assert registered.losses() == {name: (losses.tasks_of(name), text) for name, text in losses.TEXTS.items()}
