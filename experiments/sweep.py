@@ -133,7 +133,7 @@ def _sweep(args: argparse.Namespace, own: list[str]) -> int:
         trials.agree(_about(space, cfg, args.seed))
         notice.together = True  # from here on a signal is handed to the trials, and waited for
         total = args.trials or space.run_cap or len(trials.points) or TRIALS
-        deadline = None if args.hours is None else began + args.hours * 3600 - pool.margin(args.hours)
+        deadline = pool.deadline(began, args.hours)
         runs = sweep_runs.Runs(trials, base, cfg.epochs, min(total, len(trials.points) or total), slots, deadline)
         try:
             code = runs.run()
@@ -186,7 +186,7 @@ def _slots(cfg: config.Config, parallel: int) -> list[dict[str, str]]:
         raise UsageError(
             f"--parallel {parallel} with --devices {each} takes {parallel * each} GPUs, and there are {len(names)}"
         )
-    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[slot * each : (slot + 1) * each])} for slot in range(parallel)]
+    return pool.gpu_slots(names, parallel, each)
 
 
 def _about(space: Space, cfg: config.Config, seed: int) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from experiments.processes.pool import gpu_names
 from experiments.reporting import result, run_page
 from experiments.running import build, decide, forecast, run_directory, trackers
 from experiments.running.build import Run
-from lightning_modules.callbacks.first_images import spared
+from lightning_modules.loggers.formats import format_metric
+from lightning_modules.loggers.messages import warn_on_error
 from lightning_modules.objectives import metrics
 
 
@@ -110,13 +111,13 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
     }
     run_directory.write_result(folder, values)
     data = None
-    with spared("the pictures of report.html"):
+    with warn_on_error("the pictures of report.html"):
         data = decide.listed(read([*known["argv"]]))
-    with spared("report.html"):
+    with warn_on_error("report.html"):
         run_page.make(folder, known["spec"], "finished" if whole else "preempted", data=data)
 
     def shown(value: float) -> str:
-        return metrics.shown(merged["metric"], value).split(" ", 1)[1]
+        return format_metric(merged["metric"], value).split(" ", 1)[1]
 
     scores = [shown(each) for each in merged["fold_scores"] if each is not None]
     print(

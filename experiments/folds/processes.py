@@ -7,7 +7,6 @@ import multiprocessing
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from experiments.config import Command, Config, read
 from experiments.folds import FOLD_PER_DEVICE
 from experiments.processes import pool
 from lightning_modules.callbacks.signals import ORDER, PREEMPTED, exit_code, notice
+from lightning_modules.loggers.formats import format_duration, format_metric
 
 PROCESSES = multiprocessing.get_context(
     "spawn"
@@ -38,7 +38,7 @@ def main(command: Command) -> int:
     if isinstance(plan, int):
         return plan
     notice.together = True  # from here on a signal is handed to the folds, and waited for
-    folds = Folds(plan, command.argv, None if cfg.hours is None else began + cfg.hours * 3600)
+    folds = Folds(plan, command.argv, began)
     code = folds.run()
     if notice.asked:
         return exit_code(ORDER[notice.asked - 1])
@@ -58,24 +58,24 @@ def _refuse(cfg: Config) -> None:
             raise UsageError(f"--{key} is for one run: --fold I names it (0 to {cfg.folds - 1})")
 
 
-@dataclass
 class Folds:
     """The folds of a run: which are finished, which run now, how long they take.
 
-    `plan` is what `_plan` sent; `deadline` of time.monotonic(); seconds are wall clock over all launches of a fold,
-    kept in result.json.
+    Args:
+        plan: what `_plan` sent.
+        argv: the command line, which every fold repeats.
+        began: the start of the command in time.monotonic(), from which --hours counts.
+
+    `seconds` are wall clock over all launches of a fold, kept in result.json.
     """
 
-    plan: dict[str, Any]
-    argv: tuple[str, ...]
-    deadline: float | None
-    running: dict[int, tuple[Any, int, float]] = field(default_factory=dict)  # fold: (process, device, since)
-    asked: int = 0
-
-    def __post_init__(self) -> None:
-        self.folder, self.k = Path(self.plan["folder"]), self.plan["cfg"]["folds"]
-        self.slots = self.plan["cfg"]["devices"] if self.plan["cfg"]["strategy"] == FOLD_PER_DEVICE else 1
+    def __init__(self, plan: dict[str, Any], argv: tuple[str, ...], began: float):
+        self.plan, self.argv, self.folder, self.k = plan, argv, Path(plan["folder"]), plan["cfg"]["folds"]
+        count = plan["cfg"]["devices"] if plan["cfg"]["strategy"] == FOLD_PER_DEVICE else 1
+        slots = pool.gpu_slots(plan["gpus"], count) if count > 1 and plan["gpus"] else [{}] * count
+        self.pool = pool.Pool(slots, pool.deadline(began, plan["cfg"]["hours"]), stop_together=False)
         self.seconds: list[float] = pool.result(self.folder).get("fold_seconds") or [0.0] * self.k
+        self.left = [fold for fold in range(self.k) if fold not in self.finished()]
 
     def place(self, fold: int) -> Path:
         return self.folder / f"fold{fold}"
@@ -84,33 +84,10 @@ class Folds:
         return [fold for fold in range(self.k) if pool.result(self.place(fold)).get("finished")]
 
     def run(self) -> int:
-        """Start what is left and wait for it. Returns 0, or the exit code of the first fold that did not end well, or
-        75 for time."""
-        left, code = [fold for fold in range(self.k) if fold not in self.finished()], 0
-        self._say(left)
-        while self.running or left and not code and not notice.asked:
-            while left and not code and not notice.asked and len(self.running) < self.slots:
-                if not self.fits(left[0]):
-                    needed, there = self.expected(left[0]), pool.clock(self.time_left())
-                    would = (
-                        f"would take about {pool.clock(needed)} and {there} are left" if needed else "has no time left"
-                    )
-                    print(
-                        f"--hours: fold {left[0]} {would}, so it is not started; the same command goes on", flush=True
-                    )
-                    code = PREEMPTED
-                    break
-                self._start(left.pop(0))
-            time.sleep(pool.POLL_SECONDS)
-            over = self.deadline is not None and bool(self.running) and not self.time_left()
-            self.asked = pool.pass_on([process for process, _, _ in self.running.values()], self.asked, over)
-            for fold, (process, _, since) in [*self.running.items()]:
-                if (ended := process.poll()) is not None:
-                    del self.running[fold]
-                    self.seconds[fold] += time.monotonic() - since
-                    ended = self._ended(fold, ended, left)
-                    code = code or ended
-        return code
+        """Start what is left and wait for it. Returns 0, the exit code of the first fold that did not end well, or 75
+        for time."""
+        self._print_plan()
+        return self.pool.run(self._start_next, self._ended)
 
     def expected(self, fold: int) -> float | None:
         """Seconds a fold has still to go, from the slowest measured so far: whole folds, or steps of one begun; None
@@ -125,10 +102,7 @@ class Folds:
 
     def fits(self, fold: int) -> bool:
         expected = self.expected(fold)
-        return self.deadline is None or self.time_left() > 0 and (expected is None or expected <= self.time_left())
-
-    def time_left(self) -> float:
-        return max(0.0, self.deadline - pool.margin(self.plan["cfg"]["hours"] or 0) - time.monotonic())
+        return self.pool.time_left > 0 and (expected is None or expected <= self.pool.time_left)
 
     def _share(self, fold: int) -> float:
         """Of the steps of an unfinished fold, those that its history tells of."""
@@ -139,20 +113,16 @@ class Folds:
             steps = [int(row["step"]) for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
         return min(0.99, max(steps, default=0) / self.plan["steps"])
 
-    def _say(self, left: list[int]) -> None:
-        each = self.plan["forecast_seconds"]
-        measured = [self.expected(fold) for fold in left]
+    def _print_plan(self) -> None:
+        left, slots, each = self.left, len(self.pool.slots), self.plan["forecast_seconds"]
+        measured, forecast = [self.expected(fold) for fold in left], ""
         if left and None not in measured:
-            forecast = f"about {pool.clock(sum(measured) / self.slots)} by those before"
-        else:
-            forecast = (
-                f"about {pool.clock(each)} of training steps each, {pool.clock(each * -(-len(left) // self.slots))} "
-                f"together, at "
-                f"{self.plan['speed']:.1f} images/s measured now on one device without data loading"
-                if left and each
-                else ""
-            )
-        how = f"{self.slots} at a time, each on a device of its own" if self.slots > 1 else "one after the other"
+            forecast = f"about {format_duration(sum(filter(None, measured)) / slots)} by those before"
+        elif left and each:
+            together = format_duration(each * -(-len(left) // slots))
+            forecast = f"about {format_duration(each)} of training steps each, {together} together, at "
+            forecast += f"{self.plan['speed']:.1f} images/s measured now on one device without data loading"
+        how = f"{slots} at a time, each on a device of its own" if slots > 1 else "one after the other"
         print(
             f"{self.k} folds of {self.plan['rows']:,} rows in {self.folder}: {self.k - len(left)} finished"
             + (f", {len(left)} to do, {how}; {forecast}" if left else "")
@@ -160,45 +130,47 @@ class Folds:
             flush=True,
         )
 
-    def _start(self, fold: int) -> None:
-        device = min({*range(self.slots)} - {slot for _, slot, _ in self.running.values()})
-        line = [
-            *self.argv,
-            "--fold",
-            str(fold),
-            "--runs_dir",
-            str(self.folder),
-            "--name",
-            f"fold{fold}",
-            "--no_overwrite",
-        ]
-        env, log = {TOLD: "1"}, None
-        if self.slots > 1:
+    def _start_next(self) -> int | None:
+        """Start a fold, as `Pool.run` asks for it: 75 where it would not end in time."""
+        if not self.left:
+            return None
+        fold = self.left[0]
+        if not self.fits(fold):
+            needed, there = self.expected(fold), format_duration(self.pool.time_left)
+            would = f"would take about {format_duration(needed)} and {there} are left" if needed else "has no time left"
+            print(f"--hours: fold {fold} {would}, so it is not started; the same command goes on", flush=True)
+            return PREEMPTED
+        self.left.pop(0)
+        line = [*self.argv, "--fold", str(fold), "--runs_dir", str(self.folder), "--name", f"fold{fold}"]
+        line, log = [*line, "--no_overwrite"], None
+        if len(self.pool.slots) > 1:
             line, log = [*line, "--devices", "1", "--strategy", "auto"], self.folder / f"fold{fold}.log"
-            if self.plan["gpus"]:
-                env["CUDA_VISIBLE_DEVICES"] = self.plan["gpus"][device]
-        print(f"fold {fold} starts" + f", its words are in {log}" * bool(log), flush=True)
-        self.running[fold] = pool.start(line, env, log), device, time.monotonic()
+        print(f"fold {fold} starts" + f", its output is in {log}" * bool(log), flush=True)
+        self.pool.start(fold, line, {TOLD: "1"}, log)
+        return 0
 
-    def _ended(self, fold: int, ended: int, left: list[int]) -> int:
-        """Note how a fold ended. Returns 0 where it is finished, else its exit code, or 1 for none of its own."""
-        result, took = pool.result(self.place(fold)), pool.clock(self.seconds[fold])
-        why, ended = pool.how(ended), max(ended, 0)
+    def _ended(self, child: pool.Child, returned: int) -> int:
+        """Note how a fold ended. Returns 0 where it is finished, else its exit code, or 1 where it was killed."""
+        fold = child.job
+        self.seconds[fold] += child.seconds
+        result, took = pool.result(self.place(fold)), format_duration(self.seconds[fold])
         self._keep()
         if result.get("finished"):
-            score = pool.score(result["metric"], result["best"]) if result.get("best") is not None else "not scored"
-            after = [each for each in (self.expected(fold) for fold in [*left, *self.running]) if each is not None]
-            rest = (
-                f"; {len(left) + len(self.running)} left, about {pool.clock(sum(after) / self.slots)}" if after else ""
+            score = format_metric(result["metric"], result["best"]) if result.get("best") is not None else "not scored"
+            rest = [*self.left, *(each.job for each in self.pool.running)]
+            after = [each for each in map(self.expected, rest) if each is not None]
+            seconds = format_duration(sum(after) / len(self.pool.slots))
+            print(
+                f"fold {fold} has ended after {took}: {score}" + f"; {len(rest)} left, about {seconds}" * bool(after),
+                flush=True,
             )
-            print(f"fold {fold} has ended after {took}: {score}{rest}", flush=True)
             return 0
-        if self.asked:
-            ended = PREEMPTED  # also where it had no time yet to listen
         if not notice.asked:
-            over = "the time of --hours is over" if self.asked else why
+            over = "the time of --hours is over" if self.pool.asked else pool.describe_exit(returned)
             print(f"fold {fold} has stopped after {took} ({over}); the same command goes on", flush=True)
-        return ended or 1
+        if self.pool.asked:
+            return PREEMPTED  # also where it had no time yet to listen
+        return max(returned, 0) or 1
 
     def _keep(self) -> None:
         """Write how long each fold took, so that a later launch knows."""

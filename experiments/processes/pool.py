@@ -1,14 +1,15 @@
-"""run.py processes that another process starts, one beside the other on devices of their own, and what their
-directories say. No torch."""
+"""A pool of run.py subprocesses, each on its own devices, and what their run directories say. No torch."""
 
 import ctypes
 import json
+import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,104 @@ OF_ONE_RUN = (
     "ROLE_WORLD_SIZE",
     "TORCHELASTIC_RUN_ID",
 )  # its place among processes: others meet on a port of their own
-POLL_SECONDS = 0.2  # between two looks at them
+POLL_SECONDS = 0.2
 MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 
 
+@dataclass(eq=False)
+class Child:
+    """A subprocess that runs: the job it does, its slot in the pool, its start in time.monotonic()."""
+
+    job: Any
+    process: subprocess.Popen
+    slot: int
+    since: float
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.since
+
+
+class Pool:
+    """run.py subprocesses, at most one at a time for each environment in `slots`.
+
+    Args:
+        slots: the environment variables of each slot: its GPUs, or its share of the cores.
+        deadline: of time.monotonic(), when running subprocesses are asked to save and leave; None: never.
+        stop_together: whether the exit code that stops the pool ends the other subprocesses too.
+
+    `asked` is 0 until the subprocesses are asked to leave, then as `notice.asked` the signal they got.
+    """
+
+    def __init__(self, slots: list[dict[str, str]], deadline: float | None, *, stop_together: bool):
+        self.slots, self.deadline, self.stop_together = slots, deadline, stop_together
+        self.running: list[Child] = []
+        self.asked = 0
+
+    @property
+    def time_left(self) -> float:
+        return math.inf if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+
+    def run(
+        self,
+        start_next: Callable[[], int | None],
+        ended: Callable[[Child, int], int],
+        watch: Callable[[Child], None] = lambda child: None,
+    ) -> int:
+        """Run jobs until none is left, a signal came, or one asks to stop. Returns 0 or the first code that is not.
+
+        Args:
+            start_next: starts the next job by `start`; returns 0, None when there is none, or a code to stop with.
+            ended: takes a child and its return code; returns 0 to go on, or a code to start nothing more.
+            watch: called at every poll of a child.
+
+        Raises what these raise, after the subprocesses have saved and left.
+        """
+        code = 0
+        try:
+            while True:
+                while not code and not self.asked and not notice.asked and len(self.running) < len(self.slots):
+                    if (started := start_next()) is None:
+                        break
+                    code = started
+                if not self.running:
+                    return code
+                time.sleep(POLL_SECONDS)
+                self._forward(bool(code and self.stop_together) or not self.time_left)
+                for child in [*self.running]:
+                    returned = child.process.poll()
+                    watch(child)
+                    if returned is not None:
+                        self.running.remove(child)
+                        asks = ended(child, returned)
+                        code = code or asks
+        except Exception:
+            self.stop()
+            while any(child.process.poll() is None for child in self.running):
+                time.sleep(POLL_SECONDS)
+            raise
+
+    def start(self, job: Any, argv: list[str], env: dict[str, str], log: Path | None) -> None:
+        """Start a run.py for a job in a free slot."""
+        slot = min({*range(len(self.slots))} - {child.slot for child in self.running})
+        process = start(argv, {**env, **self.slots[slot]}, log)
+        self.running.append(Child(job, process, slot, time.monotonic()))
+
+    def stop(self) -> None:
+        """Ask the subprocesses to save and leave; no other is started."""
+        self._forward(True)
+
+    def _forward(self, over: bool) -> None:
+        """Forward the signal that this process got, or send SIGTERM when their time is over."""
+        asked = notice.asked or (1 + ORDER.index(signal.SIGTERM)) * over
+        if asked > self.asked:
+            for child in self.running:
+                child.process.send_signal(ORDER[asked - 1])
+            self.asked = asked
+
+
 def start(argv: list[str], env: dict[str, str], log: Path | None) -> subprocess.Popen:
-    """One run.py of its own, which dies with this process; in a session of its own, so that Ctrl-C comes from here
-    alone."""
+    """Start a run.py that dies with this process, in another session, so that Ctrl-C comes from here alone."""
     script = Path(__file__).parents[1] / "run.py"
     paths = os.pathsep.join(filter(None, (str(script.parents[1]), os.environ.get("PYTHONPATH"))))
     inherited = {key: value for key, value in os.environ.items() if key not in OF_ONE_RUN}
@@ -57,17 +149,6 @@ def start(argv: list[str], env: dict[str, str], log: Path | None) -> subprocess.
             out.close()
 
 
-def pass_on(processes: list[subprocess.Popen], before: int, over: bool) -> int:
-    """Hand a signal that this process got to others, or SIGTERM when their time is `over`: they save and leave.
-    `before` is what they were asked so far; returns what they are asked now, as `notice.asked`."""
-    asked = notice.asked or (1 + ORDER.index(signal.SIGTERM)) * over
-    if asked <= before:
-        return before
-    for process in processes:
-        process.send_signal(ORDER[asked - 1])
-    return asked
-
-
 def die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -79,31 +160,20 @@ def gpu_names(count: int) -> list[str]:
     return [*map(str.strip, visible.split(","))][:count] if visible else [*map(str, range(count))]
 
 
-def margin(hours: float) -> float:
-    """Seconds of --hours that are kept for the end."""
-    return min(MARGIN_SECONDS, 72 * hours)
+def gpu_slots(names: list[str], slots: int, each: int = 1) -> list[dict[str, str]]:
+    """The environments of `slots` slots with `each` of these GPUs."""
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[slot * each : (slot + 1) * each])} for slot in range(slots)]
 
 
-def how(ended: int) -> str:
+def deadline(began: float, hours: float | None) -> float | None:
+    """When the subprocesses must save and leave, so that --hours is enough for the end too. In time.monotonic()."""
+    return None if hours is None else began + hours * 3600 - min(MARGIN_SECONDS, 72 * hours)
+
+
+def describe_exit(ended: int) -> str:
     return f"exit code {ended}" if ended >= 0 else f"killed by {signal.Signals(-ended).name}"
 
 
 def result(folder: Path) -> dict[str, Any]:
     """What result.json of a run directory says; {} where there is none."""
     return json.loads((folder / "result.json").read_text()) if (folder / "result.json").is_file() else {}
-
-
-def score(name: str, value: float) -> str:
-    """As `metrics.shown`, which imports torch."""
-    return f"{name} {100 * value:.2f} %" if name.split("/")[-1] in ("acc1", "acc5") else f"{name} {value:.5g}"
-
-
-def clock(seconds: float | None) -> str:
-    """`3:05`, `1:02:03`, or `?`."""
-    if seconds is None:
-        return "?"
-    return (
-        re.sub(r"^0:0?", "", time.strftime("%-H:%M:%S", time.gmtime(round(seconds))))
-        if seconds < 86400
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -5,7 +5,7 @@ import math
 import shlex
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from experiments.search import trials as sweep_trials
 from experiments.search.space import flags
 from experiments.search.trials import PRUNE, SECONDS, WHY, Trials
 from lightning_modules.callbacks.signals import INTERRUPTED, PREEMPTED, notice
+from lightning_modules.loggers.formats import format_metric
 
 IN_A_ROW = 3  # failures that stop a sweep
 OF_RESULT = (
@@ -35,67 +36,54 @@ LAST_LINES = 15
 
 
 @dataclass
-class Child:
-    """A trial that runs: since when, seconds it ran before, epochs reported, whether it was told to stop early; its
-    process and its slot, and what its history was (time, size) when last read."""
+class Watched:
+    """A trial that runs: its start, seconds of earlier launches, epochs reported, whether it was stopped early, and the
+    (time, size) of its history when last read."""
 
     trial: Trial
     since: float
     before: float
     reported: set[int]
     pruned: bool
-    process: Any = None
-    slot: int = 0
     seen: tuple[int, int] = (0, 0)
 
 
-@dataclass
 class Runs:
-    """What is left of a sweep's trials. `base` are the flags that all share, `total` how many there are to be in all,
-    `slots` the environments of those that run at once, `deadline` of time.monotonic()."""
+    """What is left of a sweep's trials.
 
-    trials: Trials
-    base: list[str]
-    epochs: int
-    total: int
-    slots: list[dict[str, str]]
-    deadline: float | None
-    running: list[Child] = field(default_factory=list)
-    asked: int = 0
-    failed: int = 0
-    complaint: str | None = None  # the last words of the trial that failed last, if a person must mend it
-    known: bool = False  # that the runs have the metric
+    Args:
+        trials: the study.
+        base: the flags that all trials share.
+        epochs: of a trial that does not vary them.
+        total: how many trials there are to be in all.
+        slots: the environments of the trials that run at once.
+        deadline: of time.monotonic(), or None.
+    """
 
-    def __post_init__(self) -> None:
-        self.space, self.folder = self.trials.space, self.trials.folder
-        self.left = self.trials.unfinished()
+    def __init__(
+        self,
+        trials: Trials,
+        base: list[str],
+        epochs: int,
+        total: int,
+        slots: list[dict[str, str]],
+        deadline: float | None,
+    ):
+        self.trials, self.base, self.epochs, self.total = trials, base, epochs, total
+        self.space, self.folder, self.left = trials.space, trials.folder, trials.unfinished()
+        self.pool = pool.Pool(slots, deadline, stop_together=True)
+        self.failed = 0
+        self.complaint: str | None = None  # the last line of the trial that failed last, if it is a usage error
+        self.known = False  # that the runs have the metric
 
     def place(self, trial: Trial) -> Path:
         return self.folder / f"trial-{trial.number}"
 
     def run(self) -> int:
-        """Run what is left. Returns 0, 75 for time, or what a trial's end asks for; says how it went."""
-        self._begin()
-        code = 0
-        try:
-            self._pass_on(code)
-            while self.running or self._more(code):
-                while len(self.running) < len(self.slots) and self._more(code):
-                    self._start(self.left.pop(0) if self.left else self.trials.ask())
-                time.sleep(pool.POLL_SECONDS)
-                for child in [*self.running]:
-                    ended = child.process.poll()
-                    self._watch(child)
-                    if ended is not None:
-                        self.running.remove(child)
-                        asks = self._ended(child, ended)
-                        code = code or asks
-                self._pass_on(code)
-        except Exception:  # the runs do not have the metric, or study.db cannot be written: what runs is saved
-            self._pass_on(PREEMPTED)
-            while any(child.process.poll() is None for child in self.running):
-                time.sleep(pool.POLL_SECONDS)
-            raise
+        """Run what is left. Returns 0, 75 for time, or the exit code that a trial stops the sweep with; prints how it
+        went."""
+        self._print_plan()
+        code = self.pool.run(self._start_next, self._ended, lambda child: self._watch(child.job, child.process))
         return code if code == 2 else self._conclude(code)
 
     def in_vain(self) -> bool:
@@ -104,63 +92,47 @@ class Runs:
             self.folder.glob("trial-*/result.json")
         )
 
-    def _more(self, code: int) -> bool:
+    def _more(self) -> bool:
         """Whether another trial may be started."""
-        return (
-            not code and not self.asked and not notice.asked and (bool(self.left) or self.trials.count() < self.total)
-        )
+        return not self.pool.asked and not notice.asked and (bool(self.left) or self.trials.count() < self.total)
 
-    def _begin(self) -> None:
+    def _print_plan(self) -> None:
         space, count = self.space, {word: self.trials.count(state) for state, word in sweep_trials.STATES.items()}
         done = ", ".join(f"{number} {word}" for word, number in count.items() if number)
+        varied, slots = ", ".join(each.name for each in space.varied), len(self.pool.slots)
         print(
-            f"sweep {self.folder}: {self.total} trials, {done or 'none yet'}; {space.method} over "
-            f"{', '.join(each.name for each in space.varied)}, "
-            f"{space.goal} {space.metric}" + f"; {len(self.slots)} at a time" * (len(self.slots) > 1),
+            f"sweep {self.folder}: {self.total} trials, {done or 'none yet'}; {space.method} over {varied}, "
+            f"{space.goal} {space.metric}" + f"; {slots} at a time" * (slots > 1),
             flush=True,
         )
 
     def _argv(self, trial: Trial | FrozenTrial) -> list[str]:
         return [*self.base, *flags(self.space.texts(trial.params))]
 
-    def _start(self, trial: Trial) -> None:
+    def _start_next(self) -> int | None:
+        """Start a trial, as `Pool.run` asks for it."""
+        if not self.pool.time_left:
+            self.pool.stop()
+        if not self._more():
+            return None
+        trial = self.left.pop(0) if self.left else self.trials.ask()
         kept, folder = self.trials.kept(trial), self.place(trial)
-        child = Child(
-            trial,
-            time.monotonic(),
-            kept.user_attrs.get(SECONDS, 0.0),
-            {*kept.intermediate_values},
-            pruned=PRUNE in kept.user_attrs,
-        )
-        if child.pruned or pool.result(folder).get("finished"):  # it was about to be told so
-            self._watch(child)
-            self._ended(child, 0)
-            return
-        slot = min({*range(len(self.slots))} - {child.slot for child in self.running})
+        before, reported = kept.user_attrs.get(SECONDS, 0.0), {*kept.intermediate_values}
+        watched = Watched(trial, time.monotonic(), before, reported, pruned=PRUNE in kept.user_attrs)
+        if watched.pruned or pool.result(folder).get("finished"):  # an earlier launch ended before it could tell
+            self._watch(watched)
+            return self._conclude_trial(watched, 0)
         log = folder.with_name(f"{folder.name}.log")
         settings = " ".join(flags(self.space.texts(trial.params)))
-        print(
-            f"trial {trial.number} {'goes on' if folder.exists() else 'starts'}: {settings} (its words are in {log})",
-            flush=True,
-        )
-        child.process, child.slot = (
-            pool.start(
-                [*self._argv(trial), "--runs_dir", str(self.folder), "--name", folder.name],
-                {"WANDB_RUN_GROUP": self.folder.name, **self.slots[slot]},
-                log,
-            ),
-            slot,
-        )
-        self.running.append(child)
+        verb = "goes on" if folder.exists() else "starts"
+        print(f"trial {trial.number} {verb}: {settings} (its output is in {log})", flush=True)
+        line = [*self._argv(trial), "--runs_dir", str(self.folder), "--name", folder.name]
+        self.pool.start(watched, line, {"WANDB_RUN_GROUP": self.folder.name}, log)
+        return 0
 
-    def _pass_on(self, code: int) -> None:
-        """End the trials that run when a signal asks for it, the time is over or the sweep stops."""
-        over = bool(code) or self.deadline is not None and time.monotonic() >= self.deadline
-        self.asked = pool.pass_on([child.process for child in self.running], self.asked, over)
-
-    def _watch(self, child: Child) -> None:
-        """Report what its history has that is new; end it where it has fallen behind. Raises UsageError for a metric
-        that runs do not have."""
+    def _watch(self, child: Watched, process: Any = None) -> None:
+        """Report the new epochs of its history; stop it early where it has fallen behind. Raises UsageError for a
+        metric that runs do not have."""
         history = self.place(child.trial) / "metrics.csv"
         if child.pruned or not history.is_file():
             return
@@ -180,8 +152,8 @@ class Runs:
             if epoch < epochs and child.trial.should_prune():
                 child.pruned = True
                 child.trial.set_user_attr(PRUNE, epoch)
-                if child.process is not None:
-                    child.process.send_signal(signal.SIGTERM)
+                if process is not None:
+                    process.send_signal(signal.SIGTERM)
                 return
 
     def _check_metric(self, rows: list[dict[str, float]]) -> None:
@@ -198,11 +170,14 @@ class Runs:
         there = ", ".join(key for key in dict.fromkeys(keys) if key not in ("epoch", "step"))
         raise UsageError(f"metric.name: the runs have no {self.space.metric} (there are {there})")
 
-    def _keep(self, child: Child) -> None:
+    def _keep(self, child: Watched) -> None:
         """Write how long it took, so that a later launch knows."""
         child.trial.set_user_attr(SECONDS, child.before + time.monotonic() - child.since)
 
-    def _ended(self, child: Child, ended: int) -> int:
+    def _ended(self, child: pool.Child, returned: int) -> int:
+        return self._conclude_trial(child.job, returned)
+
+    def _conclude_trial(self, child: Watched, ended: int) -> int:
         """Tell the study how a trial ended. Returns the exit code to stop with, 0 to go on. Raises UsageError as
         `_watch`."""
         result, trial = pool.result(self.place(child.trial)), child.trial
@@ -218,8 +193,10 @@ class Runs:
             )
         elif "not_finite" in result:  # what was tried is to blame, not the sweep
             self._tell(trial, TrialState.PRUNED, why=result["not_finite"].partition(". ")[0])
-        elif self.asked or notice.asked or ended in (PREEMPTED, INTERRUPTED):
-            print(f"trial {trial.number} has stopped ({pool.how(ended)}); the same command goes on", flush=True)
+        elif self.pool.asked or notice.asked or ended in (PREEMPTED, INTERRUPTED):
+            print(
+                f"trial {trial.number} has stopped ({pool.describe_exit(ended)}); the same command goes on", flush=True
+            )
             return ended if ended in (PREEMPTED, INTERRUPTED) else PREEMPTED
         else:
             return self._failed(trial, ended)
@@ -241,7 +218,7 @@ class Runs:
     def _failed(self, trial: Trial, ended: int) -> int:
         log = self.place(trial).with_name(f"trial-{trial.number}.log")
         words = "\n".join(log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]) if log.is_file() else ""
-        print(f"trial {trial.number} has failed ({pool.how(ended)}):\n{words}", flush=True)
+        print(f"trial {trial.number} has failed ({pool.describe_exit(ended)}):\n{words}", flush=True)
         complaint = words.rpartition("\n")[2] if ended == 2 else None
         if (
             complaint
@@ -250,9 +227,9 @@ class Runs:
         ):
             return 2  # two say the same and none has begun: it is what all have in common, the data or a flag
         self.complaint = complaint
-        self._tell(trial, TrialState.FAIL, why=f"{words}\n{pool.how(ended)}".strip())
+        self._tell(trial, TrialState.FAIL, why=f"{words}\n{pool.describe_exit(ended)}".strip())
         self.failed += 1
-        stops = self.failed >= IN_A_ROW and self._more(0)
+        stops = self.failed >= IN_A_ROW and self._more()
         if stops:
             print(
                 f"{IN_A_ROW} trials in a row have failed, so the sweep stops; the same command goes on with the next",
@@ -273,7 +250,7 @@ class Runs:
         print(f"\n{sweep_trials.table(self.trials.rows(), self.space)}\n")
         if best := self.trials.best():
             print(
-                f"best: trial {best.number}, {pool.score(self.space.metric, best.value)}; alone, it is\n"
+                f"best: trial {best.number}, {format_metric(self.space.metric, best.value)}; alone, it is\n"
                 f"  {invocation('run')} {shlex.join(self._argv(best))}"
             )
         elif nowhere := [row for row in self.trials.rows() if "not a number" in (row[sweep_trials.WHY] or "")]:
@@ -289,9 +266,9 @@ class Runs:
             flush=True,
         )
         left = max(0, self.total - self.trials.count()) + self.trials.count(TrialState.RUNNING)
-        if self.asked and left:
+        if self.pool.asked and left:
             print(f"{left} of {self.total} trials are left; the same command goes on", flush=True)
-        return code or (PREEMPTED if self.asked and left else 0 if self.trials.count(TrialState.COMPLETE) else 1)
+        return code or (PREEMPTED if self.pool.asked and left else 0 if self.trials.count(TrialState.COMPLETE) else 1)
 
 
 def _rows(history: Path) -> list[dict[str, float]]:

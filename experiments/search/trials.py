@@ -17,8 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from datamodules.loading.files import whole_file
 from experiments.cli.errors import UsageError
-from experiments.processes.pool import score
 from experiments.search.space import Space
+from lightning_modules.loggers.formats import format_metric
 
 STATES = {
     TrialState.COMPLETE: "finished",
@@ -174,7 +174,9 @@ def stored(folder: Path) -> Iterator[None]:
 def line(row: Mapping[str, Any], metric: str) -> str:
     """A trial in a few words."""
     settings = ", ".join(f"{name} {text}" for name, text in row["parameters"].items())
-    value = score(metric, row["value"]) if row["value"] is not None and math.isfinite(row["value"]) else "no score"
+    value = (
+        format_metric(metric, row["value"]) if row["value"] is not None and math.isfinite(row["value"]) else "no score"
+    )
     epochs = f" after {row['epochs']} epoch{'s' * (row['epochs'] > 1)}" if row["epochs"] else ""
     return f"trial {row['number']} {row['state']}{epochs}, {(row[SECONDS] or 0) / 60:.1f} min: {value}; {settings}" + (
         f" ({row[WHY].splitlines()[-1][:150]})" if row[WHY] else ""
@@ -186,7 +188,7 @@ def table(rows: list[dict[str, Any]], space: Space) -> str:
     names = [each.name for each in space.varied]
     cells = [["trial", *names, space.metric, "state", "epochs", "minutes"]]
     for row in rows:
-        value = "-" if row["value"] is None else score(space.metric, row["value"]).split(" ", 1)[1]
+        value = "-" if row["value"] is None else format_metric(space.metric, row["value"]).split(" ", 1)[1]
         cells.append(
             [
                 str(row["number"]),

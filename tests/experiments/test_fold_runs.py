@@ -24,7 +24,6 @@ from experiments.folds import directories, merge, processes
 from experiments.processes import pool as children
 from experiments.running import run_directory
 from lightning_modules.callbacks.signals import ORDER
-from lightning_modules.objectives import metrics
 
 LINE = (
     "--data_dir comp --image_size 16 --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 "
@@ -290,7 +289,7 @@ def acted(tmp_path, monkeypatch):
     """acted(seconds each fold takes, hours=..., devices=..., strategy=...) -> (Folds, [(argv, env)]): folds that only
     take time."""
     clock = Clock()
-    monkeypatch.setattr(processes, "time", clock)
+    monkeypatch.setattr(children, "time", clock)
     monkeypatch.setattr(processes.notice, "asked", 0)
 
     def make(takes, hours=None, gpus=(), **cfg):
@@ -334,9 +333,7 @@ def acted(tmp_path, monkeypatch):
             "steps": 16,
             "folds_file": "f.csv",
         }
-        return processes.Folds(
-            plan, ("--model", "m", "--folds", str(k)), None if hours is None else clock.now + hours * 3600
-        ), started
+        return processes.Folds(plan, ("--model", "m", "--folds", str(k)), clock.now), started
 
     return make
 
@@ -362,13 +359,6 @@ def test_without_any_time_no_fold_is_started(acted, capsys):
     )
 
 
-@pytest.mark.parametrize(
-    "name, value", [("val/acc1", 0.832), ("val_ema/acc5", 1.0), ("val/rmse", 17.3561234), ("val/accuracy", 0.9)]
-)
-def test_a_folds_score_is_told_as_everywhere(name, value):
-    assert children.score(name, value) == metrics.shown(name, value)
-
-
 def test_a_running_fold_is_told_to_save_when_the_time_is_over(acted, capsys):
     run, started = acted([5000, 100], hours=1)
     assert run.run() == 75 and len(started) == 1 and "the time of --hours is over" in capsys.readouterr().out
@@ -391,14 +381,14 @@ def test_folds_share_the_devices(acted):
 
 def test_a_signal_reaches_every_fold_that_runs(acted, monkeypatch, capsys):
     run, started = acted([1000] * 4, devices=2, strategy="folds")
-    clock, sleep = processes.time, processes.time.sleep
+    clock, sleep = children.time, children.time.sleep
 
     def asked_later(seconds):
         sleep(seconds)
         processes.notice.asked = 1 + ORDER.index(signal.SIGTERM) if clock.now > 1500 else 0
 
     monkeypatch.setattr(clock, "sleep", asked_later)
-    assert run.run() == 75 and len(started) == 2 and run.running == {}
+    assert run.run() == 75 and len(started) == 2 and run.pool.running == []
     kept = result_of(Path(run.plan["folder"]))
     assert kept["fold_seconds"] == pytest.approx([500, 500, 0, 0], abs=2) and kept["finished"] is False
 

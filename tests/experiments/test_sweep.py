@@ -351,9 +351,9 @@ def test_a_flag_of_the_file_that_run_py_does_not_have_is_named(acted, tmp_path, 
 
 
 def test_without_optuna_it_says_what_to_install(acted, tmp_path, monkeypatch, capsys):
-    for name in ("sweep_runs", "sweep_trials"):
-        monkeypatch.delitem(sys.modules, f"experiments.{name}", raising=False)
-        monkeypatch.delattr(experiments, name, raising=False)
+    for name in ("processes", "trials"):
+        monkeypatch.delitem(sys.modules, f"experiments.search.{name}", raising=False)
+        monkeypatch.delattr(experiments.search, name, raising=False)
     monkeypatch.setitem(sys.modules, "optuna", None)
     monkeypatch.delitem(sys.modules, "optuna.trial")
     assert sweep.main([str(write(tmp_path))]) == 2 and "pip install optuna" in capsys.readouterr().err
