@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from datamodules.loading.files import write_text
 from experiments.comparison.charts import style
 from experiments.comparison.pairs import Matrix, Pair
 from experiments.comparison.tables import Comparison, shown
@@ -32,7 +33,7 @@ def write_page(path: Path, found: Comparison, pairs: Matrix, charts: list[Drawin
         legend=[(group, _line(*style(group))) for group in found.groups],
         charts=charts,
     )
-    path.write_text(made, encoding="ascii")
+    write_text(path, made)
 
 
 def _table(table: Table) -> list[list[dict[str, Any]]]:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from datamodules.loading.files import write_text
 from experiments.comparison.pairs import LEVEL, Matrix, Pair
 from experiments.comparison.record import number
 from experiments.comparison.tables import COST, Comparison, Group, shown, with_spread
@@ -169,7 +170,7 @@ def write_markdown(path: Path, found: Comparison, pairs: Matrix) -> None:
             if len(scored) <= FULL_MATRIX
             else [markdown(against_best(found, pairs))]
         )
-    path.write_text("\n\n".join([*parts, "![curves](curves.png)"]) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join([*parts, "![curves](curves.png)"]) + "\n")
 
 
 def headline(found: Comparison) -> str:

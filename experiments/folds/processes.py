@@ -176,10 +176,8 @@ class Folds:
         """Write how long each fold took, so that a later launch knows."""
         result = pool.result(self.folder)
         about = {key: self.plan["cfg"][key] for key in ("model", "data", "folds")}
-        _write(
-            self.folder / "result.json",
-            {**about, **result, "fold_seconds": [round(each, 1) for each in self.seconds], "finished": False},
-        )
+        kept = {**about, **result, "fold_seconds": [round(each, 1) for each in self.seconds], "finished": False}
+        write_text(self.folder / "result.json", json.dumps(kept, indent=1) + "\n")
 
 
 def _planned(command: Command) -> dict[str, Any] | int:
@@ -227,7 +225,3 @@ def _merge(folds: Folds, *, whole: bool) -> int:
         print(f"run.py: the folds are not merged: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    write_text(path, json.dumps(result, indent=1) + "\n")

@@ -4,7 +4,6 @@ before."""
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import fields
 from datetime import datetime
 from functools import cache
@@ -95,11 +94,7 @@ def make(
         scored=_scored(scored, data) if scored else None,
         config=_config(config),
     )
-    try:
-        write_text(folder / PAGE, made)
-    finally:
-        with suppress(OSError):  # half a page, where the disk is full
-            (folder / f".{PAGE}.partial").unlink(missing_ok=True)
+    write_text(folder / PAGE, made)
 
 
 def _split(result: dict[str, Any]) -> str:

@@ -142,20 +142,13 @@ class Trials:
 
     def write_csv(self, path: Path) -> None:
         """One row a trial, as `rows`."""
-        names = [each.name for each in self.space.varied]
+        columns = ["number", "state", "value", "epochs", SECONDS, *(each.name for each in self.space.varied)]
         with whole_file(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(
-                file, ["number", "state", "value", "epochs", SECONDS, *names], extrasaction="ignore"
-            )
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")  # which writes None as an empty cell
             writer.writeheader()
             for row in self.rows():
                 seconds = None if row[SECONDS] is None else round(row[SECONDS], 1)
-                writer.writerow(
-                    {
-                        key: "" if value is None else value
-                        for key, value in {**row, SECONDS: seconds, **row["parameters"]}.items()
-                    }
-                )
+                writer.writerow({**row, SECONDS: seconds, **row["parameters"]})
 
 
 @contextmanager
