@@ -10,14 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-<<<<<<< HEAD
 from datamodules.loading.closest import did_you_mean
 from datamodules.loading.files import whole_file
 from experiments.cli.errors import UsageError
-=======
-from datamodules.loading.files import whole_file
-from experiments.cli.errors import UsageError, did_you_mean
->>>>>>> 80e12e0 (Write pages, tables and results whole by the one function for it)
 from experiments.comparison.record import FINISHED, Record, number, of_place
 
 SMALLER = {
