@@ -151,7 +151,7 @@ class Preparation:
         flag="augment_args.train_size",
     )
     interpolation: Literal["bicubic", "bilinear", "nearest"] | None = knob(
-        None, "Interpolation of resizing. Default: the model's own."
+        None, "Interpolation of resizing. Default: the model's own.", flag="data_args.interpolation"
     )
     crop_pct: float | None = knob(
         None, "Share of the resized image that evaluation crops. Default: the model's own.", POSITIVE
@@ -191,6 +191,7 @@ class Augmentation:
         1,
         "Number of times an image is drawn in an epoch, each time augmented anew; an epoch stays as long.",
         AT_LEAST_1,
+        flag="augment_args.repeated_augment",
     )
     mixup: float = knob(0.0, "Alpha of mixup; 0 switches it off.", NOT_NEGATIVE)
     cutmix: float = knob(0.0, "Alpha of CutMix; 0 switches it off.", NOT_NEGATIVE)

@@ -90,7 +90,7 @@ def cache(argv: list[str]) -> int:
         allow_abbrev=False,
         usage="prepare.py cache --cache_dir DIR --data_dir DIR --model NAME <the other flags of the run>",
         epilog="Side and filter of the pictures follow from the flags of the run that uses them (run.py --help): "
-        "--model, --image_size, --crop_pct, --augment_args.train_size, --interpolation, or a recipe; "
+        "--model, --image_size, --crop_pct, --augment_args.train_size, --data_args.interpolation, or a recipe; "
         "--data_args.cache_side gives the side itself. The same command again goes on where it was stopped.",
     )
     parser.add_argument("--cache_dir", required=True, help="folder of all caches")

@@ -49,7 +49,9 @@ class Learning:
         "or ConvNeXt does it.",
     )
     min_lr: float = knob(0.0, "Learning rate at the end of the cosine.", NOT_NEGATIVE)
-    warmup_lr: float = knob(0.0, "Learning rate at the start of the warm-up.", NOT_NEGATIVE)
+    warmup_lr: float = knob(
+        0.0, "Learning rate at the start of the warm-up.", NOT_NEGATIVE, flag="optimizer_args.warmup_lr"
+    )
     warmup_epochs: float | None = knob(
         None, "Epochs of linear warm-up. Default: a tenth of --epochs, at most 5.", NOT_NEGATIVE
     )

@@ -64,7 +64,8 @@ def _check_training(cfg: Knobs) -> None:
         )
     for key in ("min_lr", "warmup_lr"):
         if getattr(cfg, key) > cfg.lr:
-            raise UsageError(f"--{key} {getattr(cfg, key):g} is more than the peak, --lr {cfg.lr:g}")
+            typed = flag(Knobs.__dataclass_fields__[key])
+            raise UsageError(f"{typed} {getattr(cfg, key):g} is more than the peak, --lr {cfg.lr:g}")
     if cfg.use_ema and cfg.ema_decay is None and not cfg.init:
         raise UsageError("--use_ema needs averaged weights: --ema_decay 0.9999 keeps them")
     if cfg.average_checkpoints is not None and not re.fullmatch(r"(last|best)-[1-9]\d*", cfg.average_checkpoints):

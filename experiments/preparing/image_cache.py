@@ -26,6 +26,6 @@ def main(command: Command) -> int:
     print(
         f"{data.cache.folder}: {megabytes:.1f} MB; a run of these data uses it with --cache_dir "
         f"{command.config.cache_dir} --data_args.cache_side "
-        f"{data.cache.side} --interpolation {data.cache.interpolation}, given or as its other flags come to"
+        f"{data.cache.side} --data_args.interpolation {data.cache.interpolation}, given or as its other flags come to"
     )
     return 0

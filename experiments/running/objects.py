@@ -17,6 +17,7 @@ import models
 from datamodules.knobs import ImageFiles, Table, height_width
 from datamodules.loading.decode import PictureError
 from experiments.cli.errors import UsageError
+from experiments.cli.knobs import flag
 from experiments.config import Config, plain
 from experiments.folds import directories
 from experiments.running import forecast
@@ -78,7 +79,7 @@ def _check_for_files(cfg: Config, known: set[str]) -> None:
             value = getattr(cfg, knob.name)
             if value != knob.default and knob.name not in {*known, "metric"}:
                 said = f" {value}" * (group is ImageFiles)
-                raise UsageError(f"--{knob.name}{said} is for {text}; --data {cfg.data} has none")
+                raise UsageError(f"{flag(knob)}{said} is for {text}; --data {cfg.data} has none")
 
 
 def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:

@@ -512,15 +512,15 @@ def test_prepare_makes_the_cache_that_a_run_finds(pics, monkeypatch, capsys, lau
     said = capsys.readouterr().out
     assert (
         "53 pictures" in said
-        and "uses it with --cache_dir cache --data_args.cache_side 16 --interpolation bicubic" in said
+        and "uses it with --cache_dir cache --data_args.cache_side 16 --data_args.interpolation bicubic" in said
     )
     assert prepare.main(words) == 0 and "ready" in capsys.readouterr().out
     spoil(pics / "pics")
     ended = launch(f"{TINY} --epochs 1 --cache_dir cache")
     assert ended.code == 0 and "ready" in ended.out, ended.out
     ended = launch(
-        f"{TINY} --epochs 1 --cache_dir cache --image_size 16x12 --data_args.cache_side 16 --interpolation bicubic "
-        f"--name other --dry_run"
+        f"{TINY} --epochs 1 --cache_dir cache --image_size 16x12 --data_args.cache_side 16 "
+        "--data_args.interpolation bicubic --name other --dry_run"
     )
     assert ended.code == 0 and "ready" in ended.out, ended.out  # another size, the flags of the hint
     assert prepare.main(["cache", "--cache_dir", "cache", "--data_dir", "pics"]) == 2

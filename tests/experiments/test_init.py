@@ -25,7 +25,7 @@ from models.swin import resize_table
 
 SMALL = "--model_args.embed_dim 32 --model_args.depth 1 --model_args.num_heads 2"
 VIT = f"--model vit_nano4 {SMALL}"
-AS_SEEN = "--data_args.mean [0.1,0.2,0.3] --crop_pct 0.7 --interpolation bilinear"
+AS_SEEN = "--data_args.mean [0.1,0.2,0.3] --crop_pct 0.7 --data_args.interpolation bilinear"
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,10 @@ TINY = (
 )  # 4 steps of 2 passes
 VIT = f"{TINY} --model vit_nano4 --model_args.embed_dim 32 --model_args.depth 2 --model_args.drop_path 0.2"
 BATCH_NORM = f"{TINY} --model timm/test_resnet"
-MIXED = "--mixup 0.8 --cutmix 1.0 --random_erasing 0.5 --rand_augment rand-m9-mstd0.5-inc1 --repeated_augment 2"
+MIXED = (
+    "--mixup 0.8 --cutmix 1.0 --random_erasing 0.5 --rand_augment rand-m9-mstd0.5-inc1 "
+    "--augment_args.repeated_augment 2"
+)
 
 
 def checkpoint(folder, name="last.ckpt"):

@@ -27,8 +27,8 @@ SMALL = (
 )
 WILD = f"{SMALL} --epochs 4 --optimizer sgd --lr 1e30 --clip_grad null --warmup_steps 0"
 LATE = (
-    f"{SMALL} --epochs 4 --optimizer sgd --lr 1e30 --clip_grad null --schedule timm --warmup_epochs 1 --warmup_lr "
-    f"1e-4"
+    f"{SMALL} --epochs 4 --optimizer sgd --lr 1e30 --clip_grad null --schedule timm --warmup_epochs 1 "
+    "--optimizer_args.warmup_lr 1e-4"
 )  # wild from epoch 2 on
 
 

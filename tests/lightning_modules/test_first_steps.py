@@ -26,12 +26,12 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 OUTLIERS = 1e-3  # trunc_normal_ gives about one weight in 2**24 a value of its cut, 100 sigma away
 DEIT = "--model_args.patch_size 8 --model_args.embed_dim 64 --model_args.depth 2 --model_args.num_heads 2"
 MIX = "--mixup 0.8 --cutmix 1.0"
-ADAMW = "--lr 1e-3 --warmup_lr 1e-6 --min_lr 1e-5 --weight_decay 0.05"
+ADAMW = "--lr 1e-3 --optimizer_args.warmup_lr 1e-6 --min_lr 1e-5 --weight_decay 0.05"
 COMMANDS = {
     "deit": f"--model deit_s16 {DEIT} {MIX} {ADAMW} --schedule deit --clip_grad null",
-    "deit3": f"--model deit3_s16 {DEIT} {MIX} --schedule deit --lr 4e-3 --warmup_lr 1e-6 --min_lr 1e-5 --weight_decay "
-    f"0.05 "
-    "--optimizer lamb --optimizer_args.eps 1e-8 --loss bce_deit3 --label_smoothing 0 --clip_grad null",
+    "deit3": f"--model deit3_s16 {DEIT} {MIX} --schedule deit --lr 4e-3 --optimizer_args.warmup_lr 1e-6 --min_lr 1e-5 "
+    "--weight_decay 0.05 --optimizer lamb --optimizer_args.eps 1e-8 --loss bce_deit3 --label_smoothing 0 "
+    "--clip_grad null",
     "swin": "--model swin_t --model_args.embed_dim 24 --model_args.depths [2,2] --model_args.num_heads [2,4] "
     "--model_args.window_size 4 "
     f"{MIX} {ADAMW} --schedule swin --clip_grad 1",
@@ -40,7 +40,8 @@ COMMANDS = {
     "--min_lr 1e-6 --weight_decay 0.05 --clip_grad null",
     "resnet": "--model timm/resnet18 --model_args.layers [1,1,1,1] --model_args.channels [16,32,48,64] --mixup 0.2 "
     "--cutmix 1.0 --schedule timm "
-    "--lr 5e-3 --warmup_lr 1e-4 --min_lr 1e-6 --weight_decay 0.01 --optimizer lamb --loss bce_rsb --clip_grad null",
+    "--lr 5e-3 --optimizer_args.warmup_lr 1e-4 --min_lr 1e-6 --weight_decay 0.01 --optimizer lamb --loss bce_rsb "
+    "--clip_grad null",
     "vit": f"--model vit_ti16 {DEIT} {MIX} {ADAMW} --schedule cosine --clip_grad 1",
 }
 

@@ -27,7 +27,7 @@ TINY = (
     "--global_batch_size 8 "
     "--workers 0 --logger csv --micro_batch_size 2 --accelerator cpu"
 )
-HARD = "--rand_augment rand-m9-n2-p0.5-mstd0.5-inc1 --random_erasing 0.6 --repeated_augment 2"
+HARD = "--rand_augment rand-m9-n2-p0.5-mstd0.5-inc1 --random_erasing 0.6 --augment_args.repeated_augment 2"
 MIXED = f"{HARD} --mixup 0.8 --cutmix 1.0"
 STILL = "--crop_scale [1,1] --augment_args.crop_ratio [1,1] --hflip 0 --crop_pct 0.7"
 SPEC = {"num_outputs": 3, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}  # as TINY prepares its pictures
@@ -225,11 +225,11 @@ OTHERS = [
     ("--augment_args.train_size 8", "train_size None -> 8"),
     ("--mixup 0.2", "mixup 0.0 -> 0.2"),
     ("--cutmix 1", "cutmix 0.0 -> 1.0"),
-    ("--repeated_augment 2", "repeated_augment 1 -> 2"),
+    ("--augment_args.repeated_augment 2", "repeated_augment 1 -> 2"),
     ("--image_size 20", "image_size [16, 16] -> [20, 20]"),
     ("--data_args.mean [0.4,0.5,0.5]", "mean"),
     ("--data_args.std [0.4,0.5,0.5]", "std"),
-    ("--interpolation bilinear", "interpolation bicubic -> bilinear"),
+    ("--data_args.interpolation bilinear", "interpolation bicubic -> bilinear"),
     ("--val_fraction 0.3", "val_fraction 0.1 -> 0.3"),
     ("--split_seed 1", "split_seed 0 -> 1"),
     ("--epochs 3", "2 are stored, 3 asked for"),
@@ -266,7 +266,13 @@ def test_what_matters_to_some_views_only(pics, monkeypatch):
     assert apart(mixed, "--mixup 0.8 --epochs 1 --devices 2") == ["  world_size 1 -> 2"]
     assert apart(erased, "--random_erasing 0.5 --epochs 2", device="cuda") == ["  device cpu -> cuda"]
     assert apart(mixed, "--mixup 0.8 --epochs 1", device="cuda") == []
-    assert apart(still, f"{STILL} --epochs 9 --seed 4 --global_batch_size 16 --repeated_augment 3 --crop_pct 0.5") == []
+    assert (
+        apart(
+            still,
+            f"{STILL} --epochs 9 --seed 4 --global_batch_size 16 --augment_args.repeated_augment 3 --crop_pct 0.5",
+        )
+        == []
+    )
     assert apart(still, f"{STILL} --epochs 9 --hflip 0.5") == ["  hflip 0.0 -> 0.5"]
     assert apart(viewed, "--epochs 9 --seed 4 --hflip 0 --rand_augment rand-m5") == []
     assert apart(viewed, "--epochs 9 --crop_pct 0.5") == ["  crop_pct 1.0 -> 0.5"]
