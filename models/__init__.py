@@ -46,7 +46,7 @@ def create(
     Raises ValueError for an unknown name (with the closest ones), an unknown keyword, an image size the network cannot
     take, or weights of another network; FileNotFoundError for a path of `init` that does not exist.
     """
-    model = build(name, num_outputs, image_size, in_chans, columns, **model_args)
+    model: Any = build(name, num_outputs, image_size, in_chans, columns, **model_args)
     model.created_as = {"model": name, "model_args": dict(model_args)}  # from which a checkpoint rebuilds it
     if init is not None:
         logging.getLogger(__name__).info(initialise(model, str(init), name=name, reset_head=True))

@@ -28,13 +28,13 @@ def attention_maps(model: nn.Module, images: Tensor) -> list[Tensor]:
         model: ours, or timm's with attention between all patches. images: (B, 3, height, width), normalised.
     Raises ValueError for a network without such attention: windows, reduced keys, convolutions.
     """
-    network = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # compiled: the network inside
+    network: Any = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()  # compiled: the network inside
     for module in network.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = True
     if hasattr(network, "set_grad_checkpointing"):
         network.set_grad_checkpointing(False)
-    rows, columns = grid(network, tuple(images.shape[-2:]))
+    rows, columns = grid(network, _size(images))
     with torch.inference_mode(), _fused_everywhere(), _Watch() as watch:
         network.forward_features(images)
     maps, count = watch.maps, watch.maps[0].shape[-1] if watch.maps else 0
@@ -79,7 +79,7 @@ def grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
     """Patches down and across a picture of (height, width). Raises ValueError for a network without patches on one
     grid."""
     embed = getattr(model, "patch_embed", None)
-    if hasattr(embed, "dynamic_feat_size"):
+    if embed is not None and hasattr(embed, "dynamic_feat_size"):
         return tuple(embed.dynamic_feat_size(image_size))
     if (
         embed is None
@@ -88,6 +88,11 @@ def grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
     ):
         raise _none(model)
     return grid_of(image_size, embed.proj.kernel_size)
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    height, width = images.shape[-2:]
+    return height, width
 
 
 def check(model: nn.Module, image_size: tuple[int, int]) -> None:

@@ -98,7 +98,8 @@ class ConvNeXt(Hierarchy):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for parameter in self.head.fc.parameters():
             parameter.mul_(self.head_init_scale)
 

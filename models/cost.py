@@ -33,7 +33,7 @@ def training_flops(model: nn.Module, *given: torch.Tensor) -> float:
         given: its inputs, each (B, ...); of them only the shape counts.
     """
     memo = {id(value): nn.Parameter(value.detach().to("meta"), value.requires_grad) for value in model.parameters()}
-    network = copy.deepcopy(
+    network: Any = copy.deepcopy(
         model, memo | {id(value): value.to("meta") for value in model.buffers()}
     )  # without a copy of any weight
     if hasattr(network, "set_grad_checkpointing"):

@@ -4,7 +4,8 @@ them.
 Legend: B pictures, H x W a stage's map, D width.
 """
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -125,5 +126,5 @@ class Hierarchy(nn.Module):
         return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.trunk()[1]:
+        for stage in cast(Iterable[Stage], self.trunk()[1]):
             stage.grad_checkpointing = enable

@@ -4,7 +4,7 @@ Legend: B pictures, C channels, N tokens, D width, H heads, K width of a head.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def pair(size: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of a size given as one side or as both. Raises ValueError."""
     if isinstance(size, str) or not isinstance(size, int) and len(size) != 2:
         raise ValueError(f"a size is one side or (height, width) in pixels, not {size!r}")
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def grid_of(image_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> tuple[int, int]:
+def grid_of(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
     """Patches down and across. Raises ValueError when the patch does not divide the picture."""
     (height, width), (down, across) = pair(image_size), pair(patch_size)
     if height % down or width % across:
@@ -64,7 +64,7 @@ class PatchEmbed(nn.Module):
     def check(self, x: Tensor) -> None:
         """Raises ValueError for pictures of another size."""
         if self.any_size:
-            grid_of(tuple(x.shape[-2:]), self.proj.kernel_size)
+            grid_of(x.shape[-2:], self.proj.kernel_size)
         elif tuple(x.shape[-2:]) != self.image_size:
             raise ValueError(
                 f"the network was built for pictures of {self.image_size[0]}x{self.image_size[1]} and got "
@@ -225,7 +225,8 @@ def init_trunc_normal_(*modules: nn.Module) -> None:
     """Every linear layer inside: weight N(0, 0.02) cut at 2 (a hundred sigma: the cut of the DeiT lineage never acts),
     bias 0."""
     for module in modules:
-        for linear in filter(lambda m: isinstance(m, nn.Linear), module.modules()):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear):
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)

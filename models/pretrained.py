@@ -32,7 +32,7 @@ SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors", ".tar")
 # NumPy's numbers. Making any
 # of these runs no code of the file's.
 SCALAR = np.float64(0).__reduce__()[0]  # what NumPy makes a number of; NumPy 1 and 2 write it under other names
-PLAIN_TYPES = [
+PLAIN_TYPES: list[Any] = [
     argparse.Namespace,
     pathlib.PosixPath,
     pathlib.PurePosixPath,
@@ -182,7 +182,11 @@ def published_name(name: str, tag: str | None = None) -> str:
     tags = sorted(full.partition(".")[2] for full in timm.list_pretrained(f"{bare}.*"))
     if not tags or "." in arch and arch.partition(".")[2] not in tags:
         raise ValueError(f"timm has no weights {arch!r}; its tags for this model are {', '.join(tags) or 'none'}")
-    return arch if "." in arch else f"{bare}.{timm.get_pretrained_cfg(arch).tag}"
+    return arch if "." in arch else f"{bare}.{_published_cfg(arch).tag}"
+
+
+def _published_cfg(arch: str) -> Any:
+    return timm.get_pretrained_cfg(arch)
 
 
 def published_weights(name: str, tag: str | None = None) -> dict[str, Tensor]:
@@ -228,7 +232,7 @@ def about(source: str, name: str) -> dict[str, Any]:
         return read_about(source)
     arch = published_name(name, None if source == "pretrained" else source)
     prepared = preprocessing(f"timm/{arch}")
-    spec = {"num_outputs": timm.get_pretrained_cfg(arch).num_classes, **prepared}
+    spec = {"num_outputs": _published_cfg(arch).num_classes, **prepared}
     return {"config": {"model": f"timm/{arch}", "model_args": {}}, "spec": spec}
 
 

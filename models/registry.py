@@ -19,7 +19,7 @@ class Entry:
     """One registered variant: how to build it, what it costs at its own image size, how its pictures are prepared, its
     timm twin."""
 
-    build: type[nn.Module]
+    build: Any  # class of the network; `first_conv`, `classifier` name its first convolution and its head
     args: dict[str, Any]
     gmacs: float  # multiply-accumulates of one forward pass, attention products included, 1000 outputs
     image_size: int
@@ -48,7 +48,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def register(
     name: str,
-    build: type[nn.Module],
+    build: Any,
     *,
     gmacs: float,
     timm: str | None = None,
@@ -201,7 +201,7 @@ def preprocessing(name: str) -> dict[str, Any]:
     check_name(name)
     if name.startswith("timm/"):
         cfg = timm.get_pretrained_cfg(name[len("timm/") :])
-        data = resolve_data_config(pretrained_cfg=cfg.to_dict())
+        data = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else None)
         return {
             "image_size": tuple(data["input_size"][1:]),
             **{key: data[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},

@@ -144,16 +144,19 @@ class SwinBlock(nn.Module):
 
     def shift_for(self, size: Pair) -> Pair:
         """How far a map is rolled before it is cut into windows."""
-        return tuple(0 if side <= win else shift for side, win, shift in zip(size, self.window, self.target_shift))
+        y, x = [0 if side <= win else shift for side, win, shift in zip(size, self.window, self.target_shift)]
+        return y, x
 
     def mask_for(self, size: Pair, like: Tensor | None = None) -> Tensor | None:
         """`shift_mask` of the padded map, or None where nothing is rolled."""
-        padded = tuple(side + -side % win for side, win in zip(size, self.window))
-        return shift_mask(padded, self.window, self.shift_for(size), like) if any(self.shift_for(size)) else None
+        height, width = [side + -side % win for side, win in zip(size, self.window)]
+        return (
+            shift_mask((height, width), self.window, self.shift_for(size), like) if any(self.shift_for(size)) else None
+        )
 
     def attend_windows(self, x: Tensor) -> Tensor:
         """Pad, roll, cut into windows, attend, and back: (B, H, W, D) -> the same."""
-        size, (y, w) = tuple(x.shape[1:3]), self.window
+        size, (y, w) = (x.shape[1], x.shape[2]), self.window
         shift = self.shift_for(size)
         mask = self.attn_mask if size == self.size else self.mask_for(size, x)
         x = pad_to(x, self.window)
@@ -208,14 +211,11 @@ class Swin(Hierarchy):
         dims = [embed_dim * 2**i for i in range(len(depths))]
         super().__init__(num_outputs, dims, patch_size, "layers")
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, dropout)
-        size, rates, stages = (
-            tuple(-(-side // patch_size) for side in pair(image_size)),
-            drop_path_rates(drop_path, sum(depths)),
-            [],
-        )
+        height, width = [-(-side // patch_size) for side in pair(image_size)]
+        rates, stages = drop_path_rates(drop_path, sum(depths)), []
         for i, (dim, depth, heads) in enumerate(zip(dims, depths, num_heads)):
             if i:
-                size = tuple((side + 1) // 2 for side in size)
+                height, width = (height + 1) // 2, (width + 1) // 2
             stages.append(
                 Stage(
                     PatchMerging(dim // 2) if i else nn.Identity(),
@@ -223,7 +223,7 @@ class Swin(Hierarchy):
                         SwinBlock(
                             dim,
                             heads,
-                            size,
+                            (height, width),
                             pair(window_size),
                             shifted=j % 2 == 1,
                             mlp_ratio=mlp_ratio,
@@ -277,8 +277,8 @@ class Swin(Hierarchy):
                 key = re.sub(r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", key)
                 key = re.sub(r"^head\.", "head.fc.", key)
             if key.endswith("relative_position_bias_table") and key in own:
-                window, old = (net and window_of(net, key) for net in (self, saved))
-                if window != old if old else value.shape != own[key].shape:
+                window, old = window_of(self, key), window_of(saved, key) if saved is not None else None
+                if window and (window != old if old else value.shape != own[key].shape):
                     value = resize_table(value, window, old)
             adapted[key] = value
         return adapted
@@ -288,7 +288,8 @@ def window_of(network: nn.Module, table: str) -> Pair | None:
     """The window (height, width) of the attention that has a bias table of this name; None where the network has
     none."""
     try:
-        return tuple(network.get_submodule(table.rpartition(".")[0]).window_size)
+        attention: Any = network.get_submodule(table.rpartition(".")[0])
+        return pair(attention.window_size)
     except AttributeError:
         return None
 

@@ -8,7 +8,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
@@ -33,7 +33,7 @@ def head_keys(model: nn.Module) -> set[str]:
 
 
 def _heads(model: nn.Module) -> list[nn.Module]:
-    heads = model.get_classifier()
+    heads = cast(Any, model).get_classifier()
     return [*heads] if isinstance(heads, tuple | list) else [heads]
 
 
@@ -69,7 +69,7 @@ def fit(model: nn.Module, weights: State, source: str, saved: nn.Module | None =
 def _prefix(weights: State, own: Iterable[str], adapt: Callable[[State], State]) -> str:
     """What stands before the network's names in a file: the first of the leading paths whose removal makes most names
     fit; "" is nothing."""
-    own, paths = {*own}, Counter()
+    own, paths = {*own}, Counter[str]()
     for key in weights:
         parts = key.split(".")
         paths.update(".".join(parts[:length]) + "." for length in range(1, min(4, len(parts))))
@@ -114,13 +114,13 @@ def _adapt_timm(model: nn.Module, weights: State, saved: nn.Module | None) -> St
     the windows that the weights really have: timm takes them as square."""
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     weights, own, tables = dict(weights), model.state_dict(), {}
-    positions, ours = weights.get("pos_embed"), own.get("pos_embed")
-    foreign = "mask_token" in weights  # DINOv2's names, which timm converts, positions included
-    if _has_grid(model) and positions is not None and positions.ndim == 3 and not foreign:
-        weights["pos_embed"] = _fit_positions(positions, ours, model.patch_embed.grid_size, _grid(saved))
-        model.pretrained_model_args = {"img_size": tuple(model.patch_embed.img_size)}  # so that timm leaves them as now
-    for key in [key for key in weights if saved is not None and key.endswith(TABLE) and key in own]:
-        window, old = window_of(model, key), window_of(saved, key)
+    positions, foreign = weights.get("pos_embed"), "mask_token" in weights  # DINOv2's names, which timm converts
+    if (learned := _positions(model)) and positions is not None and positions.ndim == 3 and not foreign:
+        network: Any = model
+        weights["pos_embed"] = _fit_positions(positions, *learned, _grid(saved))
+        network.pretrained_model_args = {"img_size": tuple(network.patch_embed.img_size)}  # timm leaves them as now
+    for key in [key for key in weights if key.endswith(TABLE) and key in own]:
+        window, old = window_of(model, key), window_of(saved, key) if saved is not None else None
         if window and old:
             table = weights.pop(key)
             if window != old:
@@ -129,10 +129,12 @@ def _adapt_timm(model: nn.Module, weights: State, saved: nn.Module | None) -> St
     return {**(convert(weights, model) if convert else weights), **tables}
 
 
-def _has_grid(model: nn.Module) -> bool:
-    """Whether a model has learned positions (1, P + N, D) for a grid of patches that it knows."""
-    positions = getattr(model, "pos_embed", None)
-    return isinstance(positions, nn.Parameter) and positions.ndim == 3 and _grid(model) is not None
+def _positions(model: nn.Module) -> tuple[Tensor, tuple[int, int]] | None:
+    """Learned positions (1, P + N, D) and the grid of patches they are for; None where a model lacks either."""
+    positions, grid = getattr(model, "pos_embed", None), _grid(model)
+    if not isinstance(positions, nn.Parameter) or positions.ndim != 3 or grid is None:
+        return None
+    return positions, grid
 
 
 def _grid(network: nn.Module | None) -> tuple[int, int] | None:
@@ -154,11 +156,14 @@ def _fit_positions(saved: Tensor, ours: Tensor, grid: tuple[int, int], old: tupl
 
 def _doubtful_grid(model: nn.Module, weights: State) -> list[str]:
     """A line where saved positions fit a square as well as the aspect that was asked for."""
-    positions, grid = weights.get("pos_embed"), _grid(model)
-    if not _has_grid(model) or positions is None or positions.ndim != 3 or grid[0] == grid[1]:
+    positions, learned = weights.get("pos_embed"), _positions(model)
+    if learned is None or positions is None or positions.ndim != 3:
+        return []
+    ours, grid = learned
+    if grid[0] == grid[1]:
         return []
     tokens = sum(key in weights for key in ("cls_token", "dist_token"))
-    leads = (tokens, 0) if model.pos_embed.shape[1] > grid[0] * grid[1] else (0, tokens)
+    leads = (tokens, 0) if ours.shape[1] > grid[0] * grid[1] else (0, tokens)
     _, old = saved_grid(positions.shape[1], grid, leads)
     side = math.isqrt(old[0] * old[1])
     doubtful = old[0] != old[1] and side * side == old[0] * old[1]

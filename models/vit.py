@@ -6,9 +6,10 @@ load as they are and fresh weights start as the paper's did. Legend: B pictures,
 """
 
 import math
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -36,10 +37,17 @@ class PlainTransformer(nn.Module):
     """What all plain vision transformers share: tokens, one trunk, one norm, one linear head, and timm's informal
     interface around them.
 
-    A network sets `patch_embed`, `pos_embed`, `blocks`, `norm`, `head` and gives `embed`, `pool_tokens`, `init_head_`.
+    A network sets the five modules and gives `embed`, `pool_tokens`, `init_head_`.
     """
 
-    first_conv, classifier = "patch_embed.proj", "head"
+    patch_embed: PatchEmbed
+    pos_embed: Tensor | None
+    blocks: nn.Sequential
+    norm: nn.Module
+    head: nn.Module
+
+    first_conv = "patch_embed.proj"
+    classifier: str | tuple[str, ...] = "head"
     prefix: tuple[str, ...] = ("cls_token",)  # learned tokens before the patches, in order
     prefix_has_pos = True  # whether learned positions begin with one for each of them
 
@@ -48,7 +56,19 @@ class PlainTransformer(nn.Module):
         self.num_classes, self.grad_checkpointing = num_outputs, False
         self.num_features = self.embed_dim = self.head_hidden_size = embed_dim
         self.num_prefix_tokens = len(self.prefix)
-        self.pos_embed: Tensor | None = None
+        self.pos_embed = None
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) -> tokens with their positions (B, P + N, D)."""
+        raise NotImplementedError
+
+    def pool_tokens(self, x: Tensor) -> Tensor:
+        """Tokens (B, P + N, D) -> features (B, D) that the classifier reads."""
+        raise NotImplementedError
+
+    def init_head_(self, head: nn.Linear) -> None:
+        """Initialise a classifier."""
+        raise NotImplementedError
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -63,14 +83,14 @@ class PlainTransformer(nn.Module):
         every forward pass."""
         self.patch_embed.any_size = True
 
-    def positions(self, image: Tensor) -> Tensor:
+    def positions(self, learned: Tensor, image: Tensor) -> Tensor:
         """Positions (1, P + N, D) for the patches of pictures (B, C, height, width); bicubic, antialiased (timm's
         resample_abs_pos_embed)."""
-        grid = grid_of(tuple(image.shape[-2:]), self.patch_embed.proj.kernel_size)
+        grid = grid_of(image.shape[-2:], self.patch_embed.proj.kernel_size)
         if grid == self.patch_embed.grid_size:
-            return self.pos_embed
+            return learned
         lead = self.num_prefix_tokens if self.prefix_has_pos else 0
-        return resample_abs_pos_embed(self.pos_embed, grid, self.patch_embed.grid_size, num_prefix_tokens=lead)
+        return resample_abs_pos_embed(learned, grid, self.patch_embed.grid_size, num_prefix_tokens=lead)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> normalised tokens (B, P + N, D)."""
@@ -100,15 +120,15 @@ class PlainTransformer(nn.Module):
                 maps.append(rearrange(tokens, "b (h w) d -> b d h w", h=rows))
         return maps if intermediates_only else (self.norm(x), maps)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Any:
         """Tokens -> logits (B, num_outputs), or pooled features (B, D) with `pre_logits`."""
         x = self.pool_tokens(x)
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.forward_head(self.forward_features(x))
 
-    def get_classifier(self) -> nn.Module:
+    def get_classifier(self) -> Any:
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -155,10 +175,12 @@ class PlainTransformer(nn.Module):
         if isinstance(self.pos_embed, nn.Parameter) and "pos_embed" in state:
             tokens = sum(key in state for key in ("cls_token", "dist_token"))
             old = getattr(getattr(saved, "patch_embed", None), "grid_size", None)
-            state["pos_embed"] = self._fit_positions(state["pos_embed"], tokens, old, antialias=not official)
+            state["pos_embed"] = self._fit_positions(self.pos_embed, state["pos_embed"], tokens, old, not official)
         return state
 
-    def _fit_positions(self, saved: Tensor, tokens: int, old: tuple[int, int] | None, antialias: bool) -> Tensor:
+    def _fit_positions(
+        self, ours: Tensor, saved: Tensor, tokens: int, old: tuple[int, int] | None, antialias: bool
+    ) -> Tensor:
         """Saved positions for 0 or `tokens` prefix tokens and the grid `old`, resized to ours; those of prefix tokens
         that the file lacks stay as they are.
 
@@ -166,7 +188,7 @@ class PlainTransformer(nn.Module):
         file as they have here, else the other way. Raises ValueError when nothing fits the number of positions.
         """
         grid, count = self.patch_embed.grid_size, saved.shape[1]
-        if saved.shape[2] != self.embed_dim or old is None and count == self.pos_embed.shape[1]:
+        if saved.shape[2] != self.embed_dim or old is None and count == ours.shape[1]:
             return saved
         if old is None:
             prefix, old = saved_grid(count, grid, (tokens, 0) if self.prefix_has_pos else (0, tokens))
@@ -175,8 +197,8 @@ class PlainTransformer(nn.Module):
         patches = saved[:, prefix:]
         if old != grid:
             patches = resample_abs_pos_embed(patches, grid, old, num_prefix_tokens=0, antialias=antialias)
-        wanted = self.pos_embed.shape[1] - self.patch_embed.num_patches
-        own = self.pos_embed.detach()[:, min(prefix, wanted) : wanted].to(saved)
+        wanted = ours.shape[1] - self.patch_embed.num_patches
+        own = ours.detach()[:, min(prefix, wanted) : wanted].to(saved)
         return torch.cat([saved[:, : min(prefix, wanted)], own, patches], dim=1)
 
 
@@ -260,9 +282,7 @@ class ViT(PlainTransformer):
         self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if norm_pos == "post_pool" else nn.Identity()
         self.pre_logits: nn.Module = nn.Identity()
         if head == "mlp_tanh":
-            self.pre_logits = nn.Sequential()
-            self.pre_logits.add_module("fc", nn.Linear(embed_dim, embed_dim))
-            self.pre_logits.add_module("act", nn.Tanh())
+            self.pre_logits = nn.Sequential(OrderedDict(fc=nn.Linear(embed_dim, embed_dim), act=nn.Tanh()))
         self.init_weights()
         self.head = self.make_head(num_outputs)
 
@@ -284,21 +304,23 @@ class ViT(PlainTransformer):
         """big_vision's: patches and the hidden head layer LeCun normal; q, k, v and every other matrix Xavier uniform;
         MLP biases N(0, 1e-6); positions N(0, 1/sqrt(D)); class token and head zero."""
         lecun_normal_(self.patch_embed.proj.weight)
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(cast(Tensor, self.patch_embed.proj.bias))
         if isinstance(self.pos_embed, nn.Parameter):
             nn.init.normal_(self.pos_embed, std=1 / math.sqrt(self.embed_dim))
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             for part in block.attn.qkv.weight.chunk(3):  # one Xavier bound each, not that of the fused matrix
                 nn.init.xavier_uniform_(part)
             nn.init.xavier_uniform_(block.attn.proj.weight)
-            for bias in filter(lambda b: b is not None, (block.attn.qkv.bias, block.attn.proj.bias)):
-                nn.init.zeros_(bias)
+            for bias in (block.attn.qkv.bias, block.attn.proj.bias):
+                if bias is not None:
+                    nn.init.zeros_(bias)
             for linear in (block.mlp.fc1, block.mlp.fc2):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.normal_(linear.bias, std=1e-6)
         if isinstance(self.pre_logits, nn.Sequential):
-            lecun_normal_(self.pre_logits.fc.weight)
-            nn.init.zeros_(self.pre_logits.fc.bias)
+            fc = cast(nn.Linear, self.pre_logits.fc)
+            lecun_normal_(fc.weight)
+            nn.init.zeros_(fc.bias)
 
     def init_head_(self, head: nn.Linear) -> None:
         nn.init.zeros_(head.weight)
@@ -306,7 +328,7 @@ class ViT(PlainTransformer):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, height, width) -> tokens with their positions (B, P + N, D)."""
-        pos, x = None if self.pos_embed is None else self.positions(x), self.patch_embed(x)  # (B, N, D)
+        pos, x = None if self.pos_embed is None else self.positions(self.pos_embed, x), self.patch_embed(x)  # (B, N, D)
         if pos is not None and not self.prefix_has_pos:
             x = x + pos
         if self.prefix:

@@ -36,6 +36,9 @@ class Rotary(nn.Module):
     """Turn pairs of neighbouring channels of (B, H, T, K) by the angles (T, K) of their token; angle 0 leaves a token
     as it is."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, angles: Tensor):
         super().__init__()
         self.register_buffer("cos", angles.cos(), persistent=False)
