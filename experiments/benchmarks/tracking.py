@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import models
 from datamodules.knobs import height_width
 from experiments.running import build
-from lightning_modules.callbacks.meter import Meter, Waits
+from lightning_modules.callbacks.meter import DataWaitProfiler, Meter
 from lightning_modules.loggers.csv_logger import History
 from lightning_modules.loggers.wandb_logger import SafeWandbLogger
 from lightning_modules.objectives import losses
@@ -132,7 +132,7 @@ def _train(
         seed=0,
         make_optimizer=partial(optimizer, name="adamw", lr=1e-4, weight_decay=0.05),
     )
-    steps, waits = 2 * (pairs + WARMUP_BLOCKS) * log_every_steps, Waits()
+    steps, waits = 2 * (pairs + WARMUP_BLOCKS) * log_every_steps, DataWaitProfiler()
     meter = Switched(batch_size, log_every_steps, steps, waits, partial(cost.training_flops, network))
     blocks, tracker = Blocks(meter, log_every_steps, pairs), SafeWandbLogger(folder, config={"model": model})
     batch = {"image": torch.randn(batch_size, 3, *side), "target": torch.randint(CLASSES, (batch_size,))}

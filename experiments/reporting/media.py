@@ -14,9 +14,9 @@ from torch import nn
 from experiments.reporting import attention_maps, figures, media_tables, run_page
 from experiments.reporting import scored as scored_page
 from experiments.running.build import Run
-from lightning_modules.callbacks.first_images import spared
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.loggers.csv_logger import History
+from lightning_modules.loggers.messages import warn_on_error
 
 
 def log(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
@@ -28,21 +28,21 @@ def log(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
     if told:
         _scored(run, trainer, told, step)
     if run.cfg.logger_args.get("attention"):
-        with spared("best/attention"):
+        with warn_on_error("best/attention"):
             _attention(run, task.model, told, step)
 
 
 def _scored(run: Run, trainer: L.Trainer, told: list[Any], step: int) -> None:
-    with spared("the pictures of the best weights"):
+    with warn_on_error("the pictures of the best weights"):
         scored = scored_page.read(run.folder, run.data.spec)
         shown = next(callback.shown for callback in trainer.callbacks if isinstance(callback, Predictions))
         if scored is None:
             return
-        with spared("best/per_class"):
+        with warn_on_error("best/per_class"):
             log_table(told, "best/per_class", media_tables.per_class(scored), step)
-        with spared("best/confusion"):
+        with warn_on_error("best/confusion"):
             log_picture(told, "best/confusion", figures.confused(scored).pixels(), step)
-        with spared("best/predictions"):
+        with warn_on_error("best/predictions"):
             table = media_tables.examples(scored, shown, lambda ids: run_page.opened(run.data, ids))
             log_table(told, "best/predictions", table, step)
             boards = [logger for logger in told if isinstance(logger, TensorBoardLogger)]

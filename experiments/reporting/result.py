@@ -24,11 +24,11 @@ from lightning_modules.callbacks.averaging import Averaging
 from lightning_modules.callbacks.checkpoints import LastCheckpoint
 from lightning_modules.callbacks.ema import uses_ema
 from lightning_modules.callbacks.finite import NotFinite
-from lightning_modules.callbacks.meter import Meter, clock, peak_memory_mb
+from lightning_modules.callbacks.meter import Meter, peak_memory_mb
 from lightning_modules.callbacks.preemption import Preempted, disarm_launcher
 from lightning_modules.callbacks.signals import PREEMPTED, notice
 from lightning_modules.loggers.csv_logger import History
-from lightning_modules.objectives import metrics
+from lightning_modules.loggers.formats import format_duration, format_metric
 from lightning_modules.objectives.metrics import MetricError
 from models import cost, pretrained
 
@@ -107,8 +107,8 @@ def _time(run: Run, micro: int, steps: int) -> str:
     speed = forecast.images_per_second(run.model, cfg, micro if on_gpu else min(micro, 8))
     seconds = steps * cfg.global_batch_size / (speed * (forecast.world_size(cfg) if on_gpu else cfg.num_nodes))
     return (
-        f"about {clock(seconds)} of training steps, at {speed:.1f} images/s measured now on one device without "
-        f"data loading"
+        f"about {format_duration(seconds)} of training steps, at {speed:.1f} images/s measured now on one device "
+        f"without data loading"
     )
 
 
@@ -334,12 +334,12 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
             callback.clear()
     trackers.conclude(run, trainer, values)
     shown = ", ".join(
-        metrics.shown(key, value)
+        format_metric(key, value)
         for key, value in values.items()
         if value is not None and key.endswith(("/acc1", "/acc5", f"/{task.metric.name}"))
     )
     took = (
-        f" after {clock(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s"
+        f" after {format_duration(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s"
         if steps
         else ""
     )

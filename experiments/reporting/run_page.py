@@ -22,10 +22,11 @@ from experiments.reporting import scored as scored_numbers
 from experiments.reporting.page import number
 from experiments.running import run_directory
 from experiments.running.build import Run
-from lightning_modules.callbacks.first_images import Glimpse, spared
-from lightning_modules.callbacks.meter import clock
+from lightning_modules.callbacks.first_images import FirstImages
 from lightning_modules.callbacks.signals import INTERRUPTED, PREEMPTED
 from lightning_modules.loggers.csv_logger import read_history
+from lightning_modules.loggers.formats import format_duration
+from lightning_modules.loggers.messages import warn_on_error
 from models import cost
 
 PAGE = "report.html"
@@ -39,15 +40,15 @@ SHORT = 6  # letters of a class name that fits over a column of the matrix
 Rows = list[dict[str, float]]
 
 
-def write(run: Run, state: str, seen: Glimpse | None = None) -> None:
+def write(run: Run, state: str, seen: FirstImages | None = None) -> None:
     """The page of a run as it stands. Never raises: what goes wrong is a warning."""
-    with spared(PAGE):
+    with warn_on_error(PAGE):
         make(run.folder, run.data.spec, state, data=run.data, params=cost.parameters(run.model), seen=seen)
 
 
 def refresh(run: Run) -> None:
     """Write the page of a finished run that ended before it could."""
-    with spared(PAGE):
+    with warn_on_error(PAGE):
         page = run.folder / PAGE
         if not page.is_file() or page.stat().st_mtime < (run.folder / run_directory.RESULT).stat().st_mtime:
             write(run, "finished")
@@ -60,7 +61,7 @@ def make(
     *,
     data: L.LightningDataModule | None = None,
     params: int | None = None,
-    seen: Glimpse | None = None,
+    seen: FirstImages | None = None,
 ) -> None:
     """Write `folder`/report.html, whole or not at all.
 
@@ -151,7 +152,10 @@ def _facts(config: dict[str, Any], result: dict[str, Any], rows: Rows, params: i
         ("parameters", number(result.get("params", params))),
         ("GMACs", number(result.get("gmacs"))),
         ("images/s", number(result.get("images_per_sec", last.get("perf/images_per_sec")))),
-        ("time of training", Markup('<data value="{}">{}</data>').format(seconds, clock(seconds)) if seconds else "-"),
+        (
+            "time of training",
+            Markup('<data value="{}">{}</data>').format(seconds, format_duration(seconds)) if seconds else "-",
+        ),
         ("steps", number(result.get("steps", last.get("step")))),
         ("epochs", number(result.get("epochs", config.get("epochs")))),
         ("seed", number(result.get("seed", config.get("seed")))),
@@ -262,7 +266,7 @@ def _others(rows: Rows) -> list[drawing.Drawing]:
     return _drawn(*drawn)
 
 
-def _seen(seen: Glimpse, spec: dict[str, Any], data: L.LightningDataModule | None) -> dict[str, Any]:
+def _seen(seen: FirstImages, spec: dict[str, Any], data: L.LightningDataModule | None) -> dict[str, Any]:
     names = data.splits["train"].names if data is not None else None
     words = [os.fsdecode(names[row]) if names is not None else f"row {row}" for row in seen.index]
     rows = [

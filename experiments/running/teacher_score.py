@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import default_collate
 
 from datamodules.loading.images import EvalPictures
-from lightning_modules.callbacks.first_images import spared
+from lightning_modules.loggers.formats import format_metric
+from lightning_modules.loggers.messages import warn_on_error
 from lightning_modules.objectives import metrics
 from lightning_modules.objectives.targets import predict
 
@@ -33,7 +34,7 @@ def tell(teacher: Any, name: str, data: L.LightningDataModule, device: torch.dev
     drawn."""
     if not data.sizes["val"]:
         return
-    with spared(f"the score of --teacher {name}"):
+    with warn_on_error(f"the score of --teacher {name}"):
         print(f"teacher {name}: {score(teacher, data, device)}", flush=True)
 
 
@@ -53,4 +54,4 @@ def score(teacher: Any, data: L.LightningDataModule, device: torch.device) -> st
     chosen = metrics.find(None, spec["task"])
     value = metrics.score(chosen, torch.cat(targets).numpy(), torch.cat(found).numpy(), spec)
     chance = f" (chance is {100 / spec['num_outputs']:.2f} %)" if spec["task"] == "classification" else ""
-    return f"{metrics.shown(f'val/{chosen.name}', value)} on {len(rows)} pictures{chance}"
+    return f"{format_metric(f'val/{chosen.name}', value)} on {len(rows)} pictures{chance}"

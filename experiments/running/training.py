@@ -15,8 +15,8 @@ from experiments.running.teacher_score import TeacherScore
 from lightning_modules.callbacks import ema
 from lightning_modules.callbacks.averaging import Averaging
 from lightning_modules.callbacks.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
-from lightning_modules.callbacks.first_images import Seen
-from lightning_modules.callbacks.meter import Meter, Waits
+from lightning_modules.callbacks.first_images import FirstImagesCallback
+from lightning_modules.callbacks.meter import DataWaitProfiler, Meter
 from lightning_modules.callbacks.predictions import Predictions
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.callbacks.progress import Progress
@@ -60,7 +60,7 @@ def monitor(run: Run) -> str:
 def trainer(run: Run) -> L.Trainer:
     cfg, checkpoints = run.cfg, run.folder / "checkpoints"
     watched, mode = monitor(run), metric(run).mode
-    waits = Waits()
+    waits = DataWaitProfiler()
     meter = Meter(
         cfg.global_batch_size,
         cfg.log_every_steps,
@@ -82,7 +82,9 @@ def trainer(run: Run) -> L.Trainer:
             if cfg.average_checkpoints
             else []
         )
-    callbacks += [Seen(partial(run_page.write, run, "training"), run.data.spec)] if not cfg.eval_only else []
+    callbacks += (
+        [FirstImagesCallback(partial(run_page.write, run, "training"), run.data.spec)] if not cfg.eval_only else []
+    )
     callbacks += [Preemption(checkpoints / "last.ckpt"), LastCheckpoint(checkpoints, cfg.save_every_steps)]
     if run.data.sizes["val"]:
         callbacks.append(BestCheckpoint(checkpoints, watched, mode))

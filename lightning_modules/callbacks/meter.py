@@ -15,15 +15,15 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from lightning_modules.callbacks.first_images import spared
 from lightning_modules.callbacks.gpu_peak_flops import device_peak
+from lightning_modules.loggers.messages import warn_on_error
 from lightning_modules.task import inputs
 
 NEXT_BATCH = "[_TrainingEpochLoop].train_dataloader_next"  # Lightning's name of the wait for a training batch
 
 
-class Waits(Profiler):
-    """Seconds that training has waited for its batches, as Lightning's loop tells its profiler."""
+class DataWaitProfiler(Profiler):
+    """Counts the seconds that training waits for its batches, from the events of Lightning's loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,12 @@ class Meter(Callback):
     """
 
     def __init__(
-        self, global_batch_size: int, log_every_steps: int, total_steps: int, waits: Waits, flops: Callable[..., float]
+        self,
+        global_batch_size: int,
+        log_every_steps: int,
+        total_steps: int,
+        waits: DataWaitProfiler,
+        flops: Callable[..., float],
     ):
         self.global_batch_size, self.log_every_steps, self.total_steps = global_batch_size, log_every_steps, total_steps
         self.waits, self.flops, self.known_flops = waits, flops, {}
@@ -121,7 +126,7 @@ class Meter(Callback):
         if trainer.is_global_zero:
             if shape not in self.known_flops:
                 began, self.known_flops[shape] = time.monotonic(), 0.0
-                with spared("perf/tflops_per_device"):
+                with warn_on_error("perf/tflops_per_device"):
                     self.known_flops[shape] = self.flops(*(value[:2] for value in inputs(batch)))
                 self.mark += time.monotonic() - began
             self.row.operations += self.known_flops[shape] * len(batch["image"])
@@ -276,13 +281,6 @@ def _back(kept: dict[str, Any] | None, passes: int, device: torch.device) -> Tal
         kept.get("waited", 0.0),
         kept.get("operations", 0.0),
     )
-
-
-def clock(seconds: float) -> str:
-    """`3:05`, `1:02:03`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""How far a run is, for the person who waits: a bar on a terminal, lines elsewhere."""
+"""The progress of a run: a bar on a terminal, printed lines elsewhere."""
 
 import os
 import sys
@@ -9,8 +9,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from tqdm.auto import tqdm
 
-from lightning_modules.callbacks.meter import Meter, clock
-from lightning_modules.objectives.metrics import shown
+from lightning_modules.callbacks.meter import Meter
+from lightning_modules.loggers.formats import format_duration, format_metric, format_rate
 
 REFRESH_SECONDS, LINE_SECONDS = 1.0, 60.0  # between two looks of the bar, and two lines where there is no terminal
 
@@ -23,7 +23,7 @@ class Progress(Callback):
         self.meter, self.epochs, self.bar = meter, epochs, None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.shown = time.monotonic()
+        self.printed = time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.since = trainer.global_step, self.meter.train_seconds
@@ -44,9 +44,9 @@ class Progress(Callback):
         step, row = trainer.global_step, self.meter.last_row
         if step == self.since[0] or not self._due(trainer):
             return  # an accumulated pass, no step yet; or too soon
-        told = [f"loss {row['train/loss']:.3f}"] if "train/loss" in row else []
-        told.append(
-            pace(
+        words = [f"loss {row['train/loss']:.3f}"] if "train/loss" in row else []
+        words.append(
+            format_rate(
                 (step - self.since[0])
                 * self.meter.global_batch_size
                 / max(self.meter.train_seconds - self.since[1], 1e-9)
@@ -56,7 +56,7 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_description(epoch, refresh=False)
-            self.bar.set_postfix_str(", ".join(told))
+            self.bar.set_postfix_str(", ".join(words))
             return
         self.since = step, self.meter.train_seconds
         print(
@@ -64,8 +64,8 @@ class Progress(Callback):
                 [
                     epoch,
                     f"step {step:,}/{self.meter.total_steps:,}",
-                    *told,
-                    f"{clock(self.meter.seconds_left(trainer))} left",
+                    *words,
+                    f"{format_duration(self.meter.seconds_left(trainer))} left",
                 ]
             ),
             flush=True,
@@ -110,11 +110,11 @@ class Progress(Callback):
             print(f"{epoch}{what}, batch {batch + 1:,}/{batches[0]:,}", flush=True)
 
     def _due(self, trainer: L.Trainer) -> bool:
-        """Whether it is time to say something; then it counts as said."""
+        """Whether a line is due; a due one counts as printed."""
         now = time.monotonic()
-        if not trainer.is_global_zero or now - self.shown < (LINE_SECONDS if self.bar is None else REFRESH_SECONDS):
+        if not trainer.is_global_zero or now - self.printed < (LINE_SECONDS if self.bar is None else REFRESH_SECONDS):
             return False
-        self.shown = now
+        self.printed = now
         return True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -126,19 +126,19 @@ class Progress(Callback):
                 f"epoch {trainer.current_epoch + 1}/{self.epochs}",
                 f"loss {row.get('train/loss', float('nan')):.4f}",
                 *(
-                    shown(name, row[name])
+                    format_metric(name, row[name])
                     for name in ("train/acc1", *(f"{stage}/{pl_module.metric.name}" for stage in ("val", "val_ema")))
                     if name in row
                 ),
-                pace(row.get("perf/images_per_sec", 0.0)),
-                f"{clock(self.meter.seconds_left(trainer))} left",
+                format_rate(row.get("perf/images_per_sec", 0.0)),
+                f"{format_duration(self.meter.seconds_left(trainer))} left",
             ]
         )
         if self.bar is not None:
             self.bar.update(trainer.global_step - self.bar.n)
         (self.bar.write if self.bar is not None else print)(line)
         sys.stdout.flush()
-        self.shown, self.since = time.monotonic(), (trainer.global_step, self.meter.train_seconds)
+        self.printed, self.since = time.monotonic(), (trainer.global_step, self.meter.train_seconds)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.close()
@@ -150,8 +150,3 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def pace(images_per_sec: float) -> str:
-    """`1234 images/s`, `4.5 images/s`."""
-    return f"{images_per_sec:.{0 if images_per_sec >= 100 else 1}f} images/s"

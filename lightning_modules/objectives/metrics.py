@@ -135,11 +135,6 @@ def attempt(chosen: Metric, spec: dict[str, Any], target: np.ndarray) -> None:
     score(chosen, target, prediction, spec)
 
 
-def shown(name: str, value: float) -> str:
-    """`val/acc1 83.20 %`, `val/rmse 17.356`: for people."""
-    return f"{name} {100 * value:.2f} %" if name.split("/")[-1] in ("acc1", "acc5") else f"{name} {value:.5g}"
-
-
 def _own(name: str) -> Metric:
     """A function out of a person's file."""
     file, _, function = name.rpartition(":")

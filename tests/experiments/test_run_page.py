@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error,
 from experiments.config import Config, plain
 from experiments.reporting import drawing, run_page
 from experiments.reporting import scored as scored_page
-from lightning_modules.callbacks.first_images import Glimpse
+from lightning_modules.callbacks.first_images import FirstImages
 from lightning_modules.loggers.csv_logger import read_history
 
 TINY = (
@@ -179,7 +179,7 @@ def without_page():
     from experiments.running import training
 
     run_page.write = lambda *arguments: None
-    training.Seen = lambda *arguments: Callback()
+    training.FirstImagesCallback = lambda *arguments: Callback()
 
 
 def broken_page():
@@ -192,7 +192,7 @@ def broken_page():
 def news_every_epoch():
     from experiments.running import training
 
-    training.Seen = partial(training.Seen, every_seconds=0)
+    training.FirstImagesCallback = partial(training.FirstImagesCallback, every_seconds=0)
 
 
 def failing_step(step):
@@ -535,7 +535,7 @@ def test_pictures_are_kept_unless_the_run_begins_anew(tmp_path):
         seen = (
             None
             if value is None
-            else Glimpse(
+            else FirstImages(
                 np.full((2, 8, 8, 3), value, np.uint8), np.array([[1.0, 0.0], [0.25, 0.75]]), np.arange(2), step
             )
         )
@@ -630,7 +630,7 @@ def test_a_thousand_classes_a_long_history_and_large_pictures_stay_small(tmp_pat
         "perf/images_per_sec": 1e3,
     }
     folder = folder_of(tmp_path / "run", table, rows=rows, metric="val/acc1", best=0.5)
-    seen = Glimpse(
+    seen = FirstImages(
         rng.integers(256, size=(32, 512, 512, 3), dtype=np.uint8), rng.integers(1000, size=32), np.arange(32), 0
     )
     run_page.make(folder, spec_of("classification", names), "finished", seen=seen)

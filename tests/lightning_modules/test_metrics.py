@@ -11,9 +11,10 @@ from sklearn import metrics as sk
 from torchmetrics.functional.classification import multilabel_auroc, multilabel_average_precision, multilabel_f1_score
 from torchmetrics.functional.regression import mean_squared_error, r2_score
 
+from lightning_modules.loggers.formats import format_metric
 from lightning_modules.objectives import losses
 from lightning_modules.objectives.evaluation import Metrics
-from lightning_modules.objectives.metrics import DEFAULTS, EVERY_EPOCH, METRICS, find, score, shown
+from lightning_modules.objectives.metrics import DEFAULTS, EVERY_EPOCH, METRICS, find, score
 from lightning_modules.objectives.targets import predict
 
 CLASSES = {"task": "classification", "num_outputs": 7, "class_names": list("abcdefg"), "target_names": None}
@@ -278,8 +279,11 @@ def test_names_and_modes():
     ):
         with pytest.raises(ValueError, match=words):
             find(name, task)
-    assert shown("val/accepted_error", 0.5) == "val/accepted_error 0.5"
-    assert shown("val/acc1", 0.5) == "val/acc1 50.00 %" and shown("val/rmse", 17.35612) == "val/rmse 17.356"
+    assert format_metric("val/accepted_error", 0.5) == "val/accepted_error 0.5"
+    assert (
+        format_metric("val/acc1", 0.5) == "val/acc1 50.00 %"
+        and format_metric("val/rmse", 17.35612) == "val/rmse 17.356"
+    )
 
 
 MINE = """
