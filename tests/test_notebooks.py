@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, tells what the files say, and carries no output."""
+"""The notebooks run from top to bottom, tell what the files say, and carry no output."""
 
 import json
 from pathlib import Path
@@ -7,19 +7,37 @@ import matplotlib
 import pytest
 from conftest import result_of
 
-NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "train_distil_compare.ipynb"
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def code(name: str) -> list[str]:
+    """The source of the code cells, which have no output."""
+    cells = [cell for cell in json.loads((NOTEBOOKS / name).read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    return ["".join(cell["source"]) for cell in cells]
+
+
+@pytest.mark.parametrize("epochs", [2, pytest.param(15, marks=pytest.mark.slow)])
+def test_a_trainer_of_ones_own(tmp_path, monkeypatch, epochs):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in code("own_trainer.ipynb"):
+        exec(cell.replace("EPOCHS = 15", f"EPOCHS = {epochs}"), names)
+    best = names["history"]["val/acc1"].max()
+    assert names["big"].checkpoint_callback.best_model_score.item() == pytest.approx(best)
+    assert names["scores"]["test/acc1"] > (0.9 if epochs == 15 else 0.1) and names["logits"].shape == (360, 10)
+    assert names["student"].teacher is not None and 0 < names["taught"]["test/acc1"] < 1
+    assert names["spec"]["class_names"] == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.parametrize("epochs", ["3, 2", pytest.param("20, 16", marks=pytest.mark.slow)])
 def test_the_notebook_trains_distils_and_compares(tmp_path, monkeypatch, capsys, epochs):
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("VITLAB_DECISION", raising=False)  # which a run leaves: gone with the test
     names: dict = {}
-    for cell in cells:
-        exec("".join(cell["source"]).replace("EPOCHS = 20, 16", f"EPOCHS = {epochs}"), names)
+    for cell in code("train_distil_compare.ipynb"):
+        exec(cell.replace("EPOCHS = 20, 16", f"EPOCHS = {epochs}"), names)
     assert "error" not in capsys.readouterr().err
     groups, runs = names["groups"], {folder.name: result_of(folder) for folder in (tmp_path / "runs").iterdir()}
     assert len(runs) == 5 and len(groups) == 3
