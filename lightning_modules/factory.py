@@ -137,8 +137,8 @@ def _check_values(learning: Learning) -> None:
         if words and value is not None and value not in words:
             raise ValueError(f"{name} {value!r}{closest(str(value), words)} (there are {', '.join(words)})")
     if problem := out_of_range(learning):
-        name, value, rule = problem
-        raise ValueError(f"{name} {value}: {rule}")
+        knob, value, rule = problem
+        raise ValueError(f"{knob.name} {value}: {rule}")
     check_optimizer(learning.optimizer, learning.optimizer_args)
 
 
