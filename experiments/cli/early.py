@@ -71,7 +71,9 @@ def finished(cfg: Config) -> Path | None:
         else [file.parent for file in Path(cfg.runs_dir).glob(f"*/{run_directory.RESULT}")]
     )
     typed = _typed(cfg) if folders else None
-    for folder in folders if typed else ():
+    for folder in folders:
+        if typed is None:
+            break
         try:
             before, page = run_directory.result(folder), folder / "report.html"
             if (
@@ -120,7 +122,8 @@ def _typed(cfg: Config) -> str | None:
 def _stamp(root: str) -> str | None:
     """Of all folders under a data folder, and of its tables, when something was last added, removed or renamed; None
     for a very large one."""
-    found, left, seen, been = [], [root], 0, set()
+    found: list[tuple[str | int, ...]] = []
+    left, seen, been = [root], 0, set()
     while left:
         place = left.pop()
         if (real := os.path.realpath(place)) in been:  # a link that leads back

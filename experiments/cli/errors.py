@@ -58,12 +58,12 @@ def piped(main: Callable[..., int], *args: Any) -> int:
         try:
             code = main(*args)
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) or stop.code is None else 1
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes at its end
         code = CLOSED
-    return code or 0
+    return code
 
 
 def dispatch(prog: str, verbs: dict[str, Callable[[list[str]], int]], argv: list[str]) -> int:

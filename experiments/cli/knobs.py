@@ -194,11 +194,11 @@ class Knobs(  # the last group first: dataclasses collect the fields of their ba
 def groups() -> dict[str, list[Field]]:
     """The knobs under their headings, in the order of `--help`."""
     declared = {each.name: each for each in fields(Knobs)}
-    rooms = [base for base in reversed(Knobs.__mro__) if "title" in vars(base)]
-    found: dict[str, list[Field]] = {room.title: [] for room in rooms}
-    for room in rooms:
+    rooms = {base: vars(base)["title"] for base in reversed(Knobs.__mro__) if "title" in vars(base)}
+    found: dict[str, list[Field]] = {title: [] for title in rooms.values()}
+    for room, title in rooms.items():
         for name in room.__annotations__.keys() & declared.keys():
-            found[declared[name].metadata["group"] or room.title].append(declared[name])
+            found[declared[name].metadata["group"] or title].append(declared[name])
     return {title: sorted(members, key=[*declared.values()].index) for title, members in found.items()}
 
 

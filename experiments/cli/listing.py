@@ -1,7 +1,7 @@
 """`run.py --list`: what there is. Only the parameters of models, and a model's layers, take torch."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from datamodules.knobs import height_width
 from experiments.cli import recipes as recipe
@@ -12,9 +12,9 @@ from experiments.config import Config
 def main(cfg: Config) -> int:
     """Print the names of one kind; with --model its layers. Raises ValueError for an unknown model."""
     if cfg.list == "models" and cfg.model:
-        _columns(_layers(cfg))
+        _columns(_layers(cfg.model, cfg))
         return 0
-    _columns(rows(cfg.list))
+    _columns(rows(str(cfg.list)))
     if cfg.list == "models":
         print("timm/<name>: any of timm's models, as timm/resnet50 or timm/vit_base_patch16_224.augreg_in1k")
     if cfg.list == "metrics":
@@ -24,7 +24,7 @@ def main(cfg: Config) -> int:
 
 def rows(kind: str) -> list[tuple[str, ...]]:
     """What is registered of a kind, a row each; the first row of models holds headings. The pages show the same."""
-    kinds = {
+    kinds: dict[str, Callable[[], list[tuple[str, ...]]]] = {
         "models": _models,
         "data": lambda: [*registered.data_sets().items()],
         "losses": _losses,
@@ -92,7 +92,8 @@ def _models() -> list[tuple[str, ...]]:
     import models
     from models import cost
 
-    rows, recipes = [("name", "parameters", "GMACs", "size", "recipe", "in timm")], recipe.recipe_names()
+    recipes = recipe.recipe_names()
+    rows: list[tuple[str, ...]] = [("name", "parameters", "GMACs", "size", "recipe", "in timm")]
     for name in models.names():
         entry = models.REGISTRY[name]
         with torch.device("meta"):
@@ -110,18 +111,18 @@ def _models() -> list[tuple[str, ...]]:
     return rows
 
 
-def _layers(cfg: Config) -> list[tuple[str, ...]]:
+def _layers(model: str, cfg: Config) -> list[tuple[str, ...]]:
     import torch
 
     import models
     from models import cost
 
-    image_size = height_width(cfg.image_size or models.preprocessing(cfg.model)["image_size"])
+    image_size = height_width(cfg.image_size or models.preprocessing(model)["image_size"])
     with torch.device("meta"):
-        meta = models.create(cfg.model, image_size=image_size, **cfg.model_args)
+        meta = models.create(model, image_size=image_size, **cfg.model_args)
     rows = [
         *cost.layer_table(meta, image_size),
-        (cfg.model, image_size, cost.parameters(meta), cost.gmacs(meta, image_size)),
+        (model, image_size, cost.parameters(meta), cost.gmacs(meta, image_size)),
     ]
     return [
         ("layer", "output", "parameters", "GMACs"),

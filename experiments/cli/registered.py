@@ -17,7 +17,8 @@ def summary(docstring: str | None) -> str:
 
 def models() -> tuple[list[str], list[str]]:
     """(names of our own models; what names begin with that a loop counts up), in the order of the files."""
-    names, beginnings = [], []
+    names: list[str] = []
+    beginnings: list[str] = []
     for file in sorted(_folder("models").glob("*.py")):
         text = file.read_text(encoding="utf-8")
         for node in ast.parse(text).body if re.search(r"^ *register\(", text, re.MULTILINE) else ():
@@ -29,14 +30,14 @@ def models() -> tuple[list[str], list[str]]:
                     and call.func.id == "register"
                     and call.args
                 ):
-                    first = call.args[0]
+                    first: Any = call.args[0]
                     if isinstance(first, ast.Constant):
-                        names.append(first.value)
+                        names.append(str(first.value))
                     elif isinstance(first, ast.Name) and first.id in rows:
                         names += rows[first.id]
                     else:
                         beginnings.append(
-                            first.values[0].value
+                            str(first.values[0].value)
                             if isinstance(first, ast.JoinedStr) and isinstance(first.values[0], ast.Constant)
                             else ""
                         )
@@ -46,7 +47,9 @@ def models() -> tuple[list[str], list[str]]:
 def _rows(loop: ast.For) -> dict[str, list[str]]:
     """The texts that the variables of a loop over a written table take."""
     variables = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
-    table = [row.elts if isinstance(row, ast.Tuple) else [row] for row in getattr(loop.iter, "elts", ())]
+    table: list[list[Any]] = [
+        row.elts if isinstance(row, ast.Tuple) else [row] for row in getattr(loop.iter, "elts", ())
+    ]
     return {
         each.id: [row[place].value for row in table]
         for place, each in enumerate(variables)
@@ -97,6 +100,7 @@ def _timm() -> tuple[list[str], dict[str, list[str]]]:
 def distill_losses() -> dict[str, tuple[str, list[str]]]:
     """Name -> (what it is, its keywords) of the losses of --distill."""
     found = {}
+    node: Any
     for node in ast.parse(
         (_folder("lightning_modules.objectives") / "distill_losses.py").read_text(encoding="utf-8")
     ).body:
@@ -107,7 +111,7 @@ def distill_losses() -> dict[str, tuple[str, list[str]]]:
                     if isinstance(node, ast.FunctionDef)
                     else next(each for each in node.body if getattr(each, "name", "") == "__init__")
                 )
-                found[mark.args[0].value] = (
+                found[ast.literal_eval(mark.args[0])] = (
                     summary(ast.get_docstring(node)),
                     [each.arg for each in build.args.kwonlyargs],
                 )
@@ -168,4 +172,7 @@ def _tables(module: str, *names: str) -> dict[str, Any]:
 
 
 def _folder(package: str) -> Path:
-    return Path(next(iter(find_spec(package).submodule_search_locations)))
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"there is no package {package}")
+    return Path(spec.submodule_search_locations[0])

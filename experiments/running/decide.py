@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 
 import datamodules
 import models
 from datamodules import imagenet
+from datamodules.base import PictureData
 from datamodules.knobs import Table, height_width
 from experiments.cli import early
 from experiments.cli.errors import TOLD, UsageError
@@ -42,7 +42,7 @@ class Run:
     folder: Path
     resume: str | None
     finished: bool
-    data: L.LightningDataModule
+    data: PictureData
     model: nn.Module
     teacher: Teacher | Teachers | CachedTeacher | None = None
     asked: str | None = None  # `early.asked`
@@ -98,7 +98,7 @@ def decide(command: Command, *, assume: bool = False) -> Run:
     return run
 
 
-def listed(command: Command) -> L.LightningDataModule:
+def listed(command: Command) -> PictureData:
     """The data set of a run alone, prepared as its model wants it. Raises ValueError or FileNotFoundError."""
     cfg = adopt_checkpoint(choose_data(command)).config
     preflight.check_names(cfg)
@@ -146,7 +146,7 @@ def fill_preprocessing(draft: Draft, *, assumed: bool) -> None:
     draft.cfg, draft.alone = filled(draft.cfg), filled(draft.alone)
 
 
-def read_data(draft: Draft, assumed: list[str] | None) -> L.LightningDataModule:
+def read_data(draft: Draft, assumed: list[str] | None) -> PictureData:
     """Read the folder, and fill in what its data tell. Raises UsageError with all that speaks against them, and against
     the devices. `assumed`: of a plan, gets a line more where ImageNet is not there; None without one."""
     problems, data = [None if assumed else forecast.device_problem(draft.cfg)], None
@@ -164,7 +164,7 @@ def read_data(draft: Draft, assumed: list[str] | None) -> L.LightningDataModule:
     return data
 
 
-def fill_guesses(draft: Draft, data: L.LightningDataModule) -> None:
+def fill_guesses(draft: Draft, data: PictureData) -> None:
     """Fill in what the data module has guessed of its tables, and what follows from the task."""
     cfg, args = draft.cfg, getattr(data, "resolved_args", dict)()
     guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
@@ -178,7 +178,7 @@ def fill_guesses(draft: Draft, data: L.LightningDataModule) -> None:
         draft.cfg = draft.cfg.filled(distill=distill_losses.default(data.task))
 
 
-def fit_to_size(draft: Draft, data: L.LightningDataModule, command: Command) -> nn.Module:
+def fit_to_size(draft: Draft, data: PictureData, command: Command) -> nn.Module:
     """Check the network, and fit the recipe's warm-up and layer decay to its depth and the number of steps. Returns the
     network on no device."""
     cfg = draft.cfg
@@ -191,7 +191,7 @@ def fit_to_size(draft: Draft, data: L.LightningDataModule, command: Command) -> 
     return meta
 
 
-def fill_name(draft: Draft, data: L.LightningDataModule) -> None:
+def fill_name(draft: Draft, data: PictureData) -> None:
     """Name the run, unless it has a name, and take the places that the data were found at."""
     cfg = replace(draft.cfg, cache_side=data.cache_side)
     alone = replace(draft.alone, data=cfg.data, model=cfg.model)
@@ -199,9 +199,7 @@ def fill_name(draft: Draft, data: L.LightningDataModule) -> None:
     draft.cfg = replace(cfg, name=cfg.name or run_directory.run_name(cfg, alone), data_dir=data_dir)
 
 
-def fit_to_memory(
-    draft: Draft, data: L.LightningDataModule, meta: nn.Module, command: Command, *, assumed: bool
-) -> None:
+def fit_to_memory(draft: Draft, data: PictureData, meta: nn.Module, command: Command, *, assumed: bool) -> None:
     """Take the start of --extend, and the largest micro batch that fits."""
     cfg, longer = extended(draft.cfg, data.steps_per_epoch, command.chosen)
     cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta, assumed=assumed))
@@ -221,7 +219,7 @@ def _tried(cfg: Config) -> Config:
     return replace(cfg, limit_val=few, runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
 
 
-def _micro_batch_size(cfg: Config, data: L.LightningDataModule, meta: nn.Module, *, assumed: bool) -> int:
+def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, *, assumed: bool) -> int:
     """Once chosen it stays: a resume splits its batches as before. Pictures mixed within a pass are mixed as a cached
     teacher saw them."""
     if cfg.micro_batch_size is not None:
@@ -285,7 +283,7 @@ def _assumed_gpus(cfg: Config) -> str:
     return f"{cfg.devices} GPU{'s' * (cfg.devices > 1)} {like}"
 
 
-def _published(cfg: Config, assumed: list[str]) -> L.LightningDataModule:
+def _published(cfg: Config, assumed: list[str]) -> PictureData:
     """The data set, or ImageNet by its published numbers where no folder is named and none is found; `assumed` then has
     a line more."""
     try:

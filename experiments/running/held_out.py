@@ -11,10 +11,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 
 import datamodules
+from datamodules.base import PictureData
 from datamodules.folder import DataModule as ClassFolders
 from experiments.cli.errors import UsageError
 from experiments.config import SPLIT, Config
@@ -38,7 +38,7 @@ PLAIN = {
 UNKNOWN = "whether it has learned rows that are held out here cannot be told"
 
 
-def check(cfg: Config, data: L.LightningDataModule, datamodule: Callable[[Config], L.LightningDataModule]) -> list[str]:
+def check(cfg: Config, data: PictureData, datamodule: Callable[[Config], PictureData]) -> list[str]:
     """Hold --init and --teacher against the rows that `data` holds out; over all folds, those of each fold against what
     that fold starts from.
 
@@ -78,7 +78,7 @@ def sources(cfg: Config) -> Iterator[tuple[str, str]]:
         yield "--teacher_init", cfg.teacher_init
 
 
-def _held_out(cfg: Config, data: L.LightningDataModule) -> dict[int | None, np.ndarray]:
+def _held_out(cfg: Config, data: PictureData) -> dict[int | None, np.ndarray]:
     """Names of the pictures that are scored and not trained on, by fold (None: of a single run)."""
     if cfg.eval_only and data.sizes["test"] or not data.sizes["val"]:
         return {}
@@ -118,8 +118,8 @@ def _learned(
     path: str,
     held: np.ndarray,
     cfg: Config,
-    data: L.LightningDataModule,
-    datamodule: Callable[[Config], L.LightningDataModule],
+    data: PictureData,
+    datamodule: Callable[[Config], PictureData],
 ) -> str:
     """A line where weights have learned some of the pictures `held`, or where it cannot be told; else ''."""
     there, spec = about["config"], about["spec"]
@@ -160,7 +160,7 @@ def _place(config: dict[str, Any]) -> tuple[str, str | None]:
     )
 
 
-def _other_folders(name: str, data: L.LightningDataModule, held: np.ndarray) -> bool:
+def _other_folders(name: str, data: PictureData, held: np.ndarray) -> bool:
     """Whether both are class folders and all that is held out has a folder of its own, from which no run learns:
     ImageNet is not listed again."""
     both = (
@@ -172,8 +172,8 @@ def _other_folders(name: str, data: L.LightningDataModule, held: np.ndarray) -> 
 
 
 def _splits(
-    there: dict[str, Any], path: str, cfg: Config, datamodule: Callable[[Config], L.LightningDataModule]
-) -> L.LightningDataModule | None:
+    there: dict[str, Any], path: str, cfg: Config, datamodule: Callable[[Config], PictureData]
+) -> PictureData | None:
     """The data of a config as its run divided them, out of the folder that there is now; None where that cannot be."""
     known = {knob.name for knob in fields(Config)}
     split = {key: there[key] for key in SPLIT if key in there and key in known}

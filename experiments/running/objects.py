@@ -14,6 +14,7 @@ from torch import nn
 
 import datamodules
 import models
+from datamodules.base import PictureData
 from datamodules.knobs import ImageFiles, Table, height_width
 from datamodules.loading.decode import PictureError
 from experiments.cli.errors import UsageError
@@ -37,9 +38,7 @@ def saved(cfg: Config) -> dict[str, Any]:
     return pretrained.read_about(directories.own(cfg.init, cfg, "--init"))
 
 
-def datamodule(
-    cfg: Config, unreadable: list[str] | None = None, make: Callable[..., Any] | None = None
-) -> L.LightningDataModule:
+def datamodule(cfg: Config, unreadable: list[str] | None = None, make: Callable[..., Any] | None = None) -> PictureData:
     """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's
     order, targets its range.
 
@@ -82,7 +81,7 @@ def _check_for_files(cfg: Config, known: set[str]) -> None:
                 raise UsageError(f"{flag(knob)}{said} is for {text}; --data {cfg.data} has none")
 
 
-def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
+def model(cfg: Config, data: PictureData) -> tuple[nn.Module, str]:
     """The network with its first weights, and the line that says where they come from ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(
@@ -116,7 +115,7 @@ def model(cfg: Config, data: L.LightningDataModule) -> tuple[nn.Module, str]:
     return network, line
 
 
-def teacher(cfg: Config, data: L.LightningDataModule) -> Teacher | Teachers | CachedTeacher | None:
+def teacher(cfg: Config, data: PictureData) -> Teacher | Teachers | CachedTeacher | None:
     """The network or networks that a run learns from, or what they once said. Raises ValueError or FileNotFoundError
     for one that is untrained or does not fit."""
     if not cfg.teacher or cfg.eval_only:
@@ -149,7 +148,7 @@ def gmacs(cfg: Config, spec: dict[str, Any]) -> float:
     return cost.gmacs(meta, height_width(cfg.image_size))
 
 
-def seen_by_teacher(cfg: Config, data: L.LightningDataModule) -> dict[str, Any]:
+def seen_by_teacher(cfg: Config, data: PictureData) -> dict[str, Any]:
     """What decides which pictures the teacher of a run sees (`cached_teacher.identity`)."""
     world = forecast.world_size(cfg)
     return cached_teacher.identity(
@@ -162,7 +161,7 @@ def seen_by_teacher(cfg: Config, data: L.LightningDataModule) -> dict[str, Any]:
     )
 
 
-def cache_pictures(data: L.LightningDataModule, prog: str = "run.py") -> None:
+def cache_pictures(data: PictureData, prog: str = "run.py") -> None:
     """Make the picture cache ready. Each process asks, one of a machine builds, and a signal ends it at once: what is
     done is kept.
 

@@ -6,7 +6,6 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 
@@ -71,7 +70,7 @@ def check_names(cfg: Config) -> None:
     losses.check_values(cfg.loss_args)  # the number of outputs follows from them
 
 
-def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
+def unfit(cfg: Config, data: PictureData) -> list[str]:
     """What the data cannot be used for."""
     problems = ["--patience watches val, and these data have no val split"] * bool(
         cfg.patience and not data.sizes["val"]
@@ -101,7 +100,7 @@ def unfit(cfg: Config, data: L.LightningDataModule) -> list[str]:
     return problems
 
 
-def for_task(cfg: Config, data: L.LightningDataModule) -> Config:
+def for_task(cfg: Config, data: PictureData) -> Config:
     """The config with what was left out and depends on the task. The default smoothing is for classes and labels: of a
     regression it is off."""
     off = data.task == "regression" and cfg.label_smoothing == Config.label_smoothing
@@ -162,7 +161,7 @@ def _check_distill(cfg: Config, task: str) -> None:
     distill_losses.create(cfg.distill, task, (1, 1), **hyper)
 
 
-def check_network(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+def check_network(meta: nn.Module, cfg: Config, data: PictureData) -> None:
     """Try the network, on no device: at every size of training crops, and for attention maps where they are asked for.
     Raises UsageError."""
     _check_train_sizes(meta, cfg, data)
@@ -172,7 +171,7 @@ def check_network(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> 
         raise UsageError("\n".join(problems))
 
 
-def check_pass(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+def check_pass(meta: nn.Module, cfg: Config, data: PictureData) -> None:
     """Raises UsageError where a training pass has one picture, and batch norm would see one value of a channel."""
     pictures = cfg.global_batch_size // forecast.world_size(cfg) // data.accumulation(forecast.world_size(cfg))
     if (
@@ -197,7 +196,7 @@ def check_pass(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> Non
         ) from None
 
 
-def _check_train_sizes(meta: nn.Module, cfg: Config, data: L.LightningDataModule) -> None:
+def _check_train_sizes(meta: nn.Module, cfg: Config, data: PictureData) -> None:
     """Raises UsageError where the network takes pictures of one size only."""
     if cfg.train_size is None or cfg.eval_only:
         return
@@ -249,7 +248,7 @@ def with_layer_decay(cfg: Config, alone: Config, model: nn.Module, given: bool) 
     )
 
 
-def _loading(cfg: Config, data: L.LightningDataModule) -> list[str]:
+def _loading(cfg: Config, data: PictureData) -> list[str]:
     """A line on cores and workers of a rank, which warns where a GPU is there and they are too few for one."""
     if data.in_memory:
         return []
@@ -267,7 +266,7 @@ def _loading(cfg: Config, data: L.LightningDataModule) -> list[str]:
     return [line]
 
 
-def advice(cfg: Config, data: L.LightningDataModule, meta: nn.Module) -> list[str]:
+def advice(cfg: Config, data: PictureData, meta: nn.Module) -> list[str]:
     """Lines on what is allowed but perhaps not meant."""
     if cfg.eval_only:
         return data.notes()

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import default_collate
 
+from datamodules.base import PictureData
 from datamodules.loading.images import EvalPictures
 from lightning_modules.loggers.formats import format_metric
 from lightning_modules.loggers.messages import warn_on_error
@@ -29,7 +30,7 @@ class TeacherScore(Callback):
             tell(self.teacher, self.name, trainer.datamodule, pl_module.device)
 
 
-def tell(teacher: Any, name: str, data: L.LightningDataModule, device: torch.device) -> None:
+def tell(teacher: Any, name: str, data: PictureData, device: torch.device) -> None:
     """Print the line, where there is a val split. A picture that cannot be read spares it, and no random number is
     drawn."""
     if not data.sizes["val"]:
@@ -39,7 +40,7 @@ def tell(teacher: Any, name: str, data: L.LightningDataModule, device: torch.dev
 
 
 @torch.no_grad()
-def score(teacher: Any, data: L.LightningDataModule, device: torch.device) -> str:
+def score(teacher: Any, data: PictureData, device: torch.device) -> str:
     """The task's metric of a teacher (it has `to(device)`) over PICTURES of val in the student's evaluation view, with
     chance for classes."""
     split, found, targets, spec = data.splits["val"], [], [], data.spec
