@@ -1,4 +1,4 @@
-"""What a run says of itself: the plan, the result on screen and in result.json."""
+"""The plan of a run, how it ends, and its result on screen and in result.json."""
 
 import math
 import os
@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -32,6 +32,12 @@ from lightning_modules.loggers.formats import format_duration, format_metric
 from lightning_modules.objectives.metrics import MetricError
 from models import cost, pretrained
 
+KNOBS = {  # rows of the plan: how the network learns
+    "optimizer": "optimizer optimizer_args schedule schedule_args warmup_epochs warmup_steps warmup_lr min_lr "
+    "weight_decay layer_decay head_lr_scale clip_grad clip_mode freeze",
+    "pictures": "crop_scale hflip rand_augment random_erasing repeated_augment mixup cutmix augment_args train_size",
+    "loss": "loss loss_args label_smoothing metric teacher distill distill_args",
+}
 LOST_RANK = re.compile(
     "closed by peer|reset by peer|Broken pipe|connectFullMesh|Socket Timeout|Timed out waiting|NCCL.*remote process"
 )
@@ -39,64 +45,38 @@ LOST_RANK = re.compile(
 
 def dry_run(run: Run) -> int:
     """Print what the run would do, what it needs and how long it may take."""
-    cfg, data, world = run.cfg, run.data, forecast.world_size(run.cfg)
+    print(forecast.table([*_plan(run), ("run directory", f"{run.folder} ({_state(run)})")]))
+    return 0
+
+
+def _plan(run: Run) -> list[tuple[str, str]]:
+    cfg, data, sizes, world = run.cfg, run.data, run.data.sizes, forecast.world_size(run.cfg)
     if cfg.eval_only:
-        split = "test" if data.sizes["test"] else "val"
-        print(
-            forecast.table(
-                [
-                    ("model", f"{cfg.model}, weights of {cfg.init}"),
-                    ("scores", f"{data.sizes[split]:,} pictures of {split}"),
-                    ("run directory", f"{run.folder} ({_state(run)})"),
-                ]
-            )
-        )
-        return 0
+        split = "test" if sizes["test"] else "val"
+        return [("model", f"{cfg.model}, weights of {cfg.init}"), ("scores", f"{sizes[split]:,} pictures of {split}")]
     with torch.device("meta"):
         meta = models.create(cfg.model, data.spec["num_outputs"], height_width(cfg.image_size), **cfg.model_args)
-    fixed, per_picture = forecast.memory(meta, cfg)
-    passes = data.accumulation(world)
+    passes, steps = data.accumulation(world), cfg.epochs * data.steps_per_epoch
     micro = cfg.global_batch_size // world // passes
-    steps = cfg.epochs * data.steps_per_epoch
-    gigabytes, room = 2**30, forecast.free_bytes(cfg, assumed=bool(run.assumed))
-    print(
-        forecast.table(
-            [
-                *(("assumed", line) for line in run.assumed),
-                (
-                    "model",
-                    f"{cfg.model}, {cost.parameters(run.model):,} parameters, "
-                    f"{objects.gmacs(cfg, data.spec):.2f} GMACs at {cfg.image_size}",
-                ),
-                (
-                    "data",
-                    f"{cfg.data}, train {data.sizes['train']:,}, val {data.sizes['val']:,}, test "
-                    f"{data.sizes['test']:,}, "
-                    f"{_targets(data.spec)}",
-                ),
-                (
-                    "batch",
-                    f"{cfg.global_batch_size} = {cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x "
-                    f"{micro} pictures",
-                ),
-                (
-                    "steps",
-                    f"{steps:,} = {cfg.epochs} epochs x {data.steps_per_epoch:,}, peak lr {cfg.lr:g}, precision "
-                    f"{cfg.precision}",
-                ),
-                *_recipe_rows(cfg),
-                (
-                    "memory",
-                    f"about {(fixed + micro * per_picture) / gigabytes:.2f} GB a device (weights, gradients, moments "
-                    f"{fixed / gigabytes:.2f}; "
-                    f"{micro} pictures {micro * per_picture / gigabytes:.2f}); {room / gigabytes:.2f} GB free",
-                ),
-                ("time", _time(run, micro, steps)),
-                ("run directory", f"{run.folder} ({_state(run)})"),
-            ]
-        )
+    batch = f"{cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"
+    fixed, each, free = (
+        value / 2**30 for value in (*forecast.memory(meta, cfg), forecast.free_bytes(cfg, assumed=bool(run.assumed)))
     )
-    return 0
+    parts = f"(weights, gradients, moments {fixed:.2f}; {micro} pictures {micro * each:.2f})"
+    learning = f"peak lr {cfg.lr:g}, precision {cfg.precision}"
+    parameters, gmacs = cost.parameters(run.model), objects.gmacs(cfg, data.spec)
+    splits = ", ".join(f"{split} {sizes[split]:,}" for split in ("train", "val", "test"))
+    return [
+        *(("assumed", line) for line in run.assumed),
+        ("model", f"{cfg.model}, {parameters:,} parameters, {gmacs:.2f} GMACs at {cfg.image_size}"),
+        ("data", f"{cfg.data}, {splits}, {_targets(data.spec)}"),
+        ("batch", f"{cfg.global_batch_size} = {batch}"),
+        ("steps", f"{steps:,} = {cfg.epochs} epochs x {data.steps_per_epoch:,}, {learning}"),
+        *((name, _knobs(cfg, keys)) for name, keys in KNOBS.items()),
+        ("weights", _knobs(cfg, "init model_args ema_decay use_ema average_checkpoints") or "from scratch"),
+        ("memory", f"about {fixed + micro * each:.2f} GB a device {parts}; {free:.2f} GB free"),
+        ("time", _time(run, micro, steps)),
+    ]
 
 
 def _time(run: Run, micro: int, steps: int) -> str:
@@ -106,10 +86,8 @@ def _time(run: Run, micro: int, steps: int) -> str:
         return "not measured: none of its devices is here"
     speed = forecast.images_per_second(run.model, cfg, micro if on_gpu else min(micro, 8))
     seconds = steps * cfg.global_batch_size / (speed * (forecast.world_size(cfg) if on_gpu else cfg.num_nodes))
-    return (
-        f"about {format_duration(seconds)} of training steps, at {speed:.1f} images/s measured now on one device "
-        f"without data loading"
-    )
+    measured = f"at {speed:.1f} images/s measured now on one device without data loading"
+    return f"about {format_duration(seconds)} of training steps, {measured}"
 
 
 def _targets(spec: dict[str, Any]) -> str:
@@ -120,50 +98,10 @@ def _targets(spec: dict[str, Any]) -> str:
     )
 
 
-def _recipe_rows(cfg: Config) -> list[tuple[str, str]]:
-    """How it learns, for the plan: knobs that are off are left out."""
-
-    def row(*keys: str) -> str:
-        return ", ".join(
-            f"{key} {value}" for key in keys if (value := getattr(cfg, key)) not in (None, False, 0, {}, "none")
-        )
-
-    return [
-        (
-            "optimizer",
-            row(
-                "optimizer",
-                "optimizer_args",
-                "schedule",
-                "warmup_epochs",
-                "warmup_steps",
-                "warmup_lr",
-                "min_lr",
-                "weight_decay",
-                "layer_decay",
-                "head_lr_scale",
-                "clip_grad",
-                "clip_mode",
-                "freeze",
-            ),
-        ),
-        (
-            "pictures",
-            row(
-                "crop_scale",
-                "hflip",
-                "rand_augment",
-                "random_erasing",
-                "repeated_augment",
-                "mixup",
-                "cutmix",
-                "augment_args",
-                "train_size",
-            ),
-        ),
-        ("loss", row("loss", "loss_args", "label_smoothing", "metric", "teacher", "distill", "distill_args")),
-        ("weights", row("init", "model_args", "ema_decay", "use_ema", "average_checkpoints") or "from scratch"),
-    ]
+def _knobs(cfg: Config, keys: str) -> str:
+    """Knobs and their values, without those that are off."""
+    values = {key: getattr(cfg, key, None) for key in keys.split()}
+    return ", ".join(f"{key} {value}" for key, value in values.items() if value not in (None, False, 0, {}, "none"))
 
 
 def _state(run: Run) -> str:
@@ -185,7 +123,7 @@ def finished(run: Run) -> int:
 
 @contextmanager
 def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
-    """Close the tracker with the right state however the run ends. A picture that cannot be read ends it with one line
+    """Close the tracker with the right state however the run ends. An image that cannot be read ends it with one line
     and exit 1; of several ranks all leave at once, so that none waits in a collective for another."""
     code = 1
     try:
@@ -198,31 +136,15 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         code = asked.code
         raise
     except PictureError as error:
-        line = [line for line in str(error).splitlines() if "cannot read picture" in line][
-            -1
-        ]  # after a worker's own traceback
-        hint = (
-            " (--bad_images skip leaves out what cannot be read, an empty file too: the same command with it goes on)"
-            if hasattr(run.data, "listed")
-            else ""
-        )
-        print(f"run.py: {line[line.find('cannot read picture') :]}{hint}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        lines = [line for line in str(error).splitlines() if "cannot read picture" in line]
+        line = lines[-1][lines[-1].find("cannot read picture") :]  # after a worker's own traceback
+        hint = "--bad_images skip leaves out what cannot be read, an empty file too: the same command with it goes on"
+        _exit(f"{line} ({hint})" if hasattr(run.data, "listed") else line)
     except BrokenPipeError as error:
-        print(
-            f"run.py: nobody reads the output any more ({error}); the same command goes on", file=sys.stderr, flush=True
-        )
-        raise SystemExit(1) from None
+        _exit(f"nobody reads the output any more ({error}); the same command goes on")
     except MetricError as error:
-        if trainer.is_global_zero:
-            print(
-                f"run.py: {error}. The training is saved up to step {trainer.global_step}, the scores of its epoch "
-                f"are not: mend the function, and "
-                "the same command goes on",
-                file=sys.stderr,
-                flush=True,
-            )
-        raise SystemExit(1) from None
+        saved = f"The training is saved up to step {trainer.global_step}, the scores of its epoch are not"
+        _stop(trainer, f"{error}. {saved}: mend the function, and the same command goes on")
     except NotFinite as error:
         _not_finite(error, run, trainer)
         raise SystemExit(1) from None
@@ -230,7 +152,7 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         code = PREEMPTED if notice.asked > 1 else 1
         if trainer.world_size == 1 and code == 1:
             raise
-        _tell(error, trainer)
+        _print_error(error, trainer)
         raise SystemExit(code) from None
     finally:
         disarm_launcher(trainer)
@@ -240,6 +162,18 @@ def ending(run: Run, trainer: L.Trainer) -> Iterator[None]:
         if code == PREEMPTED or code and trainer.world_size > 1:
             sys.stdout.flush()
             os._exit(code)  # leaving in good order would wait for ranks that are gone, or for a tracker's network
+
+
+def _exit(line: str) -> NoReturn:
+    print(f"run.py: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(1) from None
+
+
+def _stop(trainer: L.Trainer, line: str) -> NoReturn:
+    """As `_exit`, the line from rank 0 alone."""
+    if trainer.is_global_zero:
+        _exit(line)
+    raise SystemExit(1) from None
 
 
 def _not_finite(error: NotFinite, run: Run, trainer: L.Trainer) -> None:
@@ -269,31 +203,21 @@ def _not_finite(error: NotFinite, run: Run, trainer: L.Trainer) -> None:
     print(f"run.py: {line}", file=sys.stderr, flush=True)
 
 
-def _tell(error: Exception, trainer: L.Trainer) -> None:
-    """The traceback of the rank that failed; one line from those that have only lost it."""
-    first = str(error).splitlines()[0] if str(error) else ""
+def _print_error(error: Exception, trainer: L.Trainer) -> None:
+    """Print the traceback of the rank that failed; one line for those that have only lost it."""
+    words = f":\n{''.join(traceback.format_exception(error))}"
     if LOST_RANK.search(str(error)):
-        print(
-            f"rank {trainer.global_rank}: another rank has left, its own words tell why ({first[:150]})",
-            file=sys.stderr,
-            flush=True,
-        )
-    else:
-        print(f"rank {trainer.global_rank}:\n{''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
+        words = f": another rank has left, its own words tell why ({str(error).splitlines()[0][:150]})"
+    print(f"rank {trainer.global_rank}{words}", file=sys.stderr, flush=True)
 
 
 def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
-    """Score what is to be scored, write result.json, print the line a person waits for. Without its last step on disk a
-    run is not
-    finished: exit 1, and the same command goes on from the last step that is."""
-    saving = trainer.strategy.checkpoint_io
+    """Score what is to be scored, write result.json, print the result. A run is not finished without its last step on
+    disk: exit 1, and the same command resumes from the last step that is."""
+    saving, again = trainer.strategy.checkpoint_io, "run the same command again"
     if any(callback.unsaved for callback in trainer.callbacks if isinstance(callback, LastCheckpoint)):
-        _stop(
-            trainer,
-            f"the last step is not saved, {saving.error}. Make room or give the right to write, and run the same "
-            f"command again: it "
-            "goes on from the last step that was saved",
-        )
+        room = f"Make room or give the right to write, and {again}: it goes on from the last step that was saved"
+        _stop(trainer, f"the last step is not saved, {saving.error}. {room}")
     scores = _evaluate(run, task, trainer)
     if not trainer.is_global_zero:
         return
@@ -320,49 +244,32 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         "asked": run.asked,
         "finished": True,
     }
+    file = run.folder / run_directory.RESULT
     try:
         run_directory.write_result(run.folder, values)
     except OSError as error:
-        _stop(
-            trainer,
-            f"{run.folder / run_directory.RESULT} cannot be written: {error.strerror or error}. The training is "
-            f"saved; the same command again "
-            "scores it",
-        )
+        why = error.strerror or error
+        _stop(trainer, f"{file} cannot be written: {why}. The training is saved; the same command again scores it")
     for callback in trainer.callbacks:
         if isinstance(callback, Averaging):
             callback.clear()
     trackers.conclude(run, trainer, values)
-    shown = ", ".join(
-        format_metric(key, value)
-        for key, value in values.items()
-        if value is not None and key.endswith(("/acc1", "/acc5", f"/{task.metric.name}"))
-    )
-    took = (
-        f" after {format_duration(values['train_seconds'])} of training at {values['images_per_sec']:.0f} images/s"
-        if steps
-        else ""
-    )
-    kept = f"result in {run.folder / run_directory.RESULT}, a page on it in report.html beside it"
+    ends = ("/acc1", "/acc5", f"/{task.metric.name}")
+    scored = {key: value for key, value in values.items() if value is not None and key.endswith(ends)}
+    line = ", ".join(format_metric(key, value) for key, value in scored.items())
+    if steps:
+        duration = format_duration(values["train_seconds"])
+        line += f" after {duration} of training at {values['images_per_sec']:.0f} images/s"
+    kept = f"result in {file}, a page on it in report.html beside it"
     if cfg.fast_dev_run:
-        kept = (
-            f"fast_dev_run: {steps} steps, {run.data.sizes['val']} pictures of val and {run.data.sizes['test']} of "
-            f"test; nothing is kept"
-        )
-    print(f"{shown}{took}\n{kept}")
+        sizes = f"{run.data.sizes['val']} pictures of val and {run.data.sizes['test']} of test"
+        kept = f"fast_dev_run: {steps} steps, {sizes}; nothing is kept"
+    print(f"{line}\n{kept}")
     if saving.failures:
-        print(
-            f"{saving.failures} saves of checkpoints failed on the way (the warnings say which and why); the last "
-            f"step is saved"
-        )
+        why = "the warnings say which and why"
+        print(f"{saving.failures} saves of checkpoints failed on the way ({why}); the last step is saved")
     run_page.write(run, "finished")
     media.log(run, task, trainer)
-
-
-def _stop(trainer: L.Trainer, line: str) -> None:
-    if trainer.is_global_zero:
-        print(f"run.py: {line}", file=sys.stderr, flush=True)
-    raise SystemExit(1)
 
 
 def _evaluate(run: Run, task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any]:
@@ -431,12 +338,8 @@ def _averaged(task: L.LightningModule, trainer: L.Trainer) -> dict[str, Any] | N
             (callback.finish(trainer, task) for callback in trainer.callbacks if isinstance(callback, Averaging)), None
         )
     except (OSError, ValueError) as error:
-        _stop(
-            trainer,
-            f"the weights are not averaged: {error}. Make room, or delete a damaged file (the others are averaged), "
-            f"and run the same "
-            "command again",
-        )
+        room = "Make room, or delete a damaged file (the others are averaged), and run the same command again"
+        _stop(trainer, f"the weights are not averaged: {error}. {room}")
 
 
 def _timing(run: Run, trainer: L.Trainer) -> dict[str, float | None]:
