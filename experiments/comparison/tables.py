@@ -15,30 +15,11 @@ from datamodules.loading.files import whole_file
 from experiments.cli.errors import UsageError
 from experiments.comparison.record import FINISHED, Record, number, of_place
 
-SMALLER = {
-    "loss",
-    "log_loss",
-    "rmse",
-    "mse",
-    "mae",
-    "mape",
-    "error",
-    "nll",
-    "brier",
-    "ece",
-    "params",
-    "gmacs",
-    "train_seconds",
-    "peak_memory_mb",
-}
-LARGER = {"acc1", "acc5", "acc", "accuracy", "f1", "auroc", "auc", "map", "qwk", "r2", "spearman", "kappa"}
+SMALLER = {*"loss log_loss rmse mse mae mape error nll brier ece params gmacs train_seconds peak_memory_mb".split()}
+LARGER = {*"acc1 acc5 acc accuracy f1 auroc auc map qwk r2 spearman kappa".split()}
 SHOWN_PLACES = {"recipe", "devices", "num_nodes"}  # no part of what a run is, but worth a column where they differ
 EACH_RUN = {"seed", "fold"}  # what the runs of a group differ in
-PATHS = {
-    "teacher",
-    "init",
-    "teacher_init",
-}  # and these, where their names go with the seed: cache0 for seed 0, cache1 for seed 1
+PATHS = {"teacher", "init", "teacher_init"}  # and these, where their names have the seed: cache0, cache1 for seeds 0, 1
 COST = ("params", "gmacs", "images_per_sec", "hours")
 
 

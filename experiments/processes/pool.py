@@ -15,24 +15,10 @@ from typing import Any
 
 from lightning_modules.callbacks.signals import ORDER, PR_SET_PDEATHSIG, notice
 
-OF_ONE_RUN = (
-    "WANDB_SWEEP_ID",
-    "WANDB_RUN_ID",
-    "WANDB_SWEEP_PARAM_PATH",
-    "WANDB_NAME",  # that over others: the trial of a W&B sweep, a name
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "NODE_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_WORLD_SIZE",
-    "ROLE_WORLD_SIZE",
-    "TORCHELASTIC_RUN_ID",
-)  # its place among processes: others meet on a port of their own
+OF_ONE_RUN = (  # variables of one run in a W&B sweep or under a launcher; subprocesses meet on a port of their own
+    "WANDB_SWEEP_ID WANDB_RUN_ID WANDB_SWEEP_PARAM_PATH WANDB_NAME MASTER_ADDR MASTER_PORT RANK LOCAL_RANK GROUP_RANK "
+    "ROLE_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID"
+).split()
 POLL_SECONDS = 0.2
 MARGIN_SECONDS = 60  # of --hours, at most a fiftieth of it: for saving and merging
 

@@ -7,27 +7,16 @@ params.py, grid_search.py.
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from datamodules.loading.closest import did_you_mean
 from experiments.cli.errors import UsageError
 from experiments.cli.recipes import yaml_keys
 
-KEYS = [
-    "program",
-    "method",
-    "metric",
-    "early_terminate",
-    "parameters",
-    "command",
-    "name",
-    "description",
-    "project",
-    "entity",
-    "run_cap",
-]
+KEYS = "program method metric early_terminate parameters command name description project entity run_cap".split()
 METHODS, GOALS = ["bayes", "random", "grid"], ["minimize", "maximize"]
 RANGE, STEPPED = ("min", "max"), ("min", "max", "q")
 DISTRIBUTIONS = {
@@ -39,15 +28,7 @@ DISTRIBUTIONS = {
     "q_uniform": STEPPED,
     "q_log_uniform_values": STEPPED,
 }
-OURS = (
-    "name",
-    "runs_dir",
-    "resume",
-    "extend",
-    "overwrite",
-    "dry_run",
-    "list",
-)  # flags that sweep.py gives each trial, or that no trial can have
+OURS = tuple("name runs_dir resume extend overwrite dry_run list".split())  # sweep.py gives them, or no trial can
 ARGS = ("${args_no_equals}", "${args}")  # macros whose flags run.py reads
 
 
@@ -102,7 +83,7 @@ class Space:
     def points(self) -> list[dict[str, Any]]:
         """All points of a grid in W&B's order: names sorted, the last one fastest."""
         varied = sorted(self.varied, key=lambda each: each.name)
-        values = [each.values or range(each.low, each.high + 1) for each in varied]
+        values = [each.values or range(int(each.low), int(each.high) + 1) for each in varied]
         return [dict(zip((each.name for each in varied), point)) for point in itertools.product(*values)]
 
     def texts(self, drawn: dict[str, Any]) -> dict[str, str]:
@@ -262,11 +243,11 @@ def _texts(values: Any, where: str) -> tuple[str, ...]:
     return texts
 
 
-def _mapping(value: Any, where: str, known: list[str] | None = None) -> dict[str, Any]:
+def _mapping(value: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         raise UsageError(f"{where}: " + ("is missing" if value is None else "holds no keys"))
-    for key in value if known else ():
-        if key not in known:
+    for key in value:
+        if known and key not in known:
             raise UsageError(
                 f"{where}: unknown key {key!r}{did_you_mean(str(key), known)} (there are {', '.join(known)})"
             )
@@ -279,5 +260,5 @@ def _one_of(value: Any, known: list[str], where: str) -> str:
     return value
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
