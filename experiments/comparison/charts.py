@@ -7,9 +7,10 @@ from PIL import Image
 
 from experiments.comparison import text
 from experiments.comparison.record import Record, number
-from experiments.comparison.tables import Comparison, Group, in_percent
+from experiments.comparison.tables import Comparison, Group
 from experiments.reporting import drawing
 from experiments.reporting.drawing import LOG_SCALE, Axis, Chart, Drawing, Line, Text
+from lightning_modules.loggers.formats import in_percent
 
 DASHES = ("", "6 3", "2 2", "6 2 2 2")
 COSTS = {  # key: its name on an axis, factor

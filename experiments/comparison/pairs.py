@@ -14,7 +14,8 @@ import numpy as np
 
 from experiments.comparison.record import Record, number
 from experiments.comparison.row_scores import DRAWS, FILES, SEED, Rows, bootstrap, of_means, parts, read_rows, score
-from experiments.comparison.tables import Comparison, Group, in_percent
+from experiments.comparison.tables import Comparison, Group
+from lightning_modules.loggers.formats import in_percent
 
 BETTER, NOISE, WORSE, UNKNOWN = "better", "noise", "worse", "unknown"
 LEVEL, Z = 0.95, NormalDist().inv_cdf(0.975)

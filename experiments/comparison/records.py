@@ -195,8 +195,7 @@ def _mapping(path: Path, load: Any, problems: list[str]) -> dict[str, Any]:
 
 
 def _history(path: Path, problems: list[str]) -> list[dict[str, float]]:
-    """lightning_modules.loggers.csv_logger.read_history, without the seconds that lightning takes to load; cells that
-    are no number are left out."""
+    """As `read_history`, but without the rows that are not numbers, which are noted in `problems`."""
     if not path.is_file():
         return []
     rows = []

@@ -14,6 +14,7 @@ from datamodules.loading.closest import did_you_mean
 from datamodules.loading.files import whole_file
 from experiments.cli.errors import UsageError
 from experiments.comparison.record import FINISHED, Record, number, of_place
+from lightning_modules.loggers.formats import format_value, in_percent
 
 SMALLER = {*"loss log_loss rmse mse mae mape error nll brier ece params gmacs train_seconds peak_memory_mb".split()}
 LARGER = {*"acc1 acc5 acc accuracy f1 auroc auc map qwk r2 spearman kappa".split()}
@@ -249,17 +250,13 @@ def _warn(records: list[Record], scored: list[Record], metric: str, notes: list[
         notes.append(f"Without a score, so not ranked: {', '.join(each.name for each in rest)}.")
 
 
-def in_percent(metric: str | None) -> bool:
-    return bool(metric) and metric.split("/")[-1].startswith("acc")
-
-
 def shown(metric: str | None, value: float | None, sign: bool = False) -> str:
     """A score for people: accuracies in per cent, their differences (`sign`) in percentage points."""
     if value is None:
         return ""
-    if in_percent(metric):
-        return f"{100 * value:+.2f}" if sign else f"{100 * value:.2f} %"
-    return f"{value:+.4g}" if sign else f"{value:.5g}"
+    if not sign:
+        return format_value(metric or "", value)
+    return f"{100 * value:+.2f}" if in_percent(metric) else f"{value:+.4g}"
 
 
 def with_spread(metric: str, values: list[float]) -> str:

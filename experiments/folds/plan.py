@@ -16,7 +16,7 @@ from experiments.processes.pool import gpu_names
 from experiments.reporting import result, run_page
 from experiments.running import build, decide, forecast, run_directory, trackers
 from experiments.running.build import Run
-from lightning_modules.loggers.formats import format_metric
+from lightning_modules.loggers.formats import format_value
 from lightning_modules.loggers.messages import warn_on_error
 from lightning_modules.objectives import metrics
 
@@ -117,7 +117,7 @@ def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float
         run_page.make(folder, known["spec"], "finished" if whole else "preempted", data=data)
 
     def shown(value: float) -> str:
-        return format_metric(merged["metric"], value).split(" ", 1)[1]
+        return format_value(merged["metric"], value)
 
     scores = [shown(each) for each in merged["fold_scores"] if each is not None]
     print(

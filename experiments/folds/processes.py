@@ -1,7 +1,6 @@
 """`run.py --folds K`: every fold a process of its own under runs/<name>/fold0.., one after the other or one on each
 device, and what they say together. This process stays light: it imports no torch before the merge and holds no GPU."""
 
-import csv
 import json
 import multiprocessing
 import signal
@@ -19,6 +18,7 @@ from experiments.folds import FOLD_PER_DEVICE
 from experiments.processes import pool
 from lightning_modules.callbacks.signals import ORDER, PREEMPTED, exit_code, notice
 from lightning_modules.loggers.formats import format_duration, format_metric
+from lightning_modules.loggers.history import read_history
 
 PROCESSES = multiprocessing.get_context(
     "spawn"
@@ -106,11 +106,9 @@ class Folds:
 
     def _share(self, fold: int) -> float:
         """Of the steps of an unfinished fold, those that its history tells of."""
-        history = self.place(fold) / "metrics.csv"
-        if not history.is_file() or fold in self.finished():
+        if fold in self.finished():
             return 0.0
-        with open(history, newline="", encoding="utf-8") as file:
-            steps = [int(row["step"]) for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+        steps = [row["step"] for row in read_history(self.place(fold) / "metrics.csv") if "step" in row]
         return min(0.99, max(steps, default=0) / self.plan["steps"])
 
     def _print_plan(self) -> None:

@@ -24,8 +24,8 @@ from experiments.running import run_directory
 from experiments.running.build import Run
 from lightning_modules.callbacks.first_images import FirstImages
 from lightning_modules.callbacks.signals import INTERRUPTED, PREEMPTED
-from lightning_modules.loggers.csv_logger import read_history
-from lightning_modules.loggers.formats import format_duration
+from lightning_modules.loggers.formats import format_duration, in_percent
+from lightning_modules.loggers.history import read_history
 from lightning_modules.loggers.messages import warn_on_error
 from models import cost
 
@@ -141,7 +141,7 @@ def _facts(config: dict[str, Any], result: dict[str, Any], rows: Rows, params: i
     last = rows[-1] if rows else {}
     facts = [("model", result.get("model", config.get("model"))), ("data", result.get("data", config.get("data")))]
     facts += [
-        (key, number(value, _percent(key)))
+        (key, number(value, in_percent(key)))
         for key, value in result.items()
         if key.split("/")[0] in ("val", "val_ema", "test")
         and key != result.get("metric")
@@ -173,12 +173,7 @@ def _best(result: dict[str, Any]) -> dict[str, Any] | None:
         return None
     value = result["overall"] if result.get("overall") is not None else result.get("best")
     epoch = None if result.get("best_epoch") is None else result["best_epoch"] + 1
-    return {"name": metric, "value": number(value, _percent(metric)), "epoch": epoch, "epochs": result.get("epochs")}
-
-
-def _percent(name: str) -> bool:
-    """Accuracies are fractions in files, percent for people."""
-    return name.split("/")[-1].startswith("acc")
+    return {"name": metric, "value": number(value, in_percent(metric)), "epoch": epoch, "epochs": result.get("epochs")}
 
 
 def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
@@ -205,7 +200,7 @@ def _curves(rows: Rows, result: dict[str, Any]) -> dict[str, Any]:
         drawing.curves(
             name,
             {f"{stage}/{name}": (colour, _points(rows, f"{stage}/{name}")) for stage, colour in COLOURS.items()},
-            percent=_percent(name),
+            percent=in_percent(name),
             mark=best,
         )
         for name in dict.fromkeys([metric, "loss"])
@@ -220,7 +215,7 @@ def _curves(rows: Rows, result: dict[str, Any]) -> dict[str, Any]:
     return {
         "drawings": _drawn(*drawn),
         "columns": columns,
-        "rows": [[number(row.get(column), _percent(column)) for column in columns] for row in people],
+        "rows": [[number(row.get(column), in_percent(column)) for column in columns] for row in people],
         "epochs": len(ends) if len(picked) < len(ends) else None,
     }
 
@@ -262,7 +257,7 @@ def _others(rows: Rows) -> list[drawing.Drawing]:
             continue
         line = COLOURS.get(stage, "raw"), _points(rows, column)
         found.setdefault(name if stage in COLOURS else column, {})[column] = line
-    drawn = (drawing.curves(name, lines, percent=_percent(name)) for name, lines in list(found.items())[:16])
+    drawn = (drawing.curves(name, lines, percent=in_percent(name)) for name, lines in list(found.items())[:16])
     return _drawn(*drawn)
 
 
@@ -302,8 +297,8 @@ def _folds(result: dict[str, Any]) -> dict[str, Any] | None:
         "overall": overall,
         "low": low,
         "high": high,
-        "percent": _percent(metric),
-        "drawings": _drawn(drawing.dots("each fold and all rows", scores, overall, low, high, _percent(metric))),
+        "percent": in_percent(metric),
+        "drawings": _drawn(drawing.dots("each fold and all rows", scores, overall, low, high, in_percent(metric))),
     }
 
 

@@ -1,6 +1,5 @@
 """The run.py processes of a sweep: started, watched epoch by epoch, stopped early, counted."""
 
-import csv
 import math
 import shlex
 import signal
@@ -18,6 +17,7 @@ from experiments.search.space import flags
 from experiments.search.trials import PRUNE, SECONDS, WHY, Trials
 from lightning_modules.callbacks.signals import INTERRUPTED, PREEMPTED, notice
 from lightning_modules.loggers.formats import format_metric
+from lightning_modules.loggers.history import read_history
 
 IN_A_ROW = 3  # failures that stop a sweep
 OF_RESULT = (  # keys that result.json alone has
@@ -130,7 +130,7 @@ class Runs:
         now = history.stat()
         if child.seen == (now.st_mtime_ns, now.st_size):
             return
-        child.seen, rows = (now.st_mtime_ns, now.st_size), _rows(history)
+        child.seen, rows = (now.st_mtime_ns, now.st_size), read_history(history)
         self._check_metric(rows)
         epochs = int(self.space.texts(child.trial.params).get("epochs", self.epochs))
         for row in rows:
@@ -260,13 +260,3 @@ class Runs:
         if self.pool.asked and left:
             print(f"{left} of {self.total} trials are left; the same command goes on", flush=True)
         return code or (PREEMPTED if self.pool.asked and left else 0 if self.trials.count(TrialState.COMPLETE) else 1)
-
-
-def _rows(history: Path) -> list[dict[str, float]]:
-    """The whole rows of a metrics.csv, as `lightning_modules.loggers.csv_logger.read_history` gives them without
-    loading lightning."""
-    with open(history, newline="", encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    return [
-        {key: float(value) for key, value in row.items() if value not in ("", None)} for row in csv.DictReader(lines)
-    ]

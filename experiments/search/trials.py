@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from datamodules.loading.files import whole_file
 from experiments.cli.errors import UsageError
 from experiments.search.space import Space
-from lightning_modules.loggers.formats import format_metric
+from lightning_modules.loggers.formats import format_metric, format_value
 
 STATES = {
     TrialState.COMPLETE: "finished",
@@ -181,7 +181,7 @@ def table(rows: list[dict[str, Any]], space: Space) -> str:
     names = [each.name for each in space.varied]
     cells = [["trial", *names, space.metric, "state", "epochs", "minutes"]]
     for row in rows:
-        value = "-" if row["value"] is None else format_metric(space.metric, row["value"]).split(" ", 1)[1]
+        value = "-" if row["value"] is None else format_value(space.metric, row["value"])
         cells.append(
             [
                 str(row["number"]),

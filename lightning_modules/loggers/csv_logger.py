@@ -10,20 +10,10 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_modules.loggers.history import read_history
 from lightning_modules.loggers.messages import warn
 
 FIRST = ["epoch", "step"]
-
-
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv as numbers, empty cells and a line cut short left out; [] when there is no file."""
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]
-    return [
-        {key: float(value) for key, value in row.items() if value not in ("", None)} for row in csv.DictReader(lines)
-    ]
 
 
 class History(Logger):

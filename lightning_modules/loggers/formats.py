@@ -1,9 +1,21 @@
 """Numbers as text for people. Standard library only."""
 
+import re
+
+
+def in_percent(name: str | None) -> bool:
+    """Whether a metric is an accuracy: a fraction in files and logs, percent for people."""
+    return name is not None and re.fullmatch(r"acc\d*|accuracy", name.split("/")[-1]) is not None
+
+
+def format_value(name: str, value: float) -> str:
+    """`83.20 %` of an accuracy, `17.356` of another metric."""
+    return f"{100 * value:.2f} %" if in_percent(name) else f"{value:.5g}"
+
 
 def format_metric(name: str, value: float) -> str:
     """`val/acc1 83.20 %`, `val/rmse 17.356`."""
-    return f"{name} {100 * value:.2f} %" if name.split("/")[-1] in ("acc1", "acc5") else f"{name} {value:.5g}"
+    return f"{name} {format_value(name, value)}"
 
 
 def format_duration(seconds: float | None) -> str:
