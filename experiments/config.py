@@ -41,7 +41,7 @@ SPLIT = (
 
 @dataclass(kw_only=True)
 class Config(Knobs):
-    """Every knob of a run, frozen. Field = flag = YAML key."""
+    """Every knob of a run, frozen; `experiments/cli/knobs.py` declares them."""
 
     def __setattr__(self, key: str, value: Any) -> None:
         if "_frozen" in self.__dict__:  # data modules inherit the same groups and are not, so no dataclass option
@@ -88,8 +88,13 @@ class Typed:
 
 @dataclass(frozen=True)
 class Command:
-    """What was typed: the config, the values of its recipe alone (run names tell the difference), a line on each
-    derived choice, and the names of the knobs that flags and config file give."""
+    """A command line, resolved as far as no file but the recipe is needed.
+
+    Args:
+        config: all knobs. recipe_alone: the values of its recipe alone, from which a run name takes the differences.
+        notes: a line to print on each derived choice. typed: the words as parsed.
+        chosen: names of the knobs that flags and config file set.
+    """
 
     config: Config
     recipe_alone: Config
@@ -112,7 +117,7 @@ def parse(argv: list[str] | None = None) -> Config:
 
 
 def read(argv: list[str] | None = None, prog: str = "run.py") -> Command:
-    """`parse`, with what the run name and the printed lines need; `prog` is who speaks of a mistake."""
+    """Like `parse`, with the notes to print and the recipe's own values. `prog` is the name in error messages."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return _command(_typed(argv))
@@ -123,7 +128,7 @@ def read(argv: list[str] | None = None, prog: str = "run.py") -> Command:
 
 
 def _tidy(message: str) -> str:
-    """jsonargparse's words for a wrong value, as one line about the flag."""
+    """Format jsonargparse's message about a wrong value as one line about the flag."""
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
     line = re.sub(r'Parser key "([\w.]+)":', r"--\1:", re.sub(r"<class '(\w+)'>", r"\1", line))
     line = re.sub(
@@ -159,7 +164,7 @@ def _from_file(file: Path, name: str) -> dict[str, Any]:
 
 
 def _command(typed: Typed) -> Command:
-    """The config that was meant, in a straight line: recipe, layers, what the recipe gives way to, learning rate."""
+    """The config of a command line: recipe, layers, what the recipe gives way to, learning rate."""
     chosen = {*typed.file, *typed.flags}
     recipe, why = recipes.choose_recipe({**typed.file, **typed.flags}, "recipe" in typed.flags)
     alone, notes = {each.name: default(each) for each in fields(Config)}, [f"recipe {recipe} ({why})"]

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         if processes.wanted(command.config):
             return processes.main(command)
         if folder := early.finished(command.config):
-            return early.tell(folder)
+            return early.print_finished(folder)
         from experiments.reporting import result  # torch and lightning: seconds, so after --help and mistakes
         from experiments.running import build, objects, training
 

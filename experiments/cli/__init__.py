@@ -1,1 +1,1 @@
-"""What is typed: flags checked, recipes, names, lists, errors. No module here imports torch at its top."""
+"""The command line: knobs, checks, recipes, names, lists, errors. No module here imports torch at its top."""

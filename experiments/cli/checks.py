@@ -1,4 +1,4 @@
-"""Values of knobs that cannot be, alone or together. No torch."""
+"""Checks of single knobs and of knobs that exclude each other. No torch."""
 
 import re
 from typing import TypedDict
@@ -12,7 +12,7 @@ TAG_LENGTH = 64  # W&B's limit
 
 
 def check(cfg: Knobs) -> None:
-    """Raises UsageError for the first knob that is out of its range, or at odds with another."""
+    """Check ranges and combinations. Raises UsageError for the first problem."""
     _check_values(cfg)
     if cfg.name is not None and not re.fullmatch(r"[\w][\w.+=-]*", cfg.name):
         raise UsageError(f"--name {cfg.name}: letters, digits and . _ + = - only; --runs_dir names the folder")
@@ -52,7 +52,7 @@ def _check_values(cfg: Knobs) -> None:
 
 
 def _check_training(cfg: Knobs) -> None:
-    """How it learns: knobs that contradict each other."""
+    """Check the knobs of learning against each other."""
     if cfg.warmup_epochs is not None and cfg.warmup_steps is not None:
         raise UsageError("--warmup_epochs and --warmup_steps say the same thing: give one, the other as null")
     if cfg.warmup_epochs is not None and cfg.warmup_epochs > cfg.epochs:
@@ -80,7 +80,7 @@ class LoggerArgs(TypedDict):
 
 
 def _check_tracking(cfg: Knobs) -> None:
-    """What only W&B keeps is refused with another tracker, so that nobody looks for it in vain."""
+    """Refuse settings that only W&B uses where another logger is chosen."""
     check_values(LoggerArgs, cfg.logger_args, "--logger_args", [*LoggerArgs.__annotations__])
     for tag in tags(cfg.tags) or ():
         if not 1 <= len(tag) <= TAG_LENGTH:
@@ -97,12 +97,12 @@ def _check_tracking(cfg: Knobs) -> None:
 
 
 def tags(text: str | None) -> list[str] | None:
-    """The tags of --logger_args.tags, each once; None where nothing is said."""
+    """The tags of --logger_args.tags without repetition; None without the flag."""
     return None if text is None else [*dict.fromkeys(tag.strip() for tag in text.split(","))]
 
 
 def check_teacher(cfg: Knobs) -> None:
-    """What is typed, not what a recipe alone says: that may be for any teacher. Raises UsageError."""
+    """Check the flags of distillation as typed; a recipe may set them for any teacher. Raises UsageError."""
     for key in ("teacher_init", "distill", "distill_args"):
         if getattr(cfg, key) and not cfg.teacher:
             raise UsageError(f"--{key} is for learning from a teacher: --teacher names it")

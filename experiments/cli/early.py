@@ -1,5 +1,4 @@
-"""What can be told of a command line before torch is imported: names that are not there, and a run that has
-finished."""
+"""Checks of a command line that need no torch: unknown names, missing folders, a run that has finished."""
 
 import hashlib
 import json
@@ -18,8 +17,10 @@ MOST_ENTRIES = 200_000  # of a data folder; beyond, a listing takes as long as i
 
 
 def check(cfg: Config, *, by_launcher: bool = False) -> None:
-    """Raises UsageError for names and folders that are not there, and for ranks that are not those asked for, unless
-    they are yet to start."""
+    """Check names, folders and the number of ranks. Raises UsageError with all problems.
+
+    by_launcher: the ranks are not started yet, and their number is not checked.
+    """
     over_folds = (
         cfg.folds is not None and cfg.fold is None and launcher.tasks() > 1
     )  # `fold_runs` says what to type instead
@@ -57,8 +58,8 @@ def _data_dir_problem(cfg: Config) -> str | None:
 
 
 def finished(cfg: Config) -> Path | None:
-    """The directory of this command's run where it has finished on the data as they are; None where that cannot be told
-    here."""
+    """The directory of this command's run if it has finished on the data as they are; None if torch is needed to
+    decide."""
     if cfg.overwrite or cfg.dry_run or cfg.fast_dev_run or cfg.resume:
         return None
     if (
@@ -87,8 +88,8 @@ def finished(cfg: Config) -> Path | None:
     return None
 
 
-def tell(folder: Path) -> int:
-    """Say that there is nothing left to do, and the result. Returns the exit code."""
+def print_finished(folder: Path) -> int:
+    """Print that the run has finished, and its result. Returns the exit code."""
     print(
         f"already finished: {folder} (--overwrite starts it again); its {run_directory.RESULT}, which counts epochs "
         f"from 0:\n"
@@ -98,8 +99,7 @@ def tell(folder: Path) -> int:
 
 
 def asked(cfg: Config, folder: Path) -> str | None:
-    """What was typed for the run in `folder`, and the state of its data, as one word; None where the data are more than
-    a folder tells."""
+    """A digest of the typed knobs and the state of the data folder; None if the folder alone does not determine it."""
     typed = _typed(cfg)
     return typed and _digest(typed, folder)
 
@@ -120,8 +120,7 @@ def _typed(cfg: Config) -> str | None:
 
 
 def _stamp(root: str) -> str | None:
-    """Of all folders under a data folder, and of its tables, when something was last added, removed or renamed; None
-    for a very large one."""
+    """The modification times of all folders and tables under a data folder, as text; None for a very large one."""
     found: list[tuple[str | int, ...]] = []
     left, seen, been = [root], 0, set()
     while left:

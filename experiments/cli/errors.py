@@ -11,15 +11,15 @@ from typing import Any, NoReturn
 from datamodules.loading.closest import did_you_mean
 
 CLOSED = 141  # 128 + SIGPIPE, as shells say
-TOLD = "VITLAB_TOLD"  # in the environment of a fold: what the table means has been said
+NOTES_PRINTED = "VITLAB_NOTES_PRINTED"  # in the environment of a fold: the parent has printed the notes
 
 
 class UsageError(ValueError):
-    """The command line or a config file is wrong; the message is for the person who typed it."""
+    """A wrong command line or config file; the message is printed for the user."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A verb's flags; what is wrong with them is one line, and of an unknown one the closest are named."""
+    """Parser of a verb that prints one line for a mistake and names the closest flags."""
 
     def error(self, message: str) -> NoReturn:
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
@@ -42,8 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def invocation(verb: str) -> str:
-    """How a person starts another verb: as they started this one, by the console command or by the file in its
-    folder."""
+    """The command that starts another verb, in the form in which this one was started: console command or file."""
     script = Path(sys.argv[0])
     folder = script.parent if script.parent.name == "experiments" else Path("experiments")
     if script.stem == "vitlab" or script == folder / "__main__.py":
@@ -52,8 +51,7 @@ def invocation(verb: str) -> str:
 
 
 def piped(main: Callable[..., int], *args: Any) -> int:
-    """Run a verb; where nobody reads its output any more, as behind `| head`, it ends without a word. Returns its exit
-    code."""
+    """Run a verb; end silently where its output is closed, as behind `| head`. Returns the exit code."""
     try:
         try:
             code = main(*args)

@@ -1,4 +1,4 @@
-"""The free dictionaries of the command line (--model_args, --data_args), held against the signature they are for."""
+"""Checks of keyword dictionaries (--model_args, --data_args) against the signature that takes them."""
 
 from collections.abc import Callable
 from types import UnionType

@@ -132,7 +132,7 @@ class Directory:
 
 @dataclass(kw_only=True)
 class Tracking:
-    """What is logged where."""
+    """Loggers and how often they get a row."""
 
     title: ClassVar[str] = "Logging"
 
@@ -152,7 +152,7 @@ class Tracking:
 
 @dataclass(kw_only=True)
 class Instead:
-    """Less, or something else, than training."""
+    """Dry runs and lists."""
 
     title: ClassVar[str] = "Instead of training"
 
@@ -203,5 +203,5 @@ def groups() -> dict[str, list[Field]]:
 
 
 def flag(each: Field) -> str:
-    """How a knob is typed: --cache_dir, --data_args.cache_side."""
+    """The flag of a knob: --cache_dir, --data_args.cache_side."""
     return f"--{each.metadata['flag'] or each.name}"

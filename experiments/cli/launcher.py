@@ -1,5 +1,4 @@
-"""Who has started this process: torchrun, srun, or a person; and what speaks against the devices asked for. No
-torch."""
+"""The launcher of this process (torchrun, srun or a shell), and checks of the number of ranks. No torch."""
 
 import os
 import sys
@@ -22,23 +21,25 @@ def srun_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-def speaks() -> bool:
-    """Whether this process says what all processes of its machine would say."""
+def prints() -> bool:
+    """Whether this process prints for all processes of its machine."""
     return (
         os.environ.get("LOCAL_RANK") or (os.environ.get("SLURM_LOCALID") if srun_tasks() > 1 else None) or "0"
     ) == "0"
 
 
 def refuse(prog: str, message: object) -> int:
-    """Tell a person what to mend, once a machine. Returns the exit code."""
-    if speaks():
+    """Print an error, once a machine. Returns the exit code."""
+    if prints():
         print(f"{prog}: {message}", file=sys.stderr, flush=True)
     return 2
 
 
 def problem(devices: int, num_nodes: int, *, planned: bool) -> str | None:
-    """Why the processes that were started are not those of --devices x --num_nodes, and what to type; None where they
-    are. `planned`: only a plan is asked for, and the ranks are yet to start."""
+    """The mismatch between the started processes and --devices x --num_nodes, with what to type; None without one.
+
+    planned: only a plan is asked for, and the ranks are not started yet.
+    """
     world, asked = devices * num_nodes, f"--devices {devices}" + f" --num_nodes {num_nodes}" * (num_nodes > 1)
     launched, step = os.environ.get("WORLD_SIZE"), srun_tasks()
     if launched:

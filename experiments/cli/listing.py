@@ -1,4 +1,4 @@
-"""`run.py --list`: what there is. Only the parameters of models, and a model's layers, take torch."""
+"""`run.py --list`: tables of registered names. Only models need torch, for their parameters and layers."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -23,7 +23,8 @@ def main(cfg: Config) -> int:
 
 
 def rows(kind: str) -> list[tuple[str, ...]]:
-    """What is registered of a kind, a row each; the first row of models holds headings. The pages show the same."""
+    """One row for each registered name of a kind; the first row of models holds headings. The docs' tables are the
+    same."""
     kinds: dict[str, Callable[[], list[tuple[str, ...]]]] = {
         "models": _models,
         "data": lambda: [*registered.data_sets().items()],
@@ -35,7 +36,7 @@ def rows(kind: str) -> list[tuple[str, ...]]:
 
 
 def _columns(rows: Iterable[tuple[str, ...]]) -> None:
-    """Each column as wide as its longest word."""
+    """Print rows with each column as wide as its longest cell."""
     rows = [*rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:

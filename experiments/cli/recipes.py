@@ -1,4 +1,4 @@
-"""Recipes: which one a command line means, what it may set, and the learning rate its scaling rule gives. No torch."""
+"""Recipes: the choice of one, the keys it may set, and the learning rate of its scaling rule. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def scale_lr(values: dict[str, Any], notes: list[str], *, true_peak: bool) -> di
 
 
 def lower_ends(values: dict[str, Any], alone: dict[str, Any], chosen: set[str], notes: list[str]) -> None:
-    """The ends of a recipe's schedule come down to a peak that is below them (a small batch, a low --lr)."""
+    """Lower the ends of a recipe's schedule to a peak that is below them (a small batch, a low --lr)."""
     for key in {"min_lr", "warmup_lr"} - chosen:
         if values[key] > values["lr"]:
             notes.append(f"{key} {values[key]:g} of the recipe is above the peak: {values['lr']:g}")

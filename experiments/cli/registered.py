@@ -1,4 +1,4 @@
-"""Names as they stand in the source files, read without importing what registers them: torch and timm take seconds."""
+"""Registered names, read from the source files without importing them: torch and timm take seconds."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ def summary(docstring: str | None) -> str:
 
 
 def models() -> tuple[list[str], list[str]]:
-    """(names of our own models; what names begin with that a loop counts up), in the order of the files."""
+    """(names of our models, prefixes of names that a loop counts up), in the order of the files."""
     names: list[str] = []
     beginnings: list[str] = []
     for file in sorted(_folder("models").glob("*.py")):
@@ -45,7 +45,7 @@ def models() -> tuple[list[str], list[str]]:
 
 
 def _rows(loop: ast.For) -> dict[str, list[str]]:
-    """The texts that the variables of a loop over a written table take."""
+    """The string values of the variables of a loop over a literal table."""
     variables = loop.target.elts if isinstance(loop.target, ast.Tuple) else [loop.target]
     table: list[list[Any]] = [
         row.elts if isinstance(row, ast.Tuple) else [row] for row in getattr(loop.iter, "elts", ())
@@ -63,7 +63,7 @@ def _rows(loop: ast.For) -> dict[str, list[str]]:
 
 
 def model_problem(name: str) -> str | None:
-    """What is wrong with a model's name, with the closest ones; None where it may be right."""
+    """The error for an unknown model name, with the closest names; None where it may be right."""
     if name.startswith("timm/"):
         return _timm_problem(*name.removeprefix("timm/").partition(".")[::2])
     known, beginnings = models()
@@ -119,7 +119,7 @@ def distill_losses() -> dict[str, tuple[str, list[str]]]:
 
 
 def shared_keywords() -> list[str]:
-    """What --distill_args may hold for every loss."""
+    """Keywords of --distill_args that every loss takes."""
     return list(ast.literal_eval(_tables("distill_losses", "SHARED")["SHARED"]))
 
 
@@ -137,7 +137,7 @@ def losses() -> dict[str, tuple[list[str], str]]:
 
 
 def data_sets() -> dict[str, str]:
-    """Name -> what it is."""
+    """Name -> description of the data sets."""
     import datamodules
 
     files = {

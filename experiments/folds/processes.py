@@ -12,7 +12,7 @@ from typing import Any
 
 from datamodules.loading.files import write_text
 from experiments.cli import launcher
-from experiments.cli.errors import TOLD, UsageError
+from experiments.cli.errors import NOTES_PRINTED, UsageError
 from experiments.config import Command, Config, read
 from experiments.folds import FOLD_PER_DEVICE
 from experiments.processes import pool
@@ -144,7 +144,7 @@ class Folds:
         if len(self.pool.slots) > 1:
             line, log = [*line, "--devices", "1", "--strategy", "auto"], self.folder / f"fold{fold}.log"
         print(f"fold {fold} starts" + f", its output is in {log}" * bool(log), flush=True)
-        self.pool.start(fold, line, {TOLD: "1"}, log)
+        self.pool.start(fold, line, {NOTES_PRINTED: "1"}, log)
         return 0
 
     def _ended(self, child: pool.Child, returned: int) -> int:

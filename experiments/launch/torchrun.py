@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         return launcher.refuse("run.py", error)
     if folder := early.finished(command.config):
-        return early.tell(folder)
+        return early.print_finished(folder)
     return _torchrun(
         [
             f"--nnodes={nodes}",

@@ -115,7 +115,7 @@ def _state(run: Run) -> str:
 
 def finished(run: Run) -> int:
     """Say that there is nothing left to do, and the result."""
-    early.tell(run.folder)
+    early.print_finished(run.folder)
     run_page.refresh(run)
     trackers.tell_agent(run)
     return 0

@@ -1,4 +1,4 @@
-"""From a command to a run that may start: decided once, in the launching process, and built by every rank."""
+"""The run of a command: decided once, in the launching process, and built by every rank."""
 
 import json
 import logging
@@ -20,8 +20,10 @@ DECISION = "VITLAB_DECISION"  # what the launching process decided, for the rank
 
 
 def resolve(command: Command, *, assume: bool = False) -> Run:
-    """Decide once, in the launching process; ranks take its result. `assume`: see `decide`. Raises ValueError or
-    FileNotFoundError for what a person must mend."""
+    """Decide once, in the launching process; other ranks take its result. `assume` as in `decide`.
+
+    Raises ValueError or FileNotFoundError for what the user must change.
+    """
     quiet()
     forecast.share_cores(command.config)
     if DECISION in os.environ and "LOCAL_RANK" in os.environ:
@@ -40,10 +42,9 @@ def resolve(command: Command, *, assume: bool = False) -> Run:
 
 
 def _resolve_together(command: Command, *, first: bool) -> Run:
-    """Rank 0 decides, all build what it decided, and it enters the directory once no rank has anything against it.
-    Raises as `resolve`."""
+    """Decide on rank 0, build on all ranks, and enter the directory once no rank has a problem. Raises as `resolve`."""
     run, problem = _attempt(decide, command) if first else (None, None)
-    decision = rendezvous.tell(run and _decision(run), problem)
+    decision = rendezvous.broadcast(run and _decision(run), problem)
     if not first:
         run, problem = _attempt(_build, decision)
     rendezvous.agree(problem)
@@ -51,7 +52,7 @@ def _resolve_together(command: Command, *, first: bool) -> Run:
         rendezvous.one_disk(run.cfg.runs_dir)
     if first:
         run, problem = _attempt(enter, run)
-    run.resume, run.finished = rendezvous.tell(run and (run.resume, run.finished), problem)
+    run.resume, run.finished = rendezvous.broadcast(run and (run.resume, run.finished), problem)
     return run
 
 
@@ -63,7 +64,7 @@ def _attempt(do: Callable[[Any], Run], given: Any) -> tuple[Run | None, Exceptio
 
 
 def _decision(run: Run) -> dict[str, Any]:
-    """What other ranks need to build the same run, as plain data."""
+    """The decision as plain data, from which other ranks build the same run."""
     return {
         "cfg": {each.name: getattr(run.cfg, each.name) for each in fields(run.cfg)},
         "folder": str(run.folder),
@@ -74,7 +75,7 @@ def _decision(run: Run) -> dict[str, Any]:
 
 
 def quiet() -> None:
-    """Silence what Lightning says of itself."""
+    """Silence Lightning's log lines and warnings that do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -86,7 +87,7 @@ def quiet() -> None:
 
 
 def enter(run: Run) -> Run:
-    """Make or re-enter the directory of a run that is decided, unless only a plan is asked for. Raises UsageError
+    """Create or re-enter the run directory, unless only a plan is asked for. Raises UsageError
     (`run_directory.enter`)."""
     if not run.cfg.dry_run:
         run.folder, run.resume, run.finished = run_directory.enter(run.cfg, run.data.spec, run.identity)

@@ -1,5 +1,5 @@
-"""What a run is, decided step by step from its command: a straight list from the data set to the name. Nothing is
-written here, but for the temporary directory of --fast_dev_run."""
+"""The decision about a run, in a straight list of steps from the data set to the name. Nothing is written, but for the
+temporary directory of --fast_dev_run."""
 
 import atexit
 import os
@@ -18,7 +18,7 @@ from datamodules import imagenet
 from datamodules.base import PictureData
 from datamodules.knobs import Table, height_width
 from experiments.cli import early
-from experiments.cli.errors import TOLD, UsageError
+from experiments.cli.errors import NOTES_PRINTED, UsageError
 from experiments.cli.recipes import recipe_data
 from experiments.config import Command, Config
 from experiments.folds import directories
@@ -36,7 +36,12 @@ PREPARATION = ("image_size", "mean", "std", "interpolation", "crop_pct", "crop_m
 
 @dataclass
 class Run:
-    """A run that may start: its resolved config, its directory, what it resumes from, and the objects built so far."""
+    """A run that may start.
+
+    Args:
+        cfg: resolved. folder: the run directory. resume: checkpoint to resume from. asked: `early.asked`.
+        assumed: lines on what a plan takes for granted.
+    """
 
     cfg: Config
     folder: Path
@@ -50,15 +55,15 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a resume (`PictureData.identity`, and a cached teacher's answers)."""
+        """Values that must be equal for a resume (`PictureData.identity`, digest of a cached teacher)."""
         cached = isinstance(self.teacher, CachedTeacher)
         return self.data.identity | ({"teacher_digest": self.teacher.digest} if cached else {})
 
 
 @dataclass
 class Draft:
-    """A run that is being decided: its config, the values of its recipe alone (the name tells the difference), and the
-    lines to print."""
+    """A run that is being decided: its config, the values of its recipe alone (for the name), and the lines to
+    print."""
 
     cfg: Config
     alone: Config
@@ -89,7 +94,7 @@ def decide(command: Command, *, assume: bool = False) -> Run:
         teacher.check(objects.seen_by_teacher(draft.cfg, data))
     draft.notes += [*filter(None, [line]), *_pictures_line(draft.cfg), *seen, *getattr(teacher, "notes", ())]
     draft.notes += preflight.advice(draft.cfg, data, meta)
-    for note in () if TOLD in os.environ else draft.notes:
+    for note in () if NOTES_PRINTED in os.environ else draft.notes:
         print(note)
     cfg = run_directory.placed(draft.cfg)
     folder = Path(cfg.runs_dir) / cfg.name
@@ -106,9 +111,12 @@ def listed(command: Command) -> PictureData:
 
 
 def choose_data(command: Command) -> Command:
-    """The command with a data set named: what the folder says it is, or imagenet; the recipe may follow from it. A
-    folder with tables is the competition that the recipe is for, where it is for one. The checkpoint of an evaluation
-    names its own (`adopt_checkpoint`)."""
+    """Choose the data set: the given one, else what the folder looks like, else imagenet. The recipe may follow from
+    it.
+
+    A folder with tables is the competition that the recipe is for, if there is one. The checkpoint of an evaluation
+    brings its own data set (`adopt_checkpoint`).
+    """
     cfg = command.config
     saved = objects.saved(cfg)
     if cfg.model is None and not saved:
@@ -122,8 +130,7 @@ def choose_data(command: Command) -> Command:
 
 
 def adopt_checkpoint(command: Command) -> Command:
-    """An evaluation of one of our runs is of its network, on its data set and split as there, where nothing else is
-    said."""
+    """Take network, data set and split of an evaluation from the config of its checkpoint, where no flag sets them."""
     cfg = command.config
     saved = objects.saved(cfg).get("config", {})
     keys = [*("model", "model_args")] if cfg.model is None else []
@@ -136,7 +143,7 @@ def adopt_checkpoint(command: Command) -> Command:
 
 
 def fill_preprocessing(draft: Draft, *, assumed: bool) -> None:
-    """Fill in how the images are prepared and in which precision the network computes."""
+    """Fill preprocessing (as of --init, else of the model) and precision."""
     left_out = _left_out(draft.cfg)
 
     def filled(cfg: Config) -> Config:
@@ -147,8 +154,11 @@ def fill_preprocessing(draft: Draft, *, assumed: bool) -> None:
 
 
 def read_data(draft: Draft, assumed: list[str] | None) -> PictureData:
-    """Read the folder, and fill in what its data tell. Raises UsageError with all that speaks against them, and against
-    the devices. `assumed`: of a plan, gets a line more where ImageNet is not there; None without one."""
+    """Read the data folder and fill what follows from it.
+
+    assumed: of a plan, extended where ImageNet is not there; None without a plan. Raises UsageError with all problems
+    of data, loss, optimizer and devices.
+    """
     problems, data = [None if assumed else forecast.device_problem(draft.cfg)], None
     try:
         data = objects.datamodule(draft.cfg) if assumed is None else _published(draft.cfg, assumed)
@@ -165,7 +175,7 @@ def read_data(draft: Draft, assumed: list[str] | None) -> PictureData:
 
 
 def fill_guesses(draft: Draft, data: PictureData) -> None:
-    """Fill in what the data module has guessed of its tables, and what follows from the task."""
+    """Fill the guesses of the data module about its tables, and the defaults of the task."""
     cfg, args = draft.cfg, getattr(data, "resolved_args", dict)()
     guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
 
@@ -192,7 +202,7 @@ def fit_to_size(draft: Draft, data: PictureData, command: Command) -> nn.Module:
 
 
 def fill_name(draft: Draft, data: PictureData) -> None:
-    """Name the run, unless it has a name, and take the places that the data were found at."""
+    """Fill the name of the run and the folder in which the data were found."""
     cfg = replace(draft.cfg, cache_side=data.cache_side)
     alone = replace(draft.alone, data=cfg.data, model=cfg.model)
     data_dir = data.data_dir and str(data.data_dir)
@@ -200,7 +210,7 @@ def fill_name(draft: Draft, data: PictureData) -> None:
 
 
 def fit_to_memory(draft: Draft, data: PictureData, meta: nn.Module, command: Command, *, assumed: bool) -> None:
-    """Take the start of --extend, and the largest micro batch that fits."""
+    """Fill the start of --extend and the largest micro batch that fits the memory."""
     cfg, longer = extended(draft.cfg, data.steps_per_epoch, command.chosen)
     cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta, assumed=assumed))
     data.micro_batch_size = cfg.micro_batch_size
@@ -209,8 +219,7 @@ def fit_to_memory(draft: Draft, data: PictureData, meta: nn.Module, command: Com
 
 
 def _tried(cfg: Config) -> Config:
-    """The config of --fast_dev_run: few pictures to score, no tracker, in a folder that goes with this process; any
-    other as it is."""
+    """Reduce a run with --fast_dev_run: few images to score, no tracker, a directory that is deleted at exit."""
     if not cfg.fast_dev_run or cfg.dry_run:
         return cfg
     folder = tempfile.mkdtemp(prefix="vitlab-fast-dev-run-")
@@ -220,8 +229,7 @@ def _tried(cfg: Config) -> Config:
 
 
 def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, *, assumed: bool) -> int:
-    """Once chosen it stays: a resume splits its batches as before. Pictures mixed within a pass are mixed as a cached
-    teacher saw them."""
+    """The micro batch size: the given one, the one an interrupted run has, that of a cached teacher, or what fits."""
     if cfg.micro_batch_size is not None:
         return cfg.micro_batch_size
     before = {} if cfg.overwrite else run_directory.stored(Path(cfg.runs_dir) / cfg.name)
@@ -233,21 +241,19 @@ def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, *, assume
 
 
 def _left_out(cfg: Config) -> dict[str, Any]:
-    """How the pictures are prepared where no flag and no recipe says it: as for the weights in `--init`, where they
-    tell it, or else for the model. Raises ValueError or FileNotFoundError."""
+    """Preprocessing without flags: that of the weights in --init, where known, else that of the model."""
     found = models.preprocessing(cfg.model) | _preparation(cfg)
     return found | {"image_size": "x".join(map(str, found["image_size"]))}
 
 
 def _preparation(cfg: Config) -> dict[str, Any]:
-    """How the pictures were prepared that the weights in `--init` were trained on; {} where it is not known."""
+    """Preprocessing of the run whose weights --init takes; {} where it is not known."""
     spec = pretrained.about(directories.own(cfg.init, cfg, "--init"), cfg.model).get("spec", {}) if cfg.init else {}
     return {key: tuple(spec[key]) if isinstance(spec[key], list) else spec[key] for key in PREPARATION if key in spec}
 
 
 def _pictures_line(cfg: Config) -> list[str]:
-    """A line on whether the pictures are prepared as those that the weights in `--init` were trained on; none where
-    that is not known."""
+    """A line that compares the preprocessing with that of --init; [] where that is not known."""
     theirs, ours = (
         _preparation(cfg),
         {key: getattr(cfg, key) for key in PREPARATION} | {"image_size": height_width(cfg.image_size)},
@@ -284,8 +290,7 @@ def _assumed_gpus(cfg: Config) -> str:
 
 
 def _published(cfg: Config, assumed: list[str]) -> PictureData:
-    """The data set, or ImageNet by its published numbers where no folder is named and none is found; `assumed` then has
-    a line more."""
+    """The data set; where ImageNet is not found, its published number of images, with a line in `assumed`."""
     try:
         return objects.datamodule(cfg)
     except FileNotFoundError:

@@ -42,7 +42,7 @@ def extended(cfg: Config, steps_per_epoch: int, chosen: Collection[str]) -> tupl
 
 
 def warmup_steps(cfg: Config, steps_per_epoch: int) -> int:
-    """Of the run, or of the part that is added: left out, a tenth of its epochs, 5 at most."""
+    """Warm-up steps of the run, or of the added part. Default: a tenth of its epochs, at most 5."""
     epochs = cfg.epochs - (cfg.extend_step / steps_per_epoch if cfg.extend_step else 0)  # an evaluation has no steps
     return warmup_length(
         cfg.schedule, epochs, steps_per_epoch, warmup_epochs=cfg.warmup_epochs, warmup_steps=cfg.warmup_steps

@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: processes, memory, the batch one device can hold, a time forecast."""
+"""Forecast of a run before it starts: processes, memory, the batch that fits one device, time."""
 
 import os
 import time
@@ -35,7 +35,7 @@ def lacks_gpus(cfg: Config) -> bool:
 
 
 def device_problem(cfg: Config) -> str | None:
-    """Why this machine cannot give the devices asked for, with the flag that helps; None when it can."""
+    """The problem with the devices asked for on this machine, with the flag that helps; None without one."""
     gpus = torch.cuda.device_count()
     if started := launcher.problem(cfg.devices, cfg.num_nodes, planned=cfg.dry_run):
         return started
@@ -59,7 +59,7 @@ def device_problem(cfg: Config) -> str | None:
 
 
 def _lightning_problem(cfg: Config) -> str | None:
-    """What Lightning says against strategy, precision and devices together, before anything is written."""
+    """Lightning's objection to strategy, precision and devices together, before anything is written."""
     try:
         L.Trainer(
             **placement(cfg),
@@ -75,7 +75,7 @@ def _lightning_problem(cfg: Config) -> str | None:
 
 
 def placement(cfg: Config) -> dict[str, Any]:
-    """Where the Trainer runs: its accelerator, devices, num_nodes, strategy and precision."""
+    """Arguments of the Trainer: accelerator, devices, num_nodes, strategy, precision."""
     ddp = cfg.strategy in ("auto", "ddp") and world_size(cfg) > 1
     strategy = DDPStrategy(timeout=COLLECTIVE_TIMEOUT) if ddp else cfg.strategy
     return {
@@ -88,7 +88,7 @@ def placement(cfg: Config) -> dict[str, Any]:
 
 
 def environment(cfg: Config) -> ClusterEnvironment:
-    """Who has started the ranks. A single task of SLURM, or a shell in an interactive job, starts its ranks itself."""
+    """The launcher of the ranks. A single SLURM task, or a shell in an interactive job, starts its ranks itself."""
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
     if launcher.srun_tasks() == 1:

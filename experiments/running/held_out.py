@@ -90,8 +90,8 @@ def _held_out(cfg: Config, data: PictureData) -> dict[int | None, np.ndarray]:
 
 
 def _ancestors(path: str, fold: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, what its checkpoint keeps of its run) of weights, and of those that they started or learned from in turn,
-    as far as these are there."""
+    """(path, config and spec) of a checkpoint and of all that it was initialised or distilled from, as far as they
+    exist."""
     left, seen = [path], set()
     while left:
         path = left.pop()
@@ -121,7 +121,7 @@ def _learned(
     data: PictureData,
     datamodule: Callable[[Config], PictureData],
 ) -> str:
-    """A line where weights have learned some of the pictures `held`, or where it cannot be told; else ''."""
+    """A line if weights were trained on some of the images `held`, or if that is unknown; else ''."""
     there, spec = about["config"], about["spec"]
     same_names = (spec.get("class_names"), spec.get("target_names")) == (
         data.spec["class_names"],
@@ -174,7 +174,7 @@ def _other_folders(name: str, data: PictureData, held: np.ndarray) -> bool:
 def _splits(
     there: dict[str, Any], path: str, cfg: Config, datamodule: Callable[[Config], PictureData]
 ) -> PictureData | None:
-    """The data of a config as its run divided them, out of the folder that there is now; None where that cannot be."""
+    """The data module of a stored config, divided as its run divided it; None where that fails."""
     known = {knob.name for knob in fields(Config)}
     split = {key: there[key] for key in SPLIT if key in there and key in known}
     run = pretrained.checkpoint_in(path).absolute().parents[1]  # folds that it kept lie over or beside it
@@ -185,7 +185,7 @@ def _splits(
 
 
 def _instead(flag: str, cfg: Config, fold: int | None) -> str:
-    """What a person can do."""
+    """The end of the error: what helps."""
     where = f" (fold {fold})" if cfg.folds and cfg.fold is None else ""
     parent = (
         f", as {flag} PARENT does, a run over the same folds, of which each fold takes its own" if cfg.folds else ""

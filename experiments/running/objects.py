@@ -1,4 +1,4 @@
-"""Names -> objects: the data set, the network and the teacher of a config."""
+"""Builders of the data set, the network and the teacher of a config."""
 
 import sys
 from collections.abc import Callable
@@ -32,18 +32,19 @@ from models import cost, pretrained
 
 
 def saved(cfg: Config) -> dict[str, Any]:
-    """The checkpoint of ours that an evaluation takes its weights from, without its weights; {} where it is none."""
+    """Config and spec of the checkpoint that an evaluation scores; {} where there is none."""
     if not cfg.eval_only or not Path(cfg.init).exists():
         return {}
     return pretrained.read_about(directories.own(cfg.init, cfg, "--init"))
 
 
 def datamodule(cfg: Config, unreadable: list[str] | None = None, make: Callable[..., Any] | None = None) -> PictureData:
-    """The data set, its folder listed. For an evaluation of a vitlab checkpoint the classes keep the checkpoint's
-    order, targets its range.
+    """Build the data module, which lists its folder. An evaluation of a checkpoint keeps its order of classes and its
+    range of targets.
 
-    unreadable: pictures that cannot be read, as the launching process has found them; None looks for them.
-    make: what builds it; None: `datamodules.create`.
+    Args:
+        unreadable: names of unreadable images found by the launching process; None searches for them.
+        make: builder in place of `datamodules.create`.
     """
     checkpoint = saved(cfg)
     names = {"class_names": checkpoint["spec"].get("class_names")} if checkpoint else {}
@@ -72,7 +73,7 @@ def datamodule(cfg: Config, unreadable: list[str] | None = None, make: Callable[
 
 
 def _check_for_files(cfg: Config, known: set[str]) -> None:
-    """Raises UsageError for a knob of tables, or of image files, that the data set has not."""
+    """Refuse knobs of tables or image files that the data set does not take. Raises UsageError."""
     for group, text in ((Table, "tables (a folder with train.csv)"), (ImageFiles, "picture files")):
         for knob in fields(group):
             value = getattr(cfg, knob.name)
@@ -82,7 +83,7 @@ def _check_for_files(cfg: Config, known: set[str]) -> None:
 
 
 def model(cfg: Config, data: PictureData) -> tuple[nn.Module, str]:
-    """The network with its first weights, and the line that says where they come from ('' from scratch)."""
+    """The network with its initial weights, and a line on their source ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(
         cfg.model,
@@ -116,8 +117,8 @@ def model(cfg: Config, data: PictureData) -> tuple[nn.Module, str]:
 
 
 def teacher(cfg: Config, data: PictureData) -> Teacher | Teachers | CachedTeacher | None:
-    """The network or networks that a run learns from, or what they once said. Raises ValueError or FileNotFoundError
-    for one that is untrained or does not fit."""
+    """The teacher of a run: one network, several, or cached answers; None without one. Raises ValueError or
+    FileNotFoundError for an untrained or unfit one."""
     if not cfg.teacher or cfg.eval_only:
         return None
     if cached_teacher.is_cache(cfg.teacher):
@@ -142,14 +143,14 @@ def teacher(cfg: Config, data: PictureData) -> Teacher | Teachers | CachedTeache
 
 
 def gmacs(cfg: Config, spec: dict[str, Any]) -> float:
-    """Billions of multiply-accumulates of one picture's forward pass."""
+    """Billions of multiply-accumulates of the forward pass of one image."""
     with torch.device("meta"):
         meta = models.create(cfg.model, spec["num_outputs"], height_width(cfg.image_size), **cfg.model_args)
     return cost.gmacs(meta, height_width(cfg.image_size))
 
 
 def seen_by_teacher(cfg: Config, data: PictureData) -> dict[str, Any]:
-    """What decides which pictures the teacher of a run sees (`cached_teacher.identity`)."""
+    """Values that determine which images the teacher of a run sees (`cached_teacher.identity`)."""
     world = forecast.world_size(cfg)
     return cached_teacher.identity(
         plain(cfg),
@@ -162,10 +163,10 @@ def seen_by_teacher(cfg: Config, data: PictureData) -> dict[str, Any]:
 
 
 def cache_pictures(data: PictureData, prog: str = "run.py") -> None:
-    """Make the picture cache ready. Each process asks, one of a machine builds, and a signal ends it at once: what is
-    done is kept.
+    """Build the image cache. One process of a machine builds, the others wait; a signal ends it at once and keeps what
+    is done.
 
-    Exits with 1 and a line, in which `prog` speaks, for a picture that cannot be read and a disk that has no room.
+    Exits with 1 and a line, headed by `prog`, for an unreadable image or a full disk.
     """
     if data.cache is None:
         return

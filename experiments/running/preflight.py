@@ -1,5 +1,4 @@
-"""What speaks against a run before it starts, and what a person should hear about it: names, data, losses, sizes.
-Nothing is written here."""
+"""Checks of a run before it starts, and advice to print: names, data, losses, sizes. Nothing is written here."""
 
 from dataclasses import fields, replace
 from functools import partial
@@ -71,7 +70,7 @@ def check_names(cfg: Config) -> None:
 
 
 def unfit(cfg: Config, data: PictureData) -> list[str]:
-    """What the data cannot be used for."""
+    """Problems of the data with what is asked for."""
     problems = ["--patience watches val, and these data have no val split"] * bool(
         cfg.patience and not data.sizes["val"]
     )
@@ -101,15 +100,14 @@ def unfit(cfg: Config, data: PictureData) -> list[str]:
 
 
 def for_task(cfg: Config, data: PictureData) -> Config:
-    """The config with what was left out and depends on the task. The default smoothing is for classes and labels: of a
-    regression it is off."""
+    """Fill loss, metric and smoothing of the task; the default smoothing does not apply to a regression."""
     off = data.task == "regression" and cfg.label_smoothing == Config.label_smoothing
     cfg = replace(cfg, label_smoothing=0.0) if off else cfg
     return cfg.filled(loss=losses.default(data.task), metric=getattr(data, "metric_name", None))
 
 
 def unlearnable(cfg: Config, spec: dict[str, Any]) -> list[str]:
-    """What loss and optimizer say against their settings."""
+    """Problems of loss, optimizer and distillation with their settings."""
     problems, task = [], spec["task"]
     of_classes = partial(
         losses.check_loss,
@@ -132,7 +130,7 @@ def unlearnable(cfg: Config, spec: dict[str, Any]) -> list[str]:
 
 
 def _check_distill(cfg: Config, task: str) -> None:
-    """Raises ValueError for a loss, a keyword of it or a value that cannot be."""
+    """Check the distillation loss and its keywords. Raises ValueError."""
     entry, hyper = distill_losses.check_name(cfg.distill, task), dict(cfg.distill_args)
     distill_losses.weights(cfg.distill, hyper.pop("alpha", None))
     distill_losses.check_warmup(hyper.pop("warmup_epochs", 0))
@@ -162,8 +160,7 @@ def _check_distill(cfg: Config, task: str) -> None:
 
 
 def check_network(meta: nn.Module, cfg: Config, data: PictureData) -> None:
-    """Try the network, on no device: at every size of training crops, and for attention maps where they are asked for.
-    Raises UsageError."""
+    """Check the network on the meta device: every size of training crops, attention maps. Raises UsageError."""
     _check_train_sizes(meta, cfg, data)
     if cfg.logger_args.get("attention") and (
         problems := attention_maps.no_maps(meta, data, height_width(cfg.image_size))
@@ -172,7 +169,7 @@ def check_network(meta: nn.Module, cfg: Config, data: PictureData) -> None:
 
 
 def check_pass(meta: nn.Module, cfg: Config, data: PictureData) -> None:
-    """Raises UsageError where a training pass has one picture, and batch norm would see one value of a channel."""
+    """Check that batch norm sees more than one value of a channel in a training pass. Raises UsageError."""
     pictures = cfg.global_batch_size // forecast.world_size(cfg) // data.accumulation(forecast.world_size(cfg))
     if (
         cfg.eval_only
@@ -197,7 +194,7 @@ def check_pass(meta: nn.Module, cfg: Config, data: PictureData) -> None:
 
 
 def _check_train_sizes(meta: nn.Module, cfg: Config, data: PictureData) -> None:
-    """Raises UsageError where the network takes pictures of one size only."""
+    """Check that the network takes the sizes of --augment_args.train_size. Raises UsageError."""
     if cfg.train_size is None or cfg.eval_only:
         return
     try:
@@ -216,8 +213,8 @@ def _check_train_sizes(meta: nn.Module, cfg: Config, data: PictureData) -> None:
 
 
 def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config, list[str]]:
-    """A warm-up in steps that is longer than the run: a recipe's is replaced by the default, with a note. Raises
-    UsageError for one's own."""
+    """Replace a recipe's warm-up that is longer than the run by the default, with a note. Raises UsageError for a typed
+    one."""
     if (cfg.warmup_steps or 0) <= steps:
         return cfg, alone, []
     if cfg.warmup_steps != alone.warmup_steps:
@@ -229,9 +226,10 @@ def with_warmup(cfg: Config, alone: Config, steps: int) -> tuple[Config, Config,
 
 
 def with_layer_decay(cfg: Config, alone: Config, model: nn.Module, given: bool) -> tuple[Config, Config, list[str]]:
-    """The layer decay of a recipe for any model suits 12 blocks; in a deeper network its stem would hardly learn. The
-    factor follows the depth, with a note. One that is `given` by flag or file, or belongs to a recipe for one model,
-    stays."""
+    """Adapt the layer decay of a general recipe, meant for 12 blocks, to the depth of the network, with a note.
+
+    A value that is `given` by flag or file, or by a recipe for one model, stays.
+    """
     if alone.layer_decay is None or recipe_model(cfg.recipe):
         return cfg, alone, []
     factor, layers = for_depth(alone.layer_decay, model)
@@ -249,7 +247,7 @@ def with_layer_decay(cfg: Config, alone: Config, model: nn.Module, given: bool) 
 
 
 def _loading(cfg: Config, data: PictureData) -> list[str]:
-    """A line on cores and workers of a rank, which warns where a GPU is there and they are too few for one."""
+    """A line on cores and workers of a rank; a warning where they are too few for a GPU."""
     if data.in_memory:
         return []
     share, workers = cores(cfg.devices), worker_count(cfg.workers, False, cfg.devices)
@@ -267,7 +265,7 @@ def _loading(cfg: Config, data: PictureData) -> list[str]:
 
 
 def advice(cfg: Config, data: PictureData, meta: nn.Module) -> list[str]:
-    """Lines on what is allowed but perhaps not meant."""
+    """Lines on settings that are allowed but perhaps not intended."""
     if cfg.eval_only:
         return data.notes()
     lines, steps = [*data.notes(), *_loading(cfg, data)], cfg.epochs * data.steps_per_epoch

@@ -1,7 +1,6 @@
-"""How the processes of one run meet that torchrun or srun has started, hear what one of them decides, and make sure
-that they see one disk.
+"""Meeting of the processes that torchrun or srun has started: a process group, the decision of rank 0, one shared disk.
 
-Whoever waits here for a rank that does not come leaves at once on a signal (`signals`).
+A process that waits here for a missing rank exits at once on a signal (`signals`).
 """
 
 import os
@@ -24,22 +23,23 @@ from experiments.config import Config
 from experiments.running import forecast
 from lightning_modules.callbacks.preemption import COLLECTIVE_TIMEOUT
 
-TELL_SECONDS = 5.0  # of waiting for the others, after which a line says so
+NOTICE_SECONDS = 5.0  # of waiting for the others before a line is printed
 DISK_SECONDS = 10.0  # for a file to be seen on the other machines: NFS remembers for some seconds what was not there
 
 
 def meet(place: ClusterEnvironment, cfg: Config) -> None:
-    """Wait for all ranks; Lightning goes on with this group. Exits with 1 and a line when they do not come."""
+    """Wait for all ranks in a process group, which Lightning uses later. Exits with 1 and a line when they do not
+    come."""
     if dist.is_initialized():
         return
     os.environ.setdefault("MASTER_ADDR", place.main_address)
     os.environ.setdefault("MASTER_PORT", str(place.main_port))
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     line = f"rank {place.global_rank()} waits at {where} until all {place.world_size()} ranks are there"
-    told = threading.Timer(TELL_SECONDS, print, [line], {"flush": True})
-    told.daemon = True
-    if launcher.speaks():
-        told.start()
+    notice = threading.Timer(NOTICE_SECONDS, print, [line], {"flush": True})
+    notice.daemon = True
+    if launcher.prints():
+        notice.start()
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if forecast.on_gpu(cfg) else "gloo",
@@ -55,30 +55,30 @@ def meet(place: ClusterEnvironment, cfg: Config) -> None:
         )
         raise SystemExit(1) from None
     finally:
-        told.cancel()
+        notice.cancel()
 
 
-def tell(value: Any, problem: Exception | None = None) -> Any:
-    """What rank 0 says, on all ranks: a value, or a `problem` to mend. Collective.
+def broadcast(value: Any, problem: Exception | None = None) -> Any:
+    """Broadcast a value of rank 0, or a `problem`. Collective.
 
     Raises UsageError on rank 0 for a problem, SystemExit(2) on the others: one message is enough.
     """
     shared = [(value, problem and str(problem))]
     _together(lambda: dist.broadcast_object_list(shared, device=torch.device("cpu")))
-    return _unless(*shared[0])
+    return _value_or_exit(*shared[0])
 
 
 def agree(problem: Exception | None) -> None:
-    """End all ranks where one has a `problem`, as `tell` does. Collective."""
-    _unless(
+    """End all ranks if one has a `problem`, as `broadcast` does. Collective."""
+    _value_or_exit(
         None,
         next(filter(None, _gathered(problem and f"rank {dist.get_rank()} ({socket.gethostname()}): {problem}")), None),
     )
 
 
 def one_disk(runs_dir: str) -> None:
-    """Make sure that every rank sees in the folder of run directories what rank 0 writes there. Collective; ends as
-    `tell` does."""
+    """Check that every rank sees what rank 0 writes in the folder of run directories. Collective; ends as
+    `broadcast`."""
     folder, token, made, problem = Path(runs_dir), f".seen-{uuid.uuid4().hex}", [], None
     if dist.get_rank() == 0:
         try:
@@ -87,14 +87,14 @@ def one_disk(runs_dir: str) -> None:
             (folder / token).touch()
         except OSError as error:
             problem = UsageError(f"--runs_dir {runs_dir} cannot be written: {error.strerror or error}")
-    token = tell(token, problem)
+    token = broadcast(token, problem)
     places = _gathered((_appears(folder, token), f"{socket.gethostname()}, {os.path.abspath(runs_dir)}"))
     blind = next((rank for rank, (seen, _) in enumerate(places) if not seen), None)
     if dist.get_rank() == 0:
         (folder / token).unlink(missing_ok=True)
         for each in made if blind is not None else ():
             each.rmdir()
-    _unless(
+    _value_or_exit(
         None,
         None
         if blind is None
@@ -132,7 +132,7 @@ def _together(collective: Callable[[], Any]) -> None:
         raise SystemExit(1) from None
 
 
-def _unless(value: Any, problem: str | None) -> Any:
+def _value_or_exit(value: Any, problem: str | None) -> Any:
     if problem is None:
         return value
     if dist.get_rank():

@@ -46,13 +46,13 @@ def run_name(cfg: Config, recipe_alone: Config) -> str:
     """`<data>-<model>[-<distill>]-s<seed>[-f<fold>][-eval]` and what else differs from the recipe: up to two keys
     spelled out, more as six hex digits."""
     ours, theirs = (_for_name(each) for each in (cfg, recipe_alone))
-    apart = {
+    changes = {
         key: ours.get(key) for key in {**theirs, **ours} if key not in NAMED_APART and ours.get(key) != theirs.get(key)
     }
-    if len(apart) > 2:
-        tail = "-" + hashlib.sha256(json.dumps(apart, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    if len(changes) > 2:
+        tail = "-" + hashlib.sha256(json.dumps(changes, sort_keys=True, default=str).encode()).hexdigest()[:6]
     else:
-        tail = "".join(f"-{key.split('.')[-1]}{_spelled(value)}" for key, value in sorted(apart.items()))
+        tail = "".join(f"-{key.split('.')[-1]}{_spelled(value)}" for key, value in sorted(changes.items()))
     of_fold = "" if cfg.fold is None else f"-f{cfg.fold}"
     return name_start(cfg) + f"{of_fold}{'-eval' * cfg.eval_only}{tail}".replace("/", "_").replace(" ", "")
 
@@ -65,8 +65,8 @@ def name_start(cfg: Config) -> str:
 
 
 def _for_name(cfg: Config) -> dict[str, Any]:
-    """Knobs that a name tells, so that they read alike from any folder: weights as the absolute path, files of one's
-    own as the file's name."""
+    """Knobs that are part of the name, independent of the working folder: weights as absolute paths, the user's files
+    by their base name."""
     flat = _spread(plain(cfg), "training", "numerics")
     flat |= {
         key: os.path.abspath(flat[key])
@@ -79,7 +79,7 @@ def _for_name(cfg: Config) -> dict[str, Any]:
 
 
 def placed(cfg: Config) -> Config:
-    """The config with absolute paths, as it is kept: it means the same from any folder."""
+    """The config with absolute paths, valid from any folder."""
 
     def whole(path: str) -> str:
         file, mark, function = path.rpartition(":") if ".py:" in path else (path, "", "")
@@ -95,8 +95,7 @@ def placed(cfg: Config) -> Config:
 
 
 def look(cfg: Config, identity: dict[str, Any]) -> bool:
-    """Whether the run is already finished, as `enter` would find it; nothing is written. Raises UsageError for a
-    directory of another run."""
+    """Whether the run has finished, without writing. Raises UsageError for a directory of another run."""
     folder = Path(cfg.runs_dir) / cfg.name
     _check_free(folder)
     if cfg.overwrite or not (folder / CONFIG).is_file():
@@ -109,11 +108,10 @@ def look(cfg: Config, identity: dict[str, Any]) -> bool:
 
 
 def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[Path, str | None, bool]:
-    """Make or re-enter the run's directory. Returns (directory, checkpoint to resume from or None, already finished).
+    """Create or re-enter the run directory. Returns (directory, checkpoint to resume from or None, already finished).
 
     `spec` and `identity` are the data's as they are now. Raises UsageError when the directory belongs to a run with
-    other training values or other data, cannot be written, has no checkpoint left that can be read, or is something
-    else altogether.
+    other training values or other data, is not writable, has no readable checkpoint left, or is no run directory.
     """
     folder = Path(cfg.runs_dir) / cfg.name
     finished, gone = look(cfg, identity), None if cfg.overwrite else _gone(stored(folder), cfg, folder)
@@ -143,8 +141,7 @@ def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[
 
 
 def _prepare(folder: Path, cfg: Config, start: "Start | None") -> None:
-    """Write what must be there before training; that it can be written is seen here, not after the first epoch. Raises
-    OSError."""
+    """Write what training needs; a problem with the disk shows here and not after the first epoch. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     before = stored(folder)
     if not before or before.get("data_dir") != cfg.data_dir:
@@ -166,7 +163,7 @@ def _prepare(folder: Path, cfg: Config, start: "Start | None") -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete a run in a way that a kill in between leaves no half of it under its name."""
+    """Delete a run atomically: a kill in between leaves no partial directory under its name."""
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -180,7 +177,11 @@ def stored(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint to go on from: whole, its content read; lines for the person; files found damaged on the way."""
+    """A checkpoint to resume from.
+
+    Args:
+        content: as read. notes: lines to print. damaged: files found damaged on the way.
+    """
 
     file: Path
     content: dict[str, Any]
@@ -196,7 +197,7 @@ def resume_point(folder: Path, cfg: Config) -> Start | None:
 
     Raises UsageError when there are checkpoints and none can be read: nothing starts from scratch over a run.
     """
-    from models import pretrained  # torch: seconds, and a run's name is told without
+    from models import pretrained  # imports torch, which the name of a run does without
 
     own = [folder / "checkpoints" / name for name in pretrained.LAST]
     if any(file.is_file() for file in own):
@@ -218,7 +219,7 @@ def resume_point(folder: Path, cfg: Config) -> Start | None:
 
 
 def _first_whole(files: list[Path], refusal: str) -> Start:
-    from models import pretrained  # torch: seconds, and a run's name is told without
+    from models import pretrained  # imports torch, which the name of a run does without
 
     problems, damaged = [], []
     for file in files:
@@ -240,47 +241,48 @@ def _first_whole(files: list[Path], refusal: str) -> Start:
 
 
 def _best_instead(folder: Path) -> str:
-    from models import pretrained  # torch: seconds, and a run's name is told without
+    from models import pretrained  # imports torch, which the name of a run does without
 
     best = folder / "checkpoints" / "best.ckpt"
     return f" and --resume {best}" if best.is_file() and pretrained.intact(best) else ""
 
 
 def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Refuse a state of another model or other data with the differences; another number of processes is a note. Raises
-    UsageError."""
+    """Refuse a state of another model or other data; another number of processes is a note. Raises UsageError."""
     content = start.content
     if not isinstance(content, dict) or not {"config", "spec", "DataModule", "loops"} <= content.keys():
         raise UsageError(f"{start.file} is not the state of a vitlab run; weights alone go to --init")
     there, here = content["config"], plain(cfg)
-    apart = [f"{key} {there.get(key)} -> {here[key]}" for key in ("model", "model_args") if there.get(key) != here[key]]
-    apart += [
+    changes = [
+        f"{key} {there.get(key)} -> {here[key]}" for key in ("model", "model_args") if there.get(key) != here[key]
+    ]
+    changes += [
         f"{key} {there[key]} -> {here[key]}"
         for key in OPTIMIZER
         if not cfg.eval_only and there.get(key, here[key]) != here[key]
     ]
-    apart += [f"image_size {content['spec']['image_size']} -> {spec['image_size']}"] * (
+    changes += [f"image_size {content['spec']['image_size']} -> {spec['image_size']}"] * (
         content["spec"]["image_size"] != spec["image_size"]
     )
     classes, now = (each["class_names"] or each["target_names"] for each in (content["spec"], spec))
     if classes != now:
         gone, new = sorted({*classes} - {*now}), sorted({*now} - {*classes})
-        apart.append(
+        changes.append(
             f"{len(classes)} classes -> {len(now)}"
             + f", gone: {', '.join(gone[:5])}" * bool(gone)
             + f", new: {', '.join(new[:5])}" * bool(new)
             + ", in another order" * (not gone and not new)
         )
     if not cfg.eval_only:
-        apart += _other_data(content["DataModule"], identity)
+        changes += _other_data(content["DataModule"], identity)
         start.notes.extend(_other_skips(content["DataModule"], identity))
-        apart += ["the teacher cache: its content is another"] * (
+        changes += ["the teacher cache: its content is another"] * (
             content.get("teacher_digest") != identity.get("teacher_digest")
         )
-    if apart:
+    if changes:
         raise UsageError(
             f"{start.file} cannot go on here, it was saved with other values or data:\n  "
-            + "\n  ".join(apart)
+            + "\n  ".join(changes)
             + "\nPut back what was there, or start another run with --name"
             + (" (--init takes the weights alone)" if cfg.resume else ", or this one again with --overwrite")
         )
@@ -294,19 +296,19 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
 
 
 def _other_data(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The differences between the identities of two data sets, in words."""
-    apart = [
+    """The differences between the identities of two data sets, one line each."""
+    changes = [
         f"{key} {before.get(key)} -> {now.get(key)}"
         for key in ("seed", "global_batch_size", "repeated_augment", "augment")
         if before.get(key, now.get(key)) != now.get(key)
     ]
     if before.get("fingerprint") == now["fingerprint"] or only_skips_differ(before, now):
-        return apart
-    apart += _sizes(before, now)
-    apart.append(
+        return changes
+    changes += _sizes(before, now)
+    changes.append(
         f"the files or their classes (fingerprint {str(before.get('fingerprint'))[:12]} -> {now['fingerprint'][:12]})"
     )
-    return apart + _other_folders(before.get("folders", {}), now.get("folders", {}))
+    return changes + _other_folders(before.get("folders", {}), now.get("folders", {}))
 
 
 def _sizes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -319,13 +321,13 @@ def _sizes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _other_folders(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The class folders that have changed, and what helps where pictures are gone."""
+    """The class folders that have changed, with a hint where images are missing."""
     if not before:
         return []
     counts = [{name: int(text.split()[0]) for name, text in each.items()} for each in (before, now)]
     changed = [
         name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]
-    ]  # classes that are new or gone are told apart
+    ]  # classes that are new or gone are listed separately
     lines = [
         f"{name}: {counts[0][name]} pictures -> {counts[1][name]}"
         + ", of other names" * (counts[0][name] == counts[1][name])
@@ -339,7 +341,7 @@ def _other_folders(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def _other_skips(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A note on pictures that could be read then and not now, or now and not then."""
+    """A note on images whose readability has changed."""
     if before.get("fingerprint") == now["fingerprint"] or not only_skips_differ(before, now):
         return []
     return [
@@ -358,8 +360,8 @@ def _check_same_data(folder: Path, result: dict[str, Any], identity: dict[str, A
 
 
 def _check_free(folder: Path) -> None:
-    strangers = [file for file in folder.iterdir() if not file.name.endswith(".partial")] if folder.is_dir() else []
-    if strangers and not (folder / CONFIG).is_file() or folder.is_file():
+    others = [file for file in folder.iterdir() if not file.name.endswith(".partial")] if folder.is_dir() else []
+    if others and not (folder / CONFIG).is_file() or folder.is_file():
         raise UsageError(f"{folder} exists and is not a run directory (no {CONFIG}): --name or --runs_dir another")
 
 
@@ -401,25 +403,27 @@ def _same_place(before: str | None, now: str | None, folder: Path) -> bool:
 
 
 def _places(path: str, folder: Path) -> list[Path]:
-    """Where a path that a run has kept is, of those that are there."""
+    """The existing places that a stored path may mean."""
     places = [Path(path), *(parent / path for parent in folder.absolute().parents[:3])]
     return [place for place in places if place.exists()]
 
 
 def _gone(before: dict[str, Any], cfg: Config, folder: Path) -> str | None:
-    """The data folder that a run was made with, where there is none at its place any more, and another one is given."""
+    """The data folder of the stored run, if it no longer exists and another one is given."""
     path = before.get("data_dir")
     return path if path and cfg.data_dir and os.path.isdir(cfg.data_dir) and not _places(path, folder) else None
 
 
 def _check_same(folder: Path, cfg: Config) -> None:
-    apart = differences(folder, cfg)
-    if not apart:
+    changes = differences(folder, cfg)
+    if not changes:
         return
     recipe = stored(folder).get("recipe")
     more = [f"recipe {recipe} -> {cfg.recipe}"] * (recipe != cfg.recipe)
-    shown = ", ".join([*more, *apart[:MOST_SHOWN]]) + f" and {len(apart) - MOST_SHOWN} more" * (len(apart) > MOST_SHOWN)
-    ends = [os.path.basename(os.path.abspath(cfg.data_dir))] * any(each.startswith("data_dir ") for each in apart) + [
+    shown = ", ".join([*more, *changes[:MOST_SHOWN]]) + f" and {len(changes) - MOST_SHOWN} more" * (
+        len(changes) > MOST_SHOWN
+    )
+    ends = [os.path.basename(os.path.abspath(cfg.data_dir))] * any(each.startswith("data_dir ") for each in changes) + [
         cfg.recipe
     ] * bool(more)
     other = f"{cfg.name}-{'-'.join(ends)}".replace(" ", "_") if ends else "another"
@@ -462,12 +466,12 @@ def _spelled(value: Any) -> str:
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """What result.json of a run directory says; {} where there is none."""
+    """The content of result.json; {} where there is none."""
     return json.loads((folder / RESULT).read_text()) if (folder / RESULT).is_file() else {}
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """Write result.json, with null for NaN and infinity, which JSON lacks."""
     result = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()
     }
@@ -475,7 +479,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def write_skipped(folder: Path, skipped: Any) -> None:
-    """List the pictures that a table's run does without, a DataFrame; where there are none, nothing."""
+    """Write skipped.csv from a DataFrame of skipped images; nothing for none."""
     if skipped is not None and len(skipped):
         write_text(folder / "skipped.csv", skipped.to_csv(index=False))
 
