@@ -26,6 +26,9 @@ from datamodules.transforms.mixing import Mixer, check_mixing
 from datamodules.transforms.on_device import OnDevice
 from datamodules.transforms.user_function import OwnTransform, digest
 
+if TYPE_CHECKING:
+    from models.spec import Batch, Spec
+
 PREPARATION = {
     "image_size": 224,
     "mean": IMAGENET_DEFAULT_MEAN,
@@ -61,6 +64,10 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         interpolation: str  # type: ignore[assignment]
         crop_pct: float
         crop_mode: str  # type: ignore[assignment]
+        task: Any  # what `read` may change, with the next three
+        target_names: list[str] | None
+        target_range: Any
+        id_column: str | None
 
     in_memory: ClassVar[bool] = False
 
@@ -75,16 +82,12 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
             if getattr(self, name) is None:
                 setattr(self, name, usual)
         self.image_size = height_width(self.image_size)
-        self.mean, self.std, self.crop_scale = tuple(self.mean), tuple(self.std), tuple(self.crop_scale)
+        for name in ("mean", "std", "crop_scale"):
+            setattr(self, name, tuple(getattr(self, name)))
         self.augment = read_augment(self.augment_args)
         self._check_knobs()
         self.train_sizes = training_sizes(self.train_size, self.image_size, self.epochs)
-        self.task, self.target_names, self.target_range, self.id_column = (
-            "classification",
-            None,
-            None,
-            None,
-        )  # what `read` may change
+        self.task, self.target_names, self.target_range, self.id_column = "classification", None, None, None
         self.class_names, self.splits = self.read()
         if self.limit_val is not None:
             self.splits |= {
@@ -95,8 +98,16 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
             self.training_view(self.image_size)  # raises for one that cannot be used
         self.cache = self._planned_cache()
         self.cache_side = self.cache.side if self.cache else None
-        mixing = dict(mixup=self.mixup, cutmix=self.cutmix, augment=self.augment, smoothing=self.label_smoothing)
-        mixer = Mixer(**mixing, num_classes=len(self.class_names or ()), task=self.task) if self.mixing else None
+        mixer = None
+        if self.mixing:
+            mixer = Mixer(
+                mixup=self.mixup,
+                cutmix=self.cutmix,
+                augment=self.augment,
+                smoothing=self.label_smoothing,
+                num_classes=len(self.class_names or ()),
+                task=self.task,
+            )
         self._on_device = OnDevice(
             self.mean, self.std, erasing_mode=self.augment.erasing_mode, mixer=mixer, seed=self.seed
         )
@@ -143,8 +154,15 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
 
     def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
         """RGB picture -> (3, H, W) uint8 of `size` or else image_size, random."""
-        words = dict(crop_scale=self.crop_scale, hflip=self.hflip, rand_augment=self.rand_augment, augment=self.augment)
-        return train_transform(size or self.image_size, interpolation=self.interpolation, mean=self.mean, **words)
+        return train_transform(
+            size or self.image_size,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            crop_scale=self.crop_scale,
+            hflip=self.hflip,
+            rand_augment=self.rand_augment,
+            augment=self.augment,
+        )
 
     def eval_transform(self) -> Transform:
         """RGB picture -> (3, H, W) uint8, as timm evaluates."""
@@ -157,14 +175,14 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         )
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> "Spec":
         """What a model must know to use these data; plain values only, so a checkpoint with it loads with
         weights_only."""
         return {
             "task": self.task,
             "num_outputs": len(self.class_names)
             if self.class_names
-            else len(self.target_names) * self.outputs_per_target,
+            else len(self.target_names or ()) * self.outputs_per_target,
             "class_names": self.class_names and list(self.class_names),
             "target_names": self.target_names,
             "target_range": self.target_range,
@@ -191,7 +209,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a position in training to mean the same samples: plain values."""
-        order = {
+        order: dict[str, Any] = {
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             "repeated_augment": self.repeated_augment,
@@ -243,9 +261,15 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         self._accumulate(passes)
         epoch, start = self._resume or (getattr(self.trainer, "current_epoch", 0), 0)
         self._resume = None
-        place = dict(**self._place, epoch=epoch, start=start)
-        repeats, batch = self.repeated_augment, self.global_batch_size
-        sampler = TrainSampler(self.sizes["train"], global_batch_size=batch, seed=self.seed, repeats=repeats, **place)
+        sampler = TrainSampler(
+            self.sizes["train"],
+            global_batch_size=self.global_batch_size,
+            seed=self.seed,
+            epoch=epoch,
+            start=start,
+            repeats=self.repeated_augment,
+            **self._place,
+        )
         transforms = {size: self.training_view(size) for size in set(self.train_sizes)}
         boxes = Boxes(self.random_erasing, self.augment.erasing_count) if self.random_erasing else None
         pictures = TrainPictures(
@@ -309,11 +333,11 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
                 f"not equal to a run on one machine"
             )
 
-    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+    def on_before_batch_transfer(self, batch: "Batch", dataloader_idx: int) -> "Batch":
         """What the device side needs and the host knows (`OnDevice.before`)."""
         return self._on_device.before(batch, getattr(self.trainer, "current_epoch", 0), self._rank)
 
-    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+    def on_after_batch_transfer(self, batch: "Batch", dataloader_idx: int) -> "Batch":
         """Normalised, erased and mixed on the device (`OnDevice.after`)."""
         return self._on_device.after(batch)
 
@@ -342,7 +366,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
             raise ValueError(
                 f"Trainer(accumulate_grad_batches={asked}), but global and micro batch size need {passes}: leave it out"
             )
-        if asked != passes:
+        if self.trainer is not None and asked != passes:
             rank_zero_info(
                 f"{passes} passes of each process make one optimizer step of {self.global_batch_size} pictures "
                 f"(accumulate_grad_batches={passes})"

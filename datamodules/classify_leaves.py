@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from datamodules import kaggle_csv
+from datamodules.knobs import Task
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -19,7 +20,7 @@ class DataModule(kaggle_csv.DataModule):
     usual_metric: ClassVar[str | None] = "acc1"
 
     target: str | None = "label"
-    task: str | None = "classification"
+    task: Task | None = "classification"
     image: str | None = "{image}"
     group: str | None = "none"
     id_column: str | None = "image"

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from datamodules.base import PictureData
+from datamodules.knobs import height_width
 from datamodules.loading.images import Split, hold_out
 from datamodules.transforms.image_transforms import Transform, shift_transform
 
@@ -34,7 +35,7 @@ class DataModule(PictureData):
     """
 
     in_memory: ClassVar[bool] = True
-    image_size: int | str | None = 32
+    image_size: int | str | None = 32  # type: ignore[assignment]  # `__post_init__` makes a pair of it
 
     def read(self) -> tuple[list[str], dict[str, Split]]:
         self.crop_pct = 1.0
@@ -53,7 +54,7 @@ class DataModule(PictureData):
 
     def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
         return shift_transform(
-            size or self.image_size,
+            size or height_width(self.image_size or 32),
             interpolation=self.interpolation,
             shift=1 / 8,
             mean=self.mean,

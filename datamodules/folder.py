@@ -83,7 +83,8 @@ class DataModule(ImageFiles, PictureData):
     def read(self) -> tuple[list[str], dict[str, Split]]:
         if self.per_class is not None and self.per_class < 1:
             raise ValueError(f"per_class {self.per_class}: at least 1")
-        root, self.folders, others = self.find_root(), {}, Counter()
+        root, others = self.find_root(), Counter[str]()
+        self.folders: dict[str, str] = {}
         self.files = Files(root, Decoding(self.max_pixels, self.white))
         folders = {split: found for split in SPLITS if (found := class_folders(root, split))}
         if not folders:

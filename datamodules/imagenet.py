@@ -55,7 +55,7 @@ class DataModule(folder.DataModule):
                     f"{split}/ has folders that are not ImageNet ids: {', '.join(strange[:5])}; use --data folder for "
                     f"them"
                 )
-        readable = _unique(info.label_descriptions(), info.label_names())
+        readable = _unique([*info.label_descriptions()], info.label_names())
         if self.class_names not in (None, readable):
             raise ValueError(
                 "the given class names are not ImageNet's 1,000 in timm's order; use --data folder to keep them"

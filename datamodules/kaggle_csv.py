@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,9 @@ from datamodules.tables.guess import Tables
 from datamodules.tables.images import Folder
 from datamodules.tables.rows import Rows, find_rows
 from datamodules.tables.table import Report, counted, listed, plainly, spelled_twice, whole
+
+if TYPE_CHECKING:
+    from models.spec import Spec
 
 INPUTS, AUX = "--data_args.input_columns", "--data_args.aux_targets"
 GIVEN = ("target", "task", "image", "group", "metric", "id_column", "fold_column", "split_column", "label_separator")
@@ -67,6 +70,13 @@ class DataModule(Table, ImageFiles, PictureData):
             groups, all_targets, train_ids: of the same rows.
     """
 
+    if TYPE_CHECKING:
+        task: Any  # `read` fills in what is left out
+        metric_name: str
+        files: Files
+        table_scheme: dict[str, Any]
+        lines: list[str]
+
     usual_metric: ClassVar[str | None] = None  # of a competition that is known
 
     max_pixels: int = MAX_PIXELS
@@ -76,7 +86,7 @@ class DataModule(Table, ImageFiles, PictureData):
     fold_column: str | None = None
     split_column: str | None = None
     label_separator: str | None = None
-    target_range: list[Any] | tuple[Any, ...] | None = None
+    target_range: Any = None
     train_csv: str | None = None
     test_csv: str | None = None
     sample_csv: str | None = None
@@ -105,7 +115,7 @@ class DataModule(Table, ImageFiles, PictureData):
 
     def _check_further(self) -> None:
         """What can be said of the further columns before a table is read. Raises ValueError."""
-        self.columns: dict[str, Any] = {}
+        self.columns: Any = {}
         self.inputs = table_columns.names_of(self.input_columns, INPUTS)
         self.aux = table_columns.names_of(self.aux_targets, AUX)
         if not self.aux_weight > 0:
@@ -191,14 +201,11 @@ class DataModule(Table, ImageFiles, PictureData):
 
     def _asked(self, tables: Tables, find: Callable[..., Rows]) -> dict[str, Rows]:
         """The rows that answers are wanted for, as `test` where they have labels, else as `predict`."""
-        frame, targets = table_scheme.rows_asked(tables), self.table_scheme["targets"]
+        targets = self.table_scheme["targets"]
+        frame = table_scheme.rows_asked(tables)
         if frame is None or frame.empty:
             return {}
-        labelled = (
-            frame is tables.test
-            and all(name in frame for name in targets)
-            and not (frame[targets] == "").all(axis=None)
-        )
+        labelled = tables.test is not None and set(targets) <= set(frame) and not (frame[targets] == "").all(axis=None)
         return {
             "test" if labelled else "predict": find(
                 frame,
@@ -326,7 +333,7 @@ class DataModule(Table, ImageFiles, PictureData):
         ids = [ids[row] for row in rows]
         if self.task == "classification" and groups is None:
             return table_split.stratified(
-                targets[rows], self.val_fraction, self.split_seed, names, ids, frame.index.to_numpy()[rows]
+                targets[rows], self.val_fraction, self.split_seed, names or [], ids, frame.index.to_numpy()[rows]
             )
         return table_split.share_held_out(
             targets[rows], self.task, self.val_fraction, self.split_seed, None if groups is None else groups[rows], ids
@@ -334,28 +341,29 @@ class DataModule(Table, ImageFiles, PictureData):
 
     def _kept_or_assigned(self, targets: np.ndarray, names: list[str] | None) -> np.ndarray:
         """(N,) fold of every row: as a file of `folds_at` has it, else by rule."""
-        at, groups, ids = self.folds_at or "folds", self.groups, self.train_ids
+        at, groups, ids, count = self.folds_at or "folds", self.groups, self.train_ids, self.folds or 0
         if at.endswith(".csv"):
             self.folds_file = at
         else:
-            data = os.path.basename(os.path.realpath(self.data_dir))
-            self.folds_file = folds.kept(at, data, ids, targets, self.task, self.folds, self.split_seed, groups)
+            data = os.path.basename(os.path.realpath(str(self.data_dir)))
+            self.folds_file = folds.kept(at, data, ids, targets, self.task, count, self.split_seed, groups)
         if self.folds_at and os.path.isfile(self.folds_file):
-            return folds.read(self.folds_file, ids, self.folds, groups)
+            return folds.read(self.folds_file, ids, count, groups)
         if at.endswith(".csv"):
             raise ValueError(f"--data_args.folds_at {at}: there is no such file")
-        return table_split.by_rule(targets, self.task, self.folds, self.split_seed, groups, names, ids)
+        return table_split.by_rule(targets, self.task, count, self.split_seed, groups, names, ids)
 
     def keep_folds(self) -> None:
         """Write `folds_file`, unless it is there."""
-        if self.folds_file is not None:
-            folds.write(self.folds_file, self.train_ids, self.fold_numbers, self.id_column)
+        if self.folds_file is not None and self.fold_numbers is not None:
+            folds.write(self.folds_file, self.train_ids, self.fold_numbers, str(self.id_column))
 
     def _groups(self, frame: pd.DataFrame, train: Rows, report: Report) -> np.ndarray | None:
         """(N,) group of every row, "" where it has none: of the group column or file, and rows of one picture."""
         name, parts = self.table_scheme["group"], []
         if name and name.endswith(".csv"):
-            groups, problem = table_scheme.read_groups(self.data_dir, name, frame[self.id_column], self.id_column)
+            column = str(self.id_column)
+            groups, problem = table_scheme.read_groups(str(self.data_dir), name, frame[column], column)
             report.lines += [problem] if problem else []
             parts.append(self._alike(groups, name))
         elif name:
@@ -376,9 +384,13 @@ class DataModule(Table, ImageFiles, PictureData):
         return np.array([plain.get(group, group) for group in groups], str)
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> "Spec":
         """With `table`: what the table means (`table_scheme`), and `columns`, where some are inputs."""
-        return super().spec | {"table": self.table_scheme} | ({"columns": self.columns} if self.columns else {})
+        spec = super().spec
+        spec["table"] = self.table_scheme
+        if self.columns:
+            spec["columns"] = self.columns
+        return spec
 
     def resolved(self) -> dict[str, str | None]:
         """The flags that were left out, as they were guessed: target, task, image, group and metric."""
@@ -405,7 +417,7 @@ class DataModule(Table, ImageFiles, PictureData):
             lines += table_split.notes(numbers, self.all_targets, self.task, self.class_names)
         elif self.task != "regression" and {"train", "val"} <= self.splits.keys():
             lines += table_split.never_learned(
-                self.splits["train"].targets, self.splits["val"].targets, self.class_names
+                self.splits["train"].targets, self.splits["val"].targets, self.class_names or []
             )
         return lines + super().notes()
 

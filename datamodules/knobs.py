@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 Role = Literal["training", "place", "where", "numerics"]
+Task = Literal["classification", "multilabel", "regression"]
 Range = tuple[Callable[[Any], bool], str]
 
 SHARE: Range = lambda value: 0 <= value <= 1, "must lie between 0 and 1"
@@ -117,9 +118,7 @@ class Table:
     target: str | None = knob(
         None, "Target column, or several separated by commas. Default: from train.csv and sample_submission.csv."
     )
-    task: Literal["classification", "multilabel", "regression"] | None = knob(
-        None, "Type of task. Default: inferred from the targets."
-    )
+    task: Task | None = knob(None, "Type of task. Default: inferred from the targets.")
     image: str | None = knob(None, "Path pattern of the images, as {split}/{Id}.jpg. Default: from the folders.")
     group: str | None = knob(
         None, "Column, or FILE.csv, of groups; images of one group are never on both sides of a split."

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datamodules import kaggle_csv
+from datamodules.knobs import Task
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -22,7 +23,7 @@ class DataModule(kaggle_csv.DataModule):
     usual_metric: ClassVar[str | None] = "rmse"
 
     target: str | None = "Pawpularity"
-    task: str | None = "regression"
+    task: Task | None = "regression"
     image: str | None = "{split}/{Id}.jpg"
     group: str | None = "none"
     id_column: str | None = "Id"

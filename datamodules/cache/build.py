@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -65,7 +65,7 @@ class ImageCache:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        self.openers: list[Callable[[bytes], Image.Image]] = []
+        self.openers: list[Any] = []  # of the splits; each has `path(name)` and `how`, as folder.Files
         for _, split in sorted(self.splits.items()):
             if split.open not in self.openers:
                 self.openers.append(split.open)
@@ -100,7 +100,7 @@ class ImageCache:
     def prefix(self, opener: Callable[[bytes], Image.Image]) -> bytes:
         return b"%d/" % self.openers.index(opener) if len(self.openers) > 1 else b""
 
-    def opened(self, name: bytes) -> tuple[Callable[[bytes], Image.Image], bytes]:
+    def opened(self, name: bytes) -> tuple[Any, bytes]:
         """Who opens the entry, and under which name."""
         if len(self.openers) == 1:
             return self.openers[0], name
@@ -295,7 +295,8 @@ def _write(cache: ImageCache, pixels: BinaryIO, rows: BinaryIO, done: int) -> No
         worker_init_fn=heed_only_the_parent,
         generator=torch.Generator(),
     )
-    pending, position, synced = [], pixels.tell(), pixels.tell()
+    pending: list[list[int]] = []
+    position = synced = pixels.tell()
 
     def commit() -> None:
         pixels.flush()

@@ -46,7 +46,7 @@ def picture_names(root: str, split: str, folder: str) -> tuple[np.ndarray, Count
     inside = [os.path.realpath(root), os.path.realpath(os.path.join(root, split))]
     if os.path.islink(path):
         _check_link(path, inside)
-    found, others, places = [], Counter(), [f"{split}/{folder}"]
+    found, others, places = [], Counter[str](), [f"{split}/{folder}"]
     for place in places:  # grows
         with os.scandir(os.path.join(root, place)) as entries:
             for entry in entries:

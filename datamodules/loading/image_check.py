@@ -22,7 +22,7 @@ def picture_fault(path: str, how: Decoding = USUALLY) -> str | None:
     try:
         with open(path, "rb") as file:
             with opened(file, how) as picture:
-                end = ENDS.get(picture.format)
+                end = ENDS.get(picture.format or "")
             if end:
                 file.seek(-len(end), os.SEEK_END)
                 if file.read() == end:
@@ -37,7 +37,7 @@ def picture_fault(path: str, how: Decoding = USUALLY) -> str | None:
 
 
 def faults(
-    root: str, names: Sequence[str | bytes | None], how: Decoding = USUALLY, seconds: float | None = None
+    root: str, names: Sequence[str | bytes | None] | np.ndarray, how: Decoding = USUALLY, seconds: float | None = None
 ) -> tuple[dict[int, str], int]:
     """({row: `picture_fault`}, pictures looked at) of files relative to `root`, by several threads; None is no file.
 

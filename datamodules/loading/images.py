@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,12 +74,12 @@ class TrainPictures(Dataset):
     def __getitems__(self, keys: list[tuple[int, ...] | int]) -> list[dict]:
         """Of one batch, for a DataLoader: cached pictures stand side by side in memory, and `collate` need not copy
         them."""
-        keys = [_whole(key, 0) for key in keys]
-        transform = self._transform(keys[0][1])
+        whole = [_whole(key, 0) for key in keys]
+        transform: Any = self._transform(whole[0][1])
         if not (hasattr(self.split.open, "pixels") and getattr(transform, "plain", False)):
-            return [self._sample(key) for key in keys]
-        memory = fresh((len(keys), *transform.size, 3)).permute(0, 3, 1, 2)  # (B, 3, H, W)
-        return [self._sample(key, out) for key, out in zip(keys, memory)]
+            return [self._sample(key) for key in whole]
+        memory = fresh((len(whole), *transform.size, 3)).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        return [self._sample(key, out) for key, out in zip(whole, memory)]
 
     def _transform(self, epoch: int) -> Transform:
         return self.transforms[min(epoch, len(self.transforms) - 1)]
@@ -122,7 +123,7 @@ def _whole(key: tuple[int, ...] | int, rest: int | bool) -> tuple[int, ...]:
     return key if isinstance(key, tuple) else (int(key), rest)
 
 
-def shown(split: Split, index: int, transform: Transform) -> Callable[[], torch.Tensor]:
+def shown(split: Split, index: int, transform: Transform) -> Callable[..., torch.Tensor]:
     """What makes (3, H, W) uint8 of a picture that is open by now; straight from the pixels where it is cached and the
     transform can."""
     if hasattr(split.open, "pixels") and hasattr(transform, "of_pixels"):
@@ -157,6 +158,7 @@ def keyed_rng(seed: int, *key: int, numpy: bool = True) -> Iterator[None]:
     are never touched (`torch.manual_seed` would seed them).
     """
     restore = get_worker_info() is None
+    before: Any = None
     if restore:
         before = random.getstate(), np.random.get_state() if numpy else None, torch.default_generator.get_state()
     seeds = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()

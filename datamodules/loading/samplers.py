@@ -2,6 +2,7 @@
 other processes."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -16,8 +17,9 @@ class RankSampler(DistributedSampler):
     """
 
     def __init__(self, size: int, rank: int | None, world_size: int | None) -> None:
-        super().__init__(range(size), num_replicas=world_size or 1, rank=rank or 0, shuffle=False)
-        self.size, self._given = size, None if world_size is None else (rank, world_size)
+        rows: Any = range(size)
+        super().__init__(rows, num_replicas=world_size or 1, rank=rank or 0, shuffle=False)
+        self.size, self._given = size, None if world_size is None else (rank or 0, world_size)
 
     @property
     def place(self) -> tuple[int, int]:

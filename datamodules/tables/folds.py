@@ -235,8 +235,8 @@ def read(path: str | Path, ids: Sequence[str], k: int, groups: np.ndarray | None
     known = paired(found, ids)
     line = {known[each]: row for row, each in enumerate(found) if each in known}
     if not len(line) == len(found) == len(ids):
-        strange = next((row for row, each in enumerate(found) if line.get(known.get(each)) != row), len(found) - 1)
-        raise ValueError(f"{path} is of another table: {len(found)} ids for {len(ids)}, see line {strange + 2}{away}")
+        other = next((row for row, each in enumerate(found) if line.get(known.get(each, "")) != row), len(found) - 1)
+        raise ValueError(f"{path} is of another table: {len(found)} ids for {len(ids)}, see line {other + 2}{away}")
     if strange := [i for i, number in enumerate(numbers) if not number.isdecimal() or int(number) >= k]:
         raise ValueError(f"{path}: line {strange[0] + 2} has fold {numbers[strange[0]]!r}; they are 0 to {k - 1}{away}")
     lines = [line[each] for each in ids]

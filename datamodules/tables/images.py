@@ -83,7 +83,9 @@ class Folder:
     def _listing(self, folder: str) -> tuple[dict[str, str | None], dict[str, str]]:
         """({file name: why it cannot be used, or None}, {name without the suffix or with it in lower case: file name})
         of the pictures in it."""
-        names, stems, inside = {}, {}, self._inside(folder)
+        names: dict[str, str | None] = {}
+        stems: dict[str, str] = {}
+        inside = self._inside(folder)
         try:
             with os.scandir(os.path.join(self.root, folder)) as entries:
                 for entry in sorted(entries, key=lambda each: each.name):
@@ -103,10 +105,10 @@ class Folder:
         found: dict[tuple[str, str | int, str], list[str]] = {}
         for name in [name for name, fault in self.listing(folder)[0].items() if fault is None]:
             stem, suffix = os.path.splitext(name)
-            keys = [("several", stem, ""), *(("spelling", composed(stem), each) for each in ("", suffix.lower()))]
-            keys += (
-                [("number", int(stem), each) for each in ("", suffix.lower())] if re.fullmatch(r"[0-9]+", stem) else []
-            )
+            ends = ("", suffix.lower())
+            keys: list[tuple[str, str | int, str]] = [("several", stem, "")]
+            keys += [("spelling", composed(stem), each) for each in ends]
+            keys += [("number", int(stem), each) for each in ends] if re.fullmatch(r"[0-9]+", stem) else []
             for key in keys:
                 found.setdefault(key, []).append(name)
         return found
@@ -183,8 +185,9 @@ class Folder:
                 raise Outside("is not relative to the data folder")
         else:
             file, why = self._find(path, kinds)
-        for kind in kinds if file else ():
-            self.taken.setdefault(kind, {}).setdefault(given, file)
+        if file is not None:
+            for kind in kinds:
+                self.taken.setdefault(kind, {}).setdefault(given, file)
         return file, why
 
     def _below(self, path: str) -> str | None:
@@ -224,9 +227,10 @@ class Folder:
                 None,
                 f"is missing (there is {posixpath.join(folder, stems[stem])})" if stem in stems else "is missing",
             )
-        if names[found] and "leaves" in names[found]:
-            raise Outside(names[found])
-        return (None, names[found]) if names[found] else (posixpath.join(folder, found), "")
+        fault = names[found] or ""
+        if "leaves" in fault:
+            raise Outside(fault)
+        return (None, fault) if fault else (posixpath.join(folder, found), "")
 
     def _near(self, folder: str, stem: str, suffix: str, kinds: list[str]) -> str | None:
         """The one picture whose name is the same in Unicode's NFC, or the same number."""
@@ -287,4 +291,4 @@ def _strange_links(folder: Folder, template: str, split: str):
 
 def unreadable(root: str, files: list[str | None], how: Decoding = USUALLY) -> Wrong:
     """The rows whose picture cannot be read (`image_check.picture_fault`)."""
-    return {row: (files[row], f"is broken: {why}") for row, why in faults(root, files, how)[0].items()}
+    return {row: (str(files[row]), f"is broken: {why}") for row, why in faults(root, files, how)[0].items()}

@@ -83,15 +83,18 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
     if given["task"] not in (None, *TASKS):
         report.lines.append(f"--task {given['task']}: classification, multilabel or regression")
     report.finish()
-    scheme, why, train = {}, {}, tables.train
+    scheme: dict[str, Any] = {}
+    why: dict[str, str] = {}
+    train = tables.train
 
     def put(part: str, value: Any, flag: str, guess: Any) -> None:
         scheme[part], why[part] = (value, f"given; {flag} changes it") if value is not None else guess()
 
     put("id_column", given["id_column"], "--data_args.id_column", lambda: table_guess.guess_id(tables))
-    taken = {scheme["id_column"], *filter(None, (group, given["fold_column"]))}
+    taken = {str(name) for name in (scheme["id_column"], group, given["fold_column"]) if name}
     split = given.get("split_column") or table_guess.guess_split(tables, taken, targets)
-    found = table_guess.guess_folds(train, taken | set(targets) | {split})
+    found = table_guess.guess_folds(train, taken | {*targets, *([split] if split else [])})
+    folds = {found} if found else set()
     scheme |= {"fold_column": given["fold_column"], "split_column": None if split == "none" else split}
     taken |= {*filter(None, (scheme["split_column"],))}
     put(
@@ -99,7 +102,7 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
         targets or None,
         "--target",
         lambda: table_guess.guess_targets(
-            tables, scheme["id_column"], taken | {found} | {table_guess.guess_group(train, taken)[0]}
+            tables, scheme["id_column"], taken | folds | {*filter(None, table_guess.guess_group(train, taken)[:1])}
         ),
     )
     put(
@@ -116,7 +119,9 @@ def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[
         lambda: guess_template(folder, train, rows_asked(tables), scheme["id_column"]),
     )
     columns_in(scheme["image"], list(train.columns), "train")
-    put("group", given["group"], "--group", lambda: table_guess.guess_group(train, taken | {found, *scheme["targets"]}))
+    put(
+        "group", given["group"], "--group", lambda: table_guess.guess_group(train, taken | folds | {*scheme["targets"]})
+    )
     usual = given.get("usual_metric")
     scheme["metric"], why["metric"] = (
         (usual, "the competition's") if usual else table_guess.guess_metric(tables, scheme)

@@ -116,7 +116,7 @@ def paired(ids: Iterable[str], others: Iterable[str]) -> dict[str, str]:
     return {each: other for each, other in pairs.items() if other is not None}
 
 
-def rows_text(places: Sequence[int]) -> str:
+def rows_text(places: Sequence[int] | np.ndarray) -> str:
     """Positions from 0 on -> `row 4`, `rows 4, 7 and 12`, `rows 2, 3, 4, 5, 6 and 95 more`."""
     shown = [str(int(place) + 2) for place in places[:SHOWN]]
     if len(places) > SHOWN:
@@ -157,7 +157,7 @@ class Report:
         column: str,
         wrong: np.ndarray | Sequence[int],
         what: str,
-        values: Sequence[str] = (),
+        values: Sequence[str] | np.ndarray = (),
         hint: str = "",
     ) -> None:
         """A line for the rows of a mask, or of positions, of a column; none where no row is wrong. `values` are those
@@ -165,7 +165,7 @@ class Report:
         wrong = np.asarray(wrong)
         places = np.flatnonzero(wrong) if wrong.dtype == bool else wrong
         if len(places):
-            seen = list(dict.fromkeys(str(values[place])[:60] for place in places)) if len(values) else []
+            seen = list(dict.fromkeys(str(values[int(place)])[:60] for place in places)) if len(values) else []
             self.add(
                 file,
                 f"column {column}: {what} in {rows_text(places)}" + f": {listed(map(repr, seen))}" * bool(seen) + hint,

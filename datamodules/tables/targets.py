@@ -101,7 +101,7 @@ def read_targets(
             )
         return ones.argmax(1)
     text = frame[targets[0]]
-    index = _index(names, spellings(frame, scheme))
+    index = _index(names or [], spellings(frame, scheme))
     if scheme["separator"] is None:
         holes = _holes(text)
         report.rows(file, targets[0], holes, "no label", hint=SKIP)
@@ -123,7 +123,8 @@ def _index(names: list[str], spelled: set[str]) -> dict[str, int]:
 def _joined(
     text: pd.Series, column: str, separator: str, index: dict[str, int], file: str, report: Report, known: str
 ) -> np.ndarray:
-    ones, strange = np.zeros((len(text), len({*index.values()})), np.float32), {}
+    ones = np.zeros((len(text), len({*index.values()})), np.float32)
+    strange: dict[int, str] = {}
     for row, value in enumerate(text):
         for label in labels_of(value, separator):
             if label in index:
@@ -182,8 +183,8 @@ def check_constant(
         if len(np.unique(targets)) == 1:
             report.add(
                 file,
-                f"column {', '.join(columns)}: the single class {names[int(targets[0])]!r}, nothing can be learned "
-                f"from it",
+                f"column {', '.join(columns)}: the single class {(names or [])[int(targets[0])]!r}, nothing can be "
+                f"learned from it",
             )
         return
     still = np.ptp(targets, axis=0) == 0

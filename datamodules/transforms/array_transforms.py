@@ -10,6 +10,7 @@ Filters, for bilinear and bicubic (others are Pillow's):
 from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ def filter_name(interpolation: str) -> str:
     """What resizes crops on this machine, for people and for the record."""
     if interpolation not in FAST:
         return f"Pillow's {interpolation}"
-    return f"{f'OpenCV {opencv().__version__}' if opencv() else f'PyTorch {torch.__version__}'}'s {interpolation}"
+    cv2 = opencv()
+    return f"{f'OpenCV {cv2.__version__}' if cv2 else f'PyTorch {torch.__version__}'}'s {interpolation}"
 
 
 class TrainTransform(tv.Compose):
@@ -53,7 +55,7 @@ class TrainTransform(tv.Compose):
         self,
         size: tuple[int, int],
         interpolation: str,
-        crop: list[Callable],
+        crop: list[Any],
         colours: list[Callable],
         to_tensor: list[Callable],
     ) -> None:
@@ -78,7 +80,7 @@ class TrainTransform(tv.Compose):
         resize(pixels[rows, columns], self.interpolation, axes, image)
         if self.plain:
             return image
-        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture: Any = Image.fromarray(image.permute(1, 2, 0).numpy())
         for transform in self.rest:
             picture = transform(picture)
         return picture
@@ -93,7 +95,7 @@ def nearest(start: int, length: int, whole: int, here: int) -> slice:
 def resize(pixels: np.ndarray, interpolation: str, axes: list[int], out: torch.Tensor) -> None:
     """(H, W, 3) uint8, rows of a larger picture or not, into out (3, h, w), channels last in memory, flipped along
     `axes` (0 height, 1 width)."""
-    size, cv2 = tuple(out.shape[1:]), opencv()
+    size, cv2 = (out.shape[1], out.shape[2]), opencv()
     pixels = np.array(
         pixels, order="C"
     )  # a copy: the kernels take twice as long on a part of a picture, and torch wants it writable

@@ -69,11 +69,11 @@ def _parts(size: tuple[int, int], rand_augment: str | None, augment: Augment, **
         is_training=True,
         ratio=augment.crop_ratio,
         vflip=augment.vflip,
-        color_jitter=augment.color_jitter,
+        **words,
+        color_jitter=augment.color_jitter,  # type: ignore[arg-type]  # timm takes None too
         auto_augment=rand_augment or augment.auto_augment,
         use_prefetcher=True,
         separate=True,
-        **words,
     )
     found = [part.transforms for part in parts]
     for policy in found[1]:

@@ -1,12 +1,18 @@
 """What happens to a batch on the device: pictures are normalised, erased and mixed, in this order, as in DeiT's
 training."""
 
-from typing import Any
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 
 from datamodules.transforms.erasing import fill
 from datamodules.transforms.mixing import Mixer, batch_key
+
+if TYPE_CHECKING:
+    from models.spec import Batch
 
 
 class OnDevice:
@@ -26,21 +32,21 @@ class OnDevice:
         self._statistics: dict[torch.device, torch.Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
 
-    def before(self, batch: dict[str, Any], epoch: int, rank: int) -> dict[str, Any]:
+    def before(self, batch: Batch, epoch: int, rank: int) -> Batch:
         """Keep on the host what the host will read: boxes (B, count, 5) as an array, and the mix's key in `mix`."""
         if "erase" in batch:
-            batch = {**batch, "erase": batch["erase"].numpy()}
+            batch = {**batch, "erase": np.asarray(batch["erase"])}
         if self.mixer is not None and "valid" not in batch:
             batch = {**batch, "mix": batch_key(epoch, rank, batch["index"])}
         return batch
 
-    def after(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def after(self, batch: Batch) -> Batch:
         """`image` (B, 3, H, W) uint8 0-255 -> normalised float32 in the arithmetic of timm's PrefetchLoader; float
         pictures pass.
 
         With a mix `target` becomes (B, K) float32.
         """
-        batch = dict(batch)
+        batch = batch.copy()
         image, boxes, key = batch["image"], batch.pop("erase", None), batch.pop("mix", None)
         if image.dtype == torch.uint8:
             mean, std = self._mean_and_std(image.device)
@@ -51,7 +57,7 @@ class OnDevice:
             if image.device not in self._generators:
                 self._generators[image.device] = torch.Generator(image.device)
             fill(image, boxes.tolist(), self.erasing_mode, self._generators[image.device])
-        if key is not None:
+        if key is not None and self.mixer is not None:
             image, batch["target"] = self.mixer(image, batch["target"], self.seed, key)
         return {**batch, "image": image}
 

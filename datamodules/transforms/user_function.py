@@ -67,7 +67,7 @@ def _function(where: str) -> Callable[..., Any]:
             f"--augment_args.function {where}: give my.py:build; there is no file {file or where!r} "
             f"(looked in {Path.cwd()})"
         )
-    place = importlib.util.spec_from_file_location(f"vitlab_augment_{Path(file).stem}", file)
+    place: Any = importlib.util.spec_from_file_location(f"vitlab_augment_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(place)
     place.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
