@@ -12,7 +12,8 @@ sys.path.insert(1, str(ROOT))
 
 from experiments.cli import listing  # noqa: E402
 
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
+ROOMS = ("models", "datamodules", "lightning_modules", "experiments")
+PAGES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ROOMS), *sorted((ROOT / "docs").glob("*.md"))]
 HEADINGS = {
     "data": ("name", "what it is"),
     "losses": ("flag", "what it is"),
