@@ -26,15 +26,15 @@ def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
     for `fold_runs`, or an exit code where there is nothing to do. Raises ValueError or FileNotFoundError for what a
     person must mend."""
     build.quiet()
-    cfg, apart, line = command.config, command.config.strategy == FOLD_PER_DEVICE, [*command.argv, "--dry_run"]
+    cfg, apart, flags = command.config, command.config.strategy == FOLD_PER_DEVICE, {"dry_run": True}
     if apart:
-        line += ["--devices", "1", "--strategy", "auto"]
+        flags |= {"devices": 1, "strategy": "auto"}
         if forecast.on_gpu(cfg) and torch.cuda.device_count() < cfg.devices:
             raise UsageError(
                 f"--devices {cfg.devices} --strategy {FOLD_PER_DEVICE}: this machine has "
                 f"{torch.cuda.device_count()} GPUs"
             )
-    run = decide.decide(read(line), assume=not write)
+    run = decide.decide(command.again(**flags), assume=not write)
     if not write:
         result.dry_run(run)
         print(f"all of this {cfg.folds} times, once for each fold")

@@ -18,7 +18,7 @@ from datamodules.base import PictureData
 from datamodules.loading.decode import PictureError
 from datamodules.loading.files import write_text
 from experiments.cli.errors import UsageError
-from experiments.config import Command, read
+from experiments.config import Command
 from experiments.folds import directories
 from experiments.running import build, forecast, objects, teacher_score
 from lightning_modules.callbacks.signals import notice
@@ -68,7 +68,7 @@ def _resolved(command: Command, out: Path, topk: int, fixed: bool) -> tuple[buil
         raise UsageError("--eval_only trains nothing, so there is nothing to prepare")
     if cfg.micro_batch_size is None and cached_teacher.is_cache(out):  # what fits the memory may be another size today
         passed = cached_teacher.read_about(out)["identity"]["pass_size"]
-        command = read([*command.argv, "--micro_batch_size", str(passed)])
+        command = command.again(micro_batch_size=passed)
     run = build.resolve(command)
     data, spec = run.data, run.data.spec
     if fixed and data.mixing:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.fault
 
 
 def tell_soon():
-    rendezvous.TELL_SECONDS = 0.1
+    rendezvous.NOTICE_SECONDS = 0.1
 
 
 class Impatient(Fault):
