@@ -20,7 +20,7 @@ from datamodules.loading.closest import did_you_mean
 from experiments.cli import launcher, recipes
 from experiments.cli.checks import check, check_teacher
 from experiments.cli.errors import UsageError
-from experiments.cli.knobs import RECORDED, Knobs, flag, groups
+from experiments.cli.knobs import RECORDED, Knobs, flag, groups, rare
 
 BOOLEAN = (bool, bool | None)
 SPLIT = (
@@ -229,47 +229,36 @@ def _help(each: Field) -> str:
     """The text of a knob. A dictionary of keywords lists the rare knobs that are typed within it."""
     if each.metadata["flag"]:
         return argparse.SUPPRESS
-    rare = [
-        f"{other.metadata['flag'].partition('.')[2]} ({other.metadata['help'].rstrip('.')})"
-        for other in fields(Config)
-        if other.metadata["flag"].startswith(f"{each.name}.")
-    ]
-    return (each.metadata["help"] + f" Also {'; '.join(rare)}." * bool(rare)).replace("%", "%%")
+    typed_within = [f"{key} ({other.metadata['help'].rstrip('.')})" for key, other in rare(each.name).items()]
+    return (each.metadata["help"] + f" Also {'; '.join(typed_within)}." * bool(typed_within)).replace("%", "%%")
 
 
 def _by_name(argv: list[str]) -> list[str]:
-    """The words of a command line with rare knobs under their names, which the parser knows. Raises UsageError for a
-    flag that does not exist."""
-    typed = {flag(each): f"--{each.name}" for each in fields(Config) if each.metadata["flag"]}
+    """The words of a command line with rare knobs under their names, which the parser knows. Raises UsageError for an
+    unknown flag."""
+    hints = get_type_hints(Config)
+    knobs = {flag(each): each.name for each in fields(Config) if each.metadata["flag"] != RECORDED}
+    negations = [f"--no_{name}" for name in knobs.values() if hints[name] in BOOLEAN]
     words = []
     for word in argv:
-        given, sign, value = word.partition("=")
-        if other := next((spelling for spelling, name in typed.items() if name == given), None):
-            if other == f"--{RECORDED}":
-                raise UsageError(f"{given} is recorded in config.yaml and not typed")
-            raise UsageError(f"{given} is now typed as {other}")
-        words.append(typed[given] + sign + value if given in typed else word)
-    _check_flags(words)
+        typed, sign, value = word.partition("=")
+        keywords = hints.get(typed.partition(".")[0][2:]) == dict[str, Any]
+        if typed in knobs:
+            word = f"--{knobs[typed]}{sign}{value}"
+        elif word.startswith("--") and not keywords and typed not in (*negations, "--config", "--help"):
+            raise UsageError(_unknown(typed, [*knobs, *negations, "--config"]))
+        words.append(word)
     return words
 
 
-def _check_flags(argv: list[str]) -> None:
-    known = {f"--{knob_.name}": get_type_hints(Config)[knob_.name] for knob_ in fields(Config)} | {
-        "--config": str,
-        "--help": bool,
-    }
-    negations = {f"--no_{flag[2:]}" for flag, hint in known.items() if hint in BOOLEAN}
-    for word in argv:
-        flag = word.split("=")[0]
-        root = flag.split(".")[0]
-        if (
-            not word.startswith("--")
-            or flag in negations
-            or root in known
-            and (flag == root or known[root] == dict[str, Any])
-        ):
-            continue
-        raise UsageError(f"unknown flag {flag}{did_you_mean(root, [*known, *negations])} (--help lists them all)")
+def _unknown(typed: str, known: list[str]) -> str:
+    """The error for a flag that does not exist, or no longer does."""
+    knob = Config.__dataclass_fields__.get(typed[2:])
+    if knob and knob.metadata.get("flag") == RECORDED:
+        return f"{typed} is recorded in config.yaml and not typed"
+    if knob and knob.metadata.get("flag"):
+        return f"{typed} is now typed as {flag(knob)}"
+    return f"unknown flag {typed}{did_you_mean(typed.partition('.')[0], known)} (--help lists them all)"
 
 
 def plain(cfg: Config) -> dict[str, Any]:

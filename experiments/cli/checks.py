@@ -6,7 +6,7 @@ from typing import TypedDict
 from datamodules.knobs import out_of_range
 from experiments.cli.errors import UsageError
 from experiments.cli.keywords import check_values
-from experiments.cli.knobs import Knobs, flag
+from experiments.cli.knobs import Knobs, flag, rare
 
 TAG_LENGTH = 64  # W&B's limit
 
@@ -81,7 +81,7 @@ class LoggerArgs(TypedDict):
 
 def _check_tracking(cfg: Knobs) -> None:
     """Refuse settings that only W&B uses where another logger is chosen."""
-    check_values(LoggerArgs, cfg.logger_args, "--logger_args", [*LoggerArgs.__annotations__])
+    check_values(LoggerArgs, cfg.logger_args, "--logger_args", [*LoggerArgs.__annotations__, *rare("logger_args")])
     for tag in tags(cfg.tags) or ():
         if not 1 <= len(tag) <= TAG_LENGTH:
             why = f"the tag {tag!r} has {len(tag)} characters; W&B takes 1 to {TAG_LENGTH} for each"

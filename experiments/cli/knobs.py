@@ -205,3 +205,9 @@ def groups() -> dict[str, list[Field]]:
 def flag(each: Field) -> str:
     """The flag of a knob: --cache_dir, --data_args.cache_side."""
     return f"--{each.metadata['flag'] or each.name}"
+
+
+def rare(within: str) -> dict[str, Field]:
+    """Key -> knob, of the rare knobs that are typed within a dictionary of keywords."""
+    typed = {each.metadata["flag"].partition(".")[::2]: each for each in fields(Knobs)}
+    return {key: each for (dictionary, key), each in typed.items() if dictionary == within}

@@ -19,6 +19,7 @@ from datamodules.tables.table import counted
 from datamodules.transforms.augment import Augment
 from experiments.cli.errors import UsageError
 from experiments.cli.keywords import check_values
+from experiments.cli.knobs import rare
 from experiments.cli.recipes import recipe_model
 from experiments.config import Config
 from experiments.reporting import attention_maps
@@ -57,13 +58,11 @@ def check_names(cfg: Config) -> None:
             f"no data set named {cfg.data!r}{did_you_mean(cfg.data, datamodules.names())} "
             f"(there are {', '.join(datamodules.names())})"
         )
-    known = [
-        key
-        for key in datamodules.accepted(cfg.data)
-        if key not in {knob.name for room in (PictureData, Config) for knob in fields(room)}
-    ]
+    elsewhere = {knob.name for room in (PictureData, Config) for knob in fields(room)} - rare("data_args").keys()
+    known = [key for key in datamodules.accepted(cfg.data) if key not in elsewhere]
     check_values(datamodules.data_class(cfg.data).__init__, cfg.data_args, f"--data_args of {cfg.data}", known)
-    check_values(Augment.__init__, cfg.augment_args, "--augment_args", [field.name for field in fields(Augment)])
+    known = [*(field.name for field in fields(Augment)), *rare("augment_args")]
+    check_values(Augment.__init__, cfg.augment_args, "--augment_args", known)
     if cfg.logger == "tensorboard" and find_spec("tensorboard") is None:
         raise UsageError("--logger tensorboard needs a package that is not there: pip install tensorboard")
     losses.check_values(cfg.loss_args)  # the number of outputs follows from them
