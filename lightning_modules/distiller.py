@@ -55,7 +55,7 @@ class Distiller(Task):
         """Raise ValueError where cached answers, not checked before, are of other images than this training's."""
         if not isinstance(self.teacher, CachedTeacher) or self.teacher.checked:
             return
-        data = self.trainer.datamodule
+        data = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise ValueError("cached answers belong to the rows of a data module: trainer.fit(task, datamodule=data)")
         there, world = self.teacher.about["identity"], self.trainer.world_size
@@ -83,7 +83,9 @@ class Distiller(Task):
         if isinstance(self.distill, Features):
             tokens = self.model.forward_features(image)
             output = self.model.forward_head(tokens)
-            student, teacher = self.model.forward_head(tokens, pre_logits=True), self.teacher.features(image)
+            student, live = self.model.forward_head(tokens, pre_logits=True), self.teacher
+            assert isinstance(live, Teacher)
+            teacher = live.features(image)
         else:
             output, teacher = self.model(image), self.teacher_logits(batch)
             student = output[1] if isinstance(output, tuple) else output

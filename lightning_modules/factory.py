@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
-import lightning as L
 import torch
 from torch import nn
 
@@ -23,6 +22,24 @@ from lightning_modules.teachers.cached_teacher import CachedTeacher, is_cache
 from lightning_modules.teachers.teacher import Teacher, Teachers
 from lightning_modules.wiring import wire
 from models import closest, pretrained
+
+
+class Data(Protocol):
+    """What a task takes from a data module of `datamodules.create`."""
+
+    task: str
+    encoding: str
+    outputs_per_target: int
+    eval_only: bool
+    label_smoothing: float
+
+    @property
+    def spec(self) -> Any: ...
+    @property
+    def steps_per_epoch(self) -> int: ...
+    @property
+    def mixing(self) -> bool: ...
+
 
 AnyTeacher = Teacher | Teachers | CachedTeacher
 SHARED = ("epochs", "seed", "label_smoothing", "metric")  # knobs of the data module, which are the defaults
@@ -44,7 +61,7 @@ def names() -> dict[str, list[str]]:
 
 def create(
     model: str | nn.Module,
-    data: L.LightningDataModule,
+    data: Data,
     teacher: str | Path | nn.Module | AnyTeacher | Sequence[str] | None = None,
     *,
     epochs: int | None = None,
@@ -90,8 +107,8 @@ def create(
             mixing=data.mixing,
             num_outputs=data.spec["num_outputs"],
         )
-    if getattr(data, "aux", None) and not data.eval_only:
-        parts["aux"] = Aux(network, len(data.aux), data.aux_weight)
+    if (aux := getattr(data, "aux", None)) and not data.eval_only:
+        parts["aux"] = Aux(network, len(aux), getattr(data, "aux_weight", 1.0))
     if config is None:
         built = getattr(network, "created_as", {})  # `model` and `model_args`; another network no checkpoint rebuilds
         config = {**knobs, **built, "steps_per_epoch": data.steps_per_epoch}
@@ -104,7 +121,7 @@ def create(
     )
 
 
-def _settings(data: L.LightningDataModule, given: dict[str, Any]) -> dict[str, Any]:
+def _settings(data: Data, given: dict[str, Any]) -> dict[str, Any]:
     """Every learning knob: what is given, else the data module's, else the default. Raises ValueError."""
     declared = {each.name: each for each in fields(Learning) if each.name not in OF_RUNS}
     known = [*declared, *SHARED, *OF_TEACHER, *OF_NETWORK]
@@ -124,7 +141,7 @@ def _settings(data: L.LightningDataModule, given: dict[str, Any]) -> dict[str, A
             f"label_smoothing {shared['label_smoothing']}: mixed targets take it from the data module, where it is "
             f"{data.label_smoothing}"
         )
-    rest = {"teacher_init": None, "distill": None, "distill_args": {}, "model_args": {}, "init": None}
+    rest: dict[str, Any] = {"teacher_init": None, "distill": None, "distill_args": {}, "model_args": {}, "init": None}
     rest |= {name: given[name] for name in rest if given.get(name) is not None}
     return {**{name: getattr(learning, name) for name in declared}, **shared, **rest}
 
@@ -185,9 +202,7 @@ def _check_teacher_knobs(knobs: dict[str, Any]) -> None:
             raise ValueError(f"{name} needs a teacher")
 
 
-def _distillation(
-    network: nn.Module, teacher: AnyTeacher, data: L.LightningDataModule, knobs: dict[str, Any]
-) -> dict[str, Any]:
+def _distillation(network: Any, teacher: AnyTeacher, data: Data, knobs: dict[str, Any]) -> dict[str, Any]:
     """The keyword arguments of `Distiller` beside the teacher: the loss, its weights and its warm-up."""
     name = knobs["distill"] or distill_losses.default(data.task)
     hyper = dict(knobs["distill_args"])

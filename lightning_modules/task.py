@@ -84,12 +84,14 @@ class Task(L.LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters(config)
+        network: Any = model
         if hasattr(model, "set_distilled_training"):  # no teacher here: one output, the mean of both heads
-            model.set_distilled_training(False)
-        self.model, self.spec, self.config, self.aux = model, spec, config, aux
+            network.set_distilled_training(False)
+        self.model, self.spec, self.config, self.aux = network, spec, config, aux
         self.loss, self.schedule, self.make_optimizer, self.seed = loss, schedule, make_optimizer, seed
         self.clip_grad, self.clip_mode, self.ema_decay = clip_grad, clip_mode, ema_decay
-        self._step, self._passes = 0, []
+        self._step = 0
+        self._passes: list[dict[str, Tensor]] = []  # of the step under way
         self.metric = metric or find(None, spec["task"])
         self.monitor = f"{STAGE if uses_ema(ema_decay, config.get('use_ema')) else 'val'}/{self.metric.name}"
         self.val_metrics, self.val_ema_metrics, self.test_metrics = (
@@ -97,7 +99,7 @@ class Task(L.LightningModule):
         )
 
     @classmethod
-    def load_from_checkpoint(
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's other arguments mean nothing here
         cls, checkpoint_path: str | Path, *, model: nn.Module | None = None, use_ema: bool | None = None
     ) -> "Task":
         """The task of a checkpoint or run directory, its network in evaluation mode.
@@ -123,13 +125,15 @@ class Task(L.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Add Finite, which ends a training that is not finite, and Ema where averaged weights are kept."""
         wanted: list[Callback] = [Finite()]
+        there: list[Callback] = getattr(self.trainer, "callbacks", [])
         if self.ema_decay is not None and self.trainer.state.fn == "fit":
             wanted.append(Ema(self.ema_decay))
-        return [each for each in wanted if not any(isinstance(other, type(each)) for other in self.trainer.callbacks)]
+        return [each for each in wanted if not any(isinstance(other, type(each)) for other in there)]
 
     def on_train_start(self) -> None:
         """Set the first step's rate, and hold what is frozen."""
-        trainer, epochs = self.trainer, self.config.get("epochs")
+        trainer: Any = self.trainer  # Lightning does not declare all of its attributes
+        epochs = self.config.get("epochs")
         if self.uses_self_log and epochs and trainer.max_epochs not in (None, -1, epochs) and not trainer.fast_dev_run:
             warn(f"the schedule is for {epochs} epochs, the Trainer's max_epochs is {trainer.max_epochs}")
         self._set_rate()
@@ -148,7 +152,7 @@ class Task(L.LightningModule):
         with self.aux.watching(self.model) if self.aux else nullcontext() as pooled:
             logits, target = self(*inputs(batch)).float(), batch["target"]
         loss, parts = self.loss(logits, target), {}
-        if self.aux:
+        if self.aux and pooled:
             aux_loss = self.aux(pooled[0], batch["aux"])
             loss, parts = loss + self.aux.weight * aux_loss, {"aux_loss": aux_loss.detach()}
         return {"loss": loss, **parts, **self.batch_metrics(logits, target)}

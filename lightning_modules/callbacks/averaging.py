@@ -23,6 +23,11 @@ def parse(text: str) -> tuple[str, int]:
     return found[1], int(found[2])
 
 
+def _error(trainer: L.Trainer) -> str | None:
+    """What failed in AtomicCheckpointIO's last save; None for nothing."""
+    return getattr(trainer.strategy.checkpoint_io, "error", None)
+
+
 def mean(states: Any) -> dict[str, Tensor]:
     """The mean of state dicts, by name, as timm's avg_checkpoints.py takes it: in float64, buffers and whole numbers
     (cut off, as when timm's file is loaded) included. `states` is any iterable; one of them is held at a time. Raises
@@ -91,11 +96,11 @@ class Averaging(Callback):
         """Whether the file is on disk, the same answer on every rank."""
         content = {"state_dict": self._weights(trainer, pl_module), "epoch": epoch, "global_step": trainer.global_step}
         trainer.strategy.save_checkpoint(content, self.file(epoch))
-        return trainer.strategy.broadcast(trainer.strategy.checkpoint_io.error is None)
+        return trainer.strategy.broadcast(_error(trainer) is None)
 
     def _weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Tensor]:
         if self.use_ema:
-            return next(callback for callback in trainer.callbacks if isinstance(callback, Ema)).state()
+            return next(callback for callback in getattr(trainer, "callbacks", ()) if isinstance(callback, Ema)).state()
         return pl_module.state_dict()
 
     def finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
@@ -113,13 +118,13 @@ class Averaging(Callback):
                 "global_step": trainer.global_step,
                 "config": pl_module.config,
                 "spec": pl_module.spec,
-                "fingerprint": getattr(trainer.datamodule, "fingerprint", None),
+                "fingerprint": getattr(getattr(trainer, "datamodule", None), "fingerprint", None),
             }
             trainer.strategy.checkpoint_io.save_checkpoint(content, path)
-            if trainer.strategy.checkpoint_io.error is None:
+            if _error(trainer) is None:
                 for file in {*self.folder.glob("weights-*.ckpt")} - {self.file(epoch) for epoch in epochs}:
                     file.unlink()
-        error = trainer.strategy.broadcast(trainer.strategy.checkpoint_io.error)
+        error = trainer.strategy.broadcast(_error(trainer))
         if error is not None:
             raise OSError(error)
         return read_checkpoint(path)

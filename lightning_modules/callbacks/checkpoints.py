@@ -36,11 +36,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self, passes: int = 1):
-        self.passes, self.error, self.failures = passes, None, 0
+        self.passes, self.failures = passes, 0
+        self.error: str | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike, storage_options: Any = None) -> None:
         """Raises TypeError for content that weights_only=True would not load, by its place."""
-        path, content, self.error = Path(path), plain(checkpoint), None
+        path, content = Path(path), plain(checkpoint)
+        self.error = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(content, path)
@@ -54,7 +56,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Always with weights_only=True, and to the CPU. Raises ValueError for a damaged or unsafe file, and for an
         address."""
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(Path(path))
         recount(checkpoint, self.passes)
         return checkpoint
 
@@ -81,7 +83,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
-            sealed = _Digested(file)
+            sealed: Any = _Digested(file)  # all that torch asks of a file is `write`
             try:
                 torch.save(content, sealed)
             except RuntimeError:  # what torch makes of a full disk
@@ -110,7 +112,8 @@ class _Digested:
     """A file that digests what goes through it and keeps the reason when a write fails."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:

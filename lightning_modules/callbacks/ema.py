@@ -32,17 +32,19 @@ class Ema(Callback):
     def __init__(self, decay: float):
         if not 0 <= decay < 1:
             raise ValueError(f"--ema_decay {decay:g}: must be at least 0 and below 1, as 0.9999")
-        self.decay, self.ema, self.restored, self.step = decay, None, None, 0
+        self.decay, self.restored, self.step = decay, None, 0
+        self.ema: Any = None  # timm's ModelEmaV3, while there is one
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Here the weights are on the device and the same on all ranks."""
-        self.ema = ModelEmaV3(pl_module.model, decay=self.decay).requires_grad_(False)
+        network: Any = pl_module.model
+        self.ema = ModelEmaV3(network, decay=self.decay).requires_grad_(False)
         if self.restored is not None:
             self.ema.module.load_state_dict(
                 {name.removeprefix("model."): value for name, value in self.restored.items()}
             )
             self.restored = None
-        for ours, theirs in zip(self.ema.module.parameters(), pl_module.model.parameters()):
+        for ours, theirs in zip(self.ema.module.parameters(), network.parameters()):
             if not theirs.requires_grad:
                 ours.data = theirs.data
         object.__setattr__(pl_module, "ema", self.ema.module)  # not registered as a part

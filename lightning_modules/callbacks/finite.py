@@ -42,7 +42,8 @@ class Finite(Callback):
     """
 
     def __init__(self) -> None:
-        self.step, self.norm = 0, None
+        self.step = 0
+        self.norm: Tensor | None = None
         self.passes: list[tuple[Tensor, Tensor | None]] = []  # of the step that is under way: loss, rows (B,)
         self.steps: list[
             tuple[int, list[tuple[Tensor, Tensor | None]], Tensor | None]
@@ -105,7 +106,7 @@ class Finite(Callback):
         self.sound = sound[-1] if sound else self.sound
         if step == NONE and whole:
             return
-        found = None
+        found: Any = None
         if step == NONE:
             found = f"{broken[0]} ({len(broken)} tensors are not finite)" if broken else None
         elif first is not None and steps[first][0] == step:
@@ -151,7 +152,7 @@ def _finite(values: list[float]) -> bool:
 
 def _found(
     passes: list[tuple[Tensor, Tensor | None]], losses: list[float], norm: float | None
-) -> tuple[str, float, list[int]]:
+) -> tuple[str, float | None, list[int]]:
     """(what is not finite, its value, the rows of its pictures): of the passes whose loss is not finite, else of all of
     the step."""
     bad = [place for place, value in enumerate(losses) if not _finite([value])]
@@ -178,8 +179,8 @@ def _rows(trainer: L.Trainer, rows: list[int]) -> str:
     rows = sorted({*rows})
     if not rows:
         return ""
-    split = getattr(trainer.datamodule, "splits", {}).get("train")
-    names = split and (split.names if split.ids is None else split.ids)
-    shown = [f"{row} ({os.fsdecode(names[row])})" if split else str(row) for row in rows[:ROWS]]
+    split = getattr(getattr(trainer, "datamodule", None), "splits", {}).get("train")
+    names = None if split is None else split.names if split.ids is None else split.ids
+    named = [str(row) if names is None else f"{row} ({os.fsdecode(names[row])})" for row in rows[:ROWS]]
     more = f" and {len(rows) - ROWS} more" if len(rows) > ROWS else ""
-    return f", which learns from the pictures of the rows {', '.join(shown)}{more} of train"
+    return f", which learns from the pictures of the rows {', '.join(named)}{more} of train"

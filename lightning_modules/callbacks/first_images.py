@@ -59,9 +59,8 @@ class FirstImagesCallback(Callback):
             if left and (batch_idx + 1) % trainer.accumulate_grad_batches:
                 self.wanted = left  # more images come before the step
                 return
-            self.callback(
-                FirstImages(*(np.concatenate(values) for values in zip(*self.parts)), step=trainer.global_step)
-            )
+            image, target, index = (np.concatenate(values) for values in zip(*self.parts))
+            self.callback(FirstImages(image, target, index, trainer.global_step))
         self.parts, self.called = [], time.monotonic()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

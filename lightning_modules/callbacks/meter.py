@@ -83,8 +83,9 @@ class Meter(Callback):
         flops: Callable[..., float],
     ):
         self.global_batch_size, self.log_every_steps, self.total_steps = global_batch_size, log_every_steps, total_steps
-        self.waits, self.flops, self.known_flops = waits, flops, {}
-        self.train_seconds, self.last_row = 0.0, {}
+        self.waits, self.flops, self.train_seconds = waits, flops, 0.0
+        self.known_flops: dict[torch.Size, float] = {}
+        self.last_row: dict[str, float] = {}
         self.forget()
 
     def forget(self) -> None:
@@ -99,7 +100,7 @@ class Meter(Callback):
         self.epoch.add(row)
         return row
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         """Log in the module's place: a run's trackers have its config, and take one row a logging point."""
         pl_module.uses_self_log = pl_module._log_hyperparams = False
 
@@ -218,7 +219,7 @@ class Meter(Callback):
         pace = (time.monotonic() - self.start) / since if since else self.train_seconds / max(1, done)
         return pace * (self.total_steps - done)
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, of: Tally, metrics: dict[str, float]) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: Any, of: Tally, metrics: dict[str, float]) -> None:
         lr = pl_module.schedule(trainer.global_step - 1)  # of the last step
         scales = {group.get("lr_scale", 1.0) for group in trainer.optimizers[0].param_groups}
         row = {"epoch": trainer.current_epoch, **self.training_row(trainer, of), **metrics, "lr": lr}

@@ -43,8 +43,8 @@ class Predictions(Callback):
 
     def _collect(self, batch: dict[str, Tensor], logits: Tensor) -> None:
         """Keep the rows of a batch; `logits` (V, O) are those of its valid rows."""
-        rows = (batch["index"][batch["valid"]], batch["target"][batch["valid"]], predict(logits, self.spec))
-        self.parts.append(tuple(values.cpu().numpy() for values in rows))
+        index, target = batch["index"][batch["valid"]], batch["target"][batch["valid"]]
+        self.parts.append((index.cpu().numpy(), target.cpu().numpy(), predict(logits, self.spec).cpu().numpy()))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *place: int
@@ -77,7 +77,7 @@ class Predictions(Callback):
             np.savez(file, index=index, target=target, prediction=prediction)
         trainer.strategy.barrier("predictions")
         if trainer.is_global_zero:
-            split = trainer.datamodule.splits[name]
+            split = getattr(trainer, "datamodule").splits[name]  # noqa: B009  (Lightning does not declare it)
             target, prediction = merge([self._shard(rank) for rank in range(trainer.world_size)], len(split))
             ids = [os.fsdecode(each) for each in split.names] if split.ids is None else split.ids
             of_table = self.spec.get("id_column") and name == "val"
@@ -109,4 +109,5 @@ def merge(shards: list[Path], count: int) -> tuple[np.ndarray, np.ndarray]:
             f"predictions are not complete: {len(missing)} of {count} rows missing (first {missing[:5].tolist()}), "
             f"{twice} there twice"
         )
-    return tuple(np.concatenate([part[key] for part in parts])[order] for key in ("target", "prediction"))
+    target, prediction = (np.concatenate([part[key] for part in parts])[order] for key in ("target", "prediction"))
+    return target, prediction

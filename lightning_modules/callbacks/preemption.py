@@ -38,7 +38,8 @@ class Preemption(Callback):
     """
 
     def __init__(self, path: Path):
-        self.path, self.group, self.step, self.before_validation = path, None, 0, False
+        self.path, self.step, self.before_validation = path, 0, False
+        self.group: Any = None  # of gloo, on any device
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         silence_lightning(trainer)
@@ -120,7 +121,8 @@ class Preemption(Callback):
 def silence_lightning(trainer: L.Trainer) -> None:
     """Take Lightning's own signal handlers and its SIGTERM broadcast out; both names are private, so a version without
     them fails here."""
-    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    connector: Any = trainer._signal_connector
+    loop: Any = trainer.fit_loop.epoch_loop
     assert hasattr(connector, "register_signal_handlers") and hasattr(loop, "_broadcast_sigterm_tensor"), (
         "this version of Lightning handles signals in another way than 2.6: lightning_modules/callbacks/preemption.py "
         "must follow"

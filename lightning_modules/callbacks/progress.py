@@ -117,7 +117,7 @@ class Progress(Callback):
         self.printed = now
         return True
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
         row = self.meter.last_row

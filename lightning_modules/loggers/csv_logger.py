@@ -25,7 +25,8 @@ class History(Logger):
 
     def __init__(self, path: Path):
         super().__init__()
-        self.path, self.columns, self.rows, self.behind = path, [], read_history(path), False
+        self.path, self.rows, self.behind = path, read_history(path), False
+        self.columns: list[str] = []
 
     name = property(lambda self: "history")
     version = property(lambda self: None)
@@ -41,7 +42,8 @@ class History(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {**metrics, "step": int(metrics.get("step", step))}
+        row: dict[str, Any] = {"step": step, **metrics}
+        row["step"] = int(row["step"])
         self.rows.append({key: float(value) for key, value in _text(row).items()})  # as the file gives them back
         self._write(self.rows[-1])
 

@@ -74,8 +74,9 @@ def payloads(path: Path) -> Iterator[bytes]:
 def read(path: Path) -> dict[str, Any] | None:
     """{id, name, config, summary, rows, exit_code} of a .wandb file; None for one without a run. exit_code None:
     killed, or going on."""
-    from wandb.proto import wandb_internal_pb2 as records
+    from wandb.proto import wandb_internal_pb2
 
+    records: Any = wandb_internal_pb2  # its classes are made at import
     found: dict[str, Any] = {"id": None, "config": {}, "summary": {}, "rows": [], "exit_code": None}
     for payload in payloads(path):
         record = records.Record.FromString(payload)

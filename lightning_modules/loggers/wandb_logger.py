@@ -50,7 +50,7 @@ def persistent_id(run_dir: Path) -> str:
     shares it."""
     own, given = own_id(run_dir), id_of_agent()
     identity = given or own or uuid.uuid4().hex[:8]
-    if rank_zero_only.rank == 0 and identity != own:
+    if getattr(rank_zero_only, "rank", 0) == 0 and identity != own:
         file = run_dir / "wandb" / "run_id.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(identity)
@@ -80,7 +80,7 @@ class SafeWandbLogger(WandbLogger):
         tags: list[str] | None = None,
         notes: str | None = None,
     ):
-        wanted = {
+        wanted: dict[str, Any] = {
             "init_timeout": INIT_SECONDS,
             "finish_timeout": FINISH_SECONDS,
             "x_transaction_log_flush_interval": FLUSH_SECONDS,
@@ -110,16 +110,16 @@ class SafeWandbLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         try:
-            return WandbLogger.experiment.fget(self)
+            stock: Any = WandbLogger.experiment
+            return stock.fget(self)
         except Exception as error:  # no network, a wrong key, a server that fails; a disk that takes nothing
             mode = self._wandb_init["mode"]
             after = "logging offline, upload with wandb sync" if mode in ONLINE else "this run is not tracked"
             warn(f"W&B is out of reach ({_said(error)}): {after}")
             with suppress(Exception):
                 wandb.teardown()  # else "run ID is in use"
-            self._wandb_init["mode"], self._experiment = (
-                ("offline", None) if mode in ONLINE else ("disabled", _DummyExperiment())
-            )
+            nothing: Any = _DummyExperiment()
+            self._wandb_init["mode"], self._experiment = ("offline", None) if mode in ONLINE else ("disabled", nothing)
             return self.experiment
 
     @rank_zero_only
@@ -129,7 +129,7 @@ class SafeWandbLogger(WandbLogger):
         byte, and W&B takes nothing back."""
         with self._sparing():
             self._known = self._last_step()
-            for row in read_history(Path(self.save_dir) / "metrics.csv"):
+            for row in read_history(Path(self.save_dir or "") / "metrics.csv"):
                 if row["step"] <= step:
                     self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=int(row["step"]))
 
@@ -138,7 +138,7 @@ class SafeWandbLogger(WandbLogger):
         summary, identity = self.experiment.summary, self.experiment.id  # first: it may fall back to offline
         if self._wandb_init["mode"] == "online":
             return summary.get(STEP, -1)
-        parts = [read(file) for file in (Path(self.save_dir) / "wandb").glob("*run-*/*.wandb")]
+        parts = [read(file) for file in (Path(self.save_dir or "") / "wandb").glob("*run-*/*.wandb")]
         return max(
             (row[STEP] for part in parts if part and part["id"] == identity for row in part["rows"] if STEP in row),
             default=-1,
@@ -236,7 +236,7 @@ class SafeWandbLogger(WandbLogger):
     def _finish(self, exit_code: int, ended: threading.Event) -> None:
         with self._sparing():
             if exit_code == PREEMPTED:
-                self._experiment.mark_preempting()
+                self.experiment.mark_preempting()
             wandb.finish(exit_code=exit_code)
             ended.set()
 

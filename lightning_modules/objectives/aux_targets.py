@@ -3,6 +3,7 @@ such targets."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class Aux(nn.Module):
     Raises ValueError for a network without a linear classifier or an `Mlp`.
     """
 
-    def __init__(self, model: nn.Module, count: int, weight: float):
+    def __init__(self, model: Any, count: int, weight: float):
         super().__init__()
         first = classifier_of(model)
         if not isinstance(first, nn.Linear | Mlp):
@@ -53,7 +54,7 @@ class Aux(nn.Module):
             handle.remove()
 
 
-def classifier_of(model: nn.Module) -> nn.Module:
+def classifier_of(model: Any) -> nn.Module:
     """The classifier; of two the first."""
     classifier = model.get_classifier()
     return classifier[0] if isinstance(classifier, tuple) else classifier

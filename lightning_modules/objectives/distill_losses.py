@@ -99,7 +99,7 @@ def create(
                 f"{', '.join(keywords(name)) or 'none'})"
             )
     if entry.on_features:
-        return entry.build(*widths, **hyper)
+        return entry.build(*(widths or ()), **hyper)
     loss = partial(entry.build, **hyper)
     loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
     return loss

@@ -58,18 +58,20 @@ class Metrics(nn.Module):
         int64."""
         logits = logits.float()
         self.counts.update(logits, valid)
-        self.metrics["loss"].update(torch.where(valid, self.loss(logits, target), 0.0), weight=valid.float())
+        metrics: dict[str, Any] = {**self.metrics}
+        metrics["loss"].update(torch.where(valid, self.loss(logits, target), 0.0), weight=valid.float())
         if self.rows is not None:
             self.rows.update(logits, target, torch.where(valid, index, IGNORED))
         counted = torch.where(valid, target, IGNORED) if target.ndim == 1 else target
-        for name in self.metrics.keys() - {"loss"}:
-            self.metrics[name].update(logits, counted)
+        for name in metrics.keys() - {"loss"}:
+            metrics[name].update(logits, counted)
 
     def not_finite(self) -> tuple[int, int]:
         """(rows with an output that is NaN or infinite, rows) of an epoch, over all ranks. A collective."""
-        return tuple(self.counts.compute().tolist())
+        bad, rows = self.counts.compute().tolist()
+        return bad, rows
 
-    def named(self, stage: str) -> dict[str, nn.Module]:
+    def named(self, stage: str) -> dict[str, Any]:
         """The metric objects under their logged names, as `val/acc1`: Lightning computes them over all ranks at the
         epoch's end."""
         return {f"{stage}/{name}": metric for name, metric in self.metrics.items()}
@@ -79,6 +81,7 @@ class Counts(Counted):
     """Rows whose outputs are not finite, and rows."""
 
     full_state_update = False
+    counts: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,6 +113,8 @@ class MeanLoss(Counted):
     has it, so the counts of outputs are reset with it."""
 
     full_state_update = False
+    total: Tensor
+    weight: Tensor
 
     def __init__(self, outputs: Counts):
         super().__init__()
@@ -134,6 +139,9 @@ class Rows(Counted):
     """Targets and predictions of an epoch, of all ranks, each row once in the data set's order."""
 
     full_state_update = False
+    logits: list[Tensor]
+    target: list[Tensor]
+    index: list[Tensor]
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__()

@@ -141,6 +141,7 @@ def _own(name: str) -> Metric:
     if not Path(file).is_file():
         raise ValueError(f"--metric {name}: there is no file {file} (looked in {Path.cwd()})")
     place = importlib.util.spec_from_file_location(f"vitlab_metric_{Path(file).stem}", file)
+    assert place is not None and place.loader is not None
     module = importlib.util.module_from_spec(place)
     try:
         place.loader.exec_module(module)

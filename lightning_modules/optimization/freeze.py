@@ -1,5 +1,7 @@
 """Parts of a network that do not learn: linear probing, and fine-tuning of the upper layers."""
 
+from typing import Any
+
 from timm.models import group_parameters
 from torch import nn
 
@@ -30,7 +32,7 @@ def freeze(model: nn.Module, what: str) -> list[str]:
     return [name for name, _ in model.named_parameters() if name in frozen]
 
 
-def lower_layers(model: nn.Module, what: str) -> set[str]:
+def lower_layers(model: Any, what: str) -> set[str]:
     """Names of the first layer, the tensors that stand directly in the network (tokens) and the first part of the
     blocks."""
     try:

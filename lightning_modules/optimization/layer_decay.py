@@ -2,6 +2,7 @@
 timm's for the rest."""
 
 import re
+from typing import Any
 
 from timm import models as timm_models
 from timm.models import group_parameters
@@ -23,10 +24,11 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     names = [name for name, _ in model.named_parameters()]
     if isinstance(model, ConvNeXt | timm_models.ConvNeXt):
         return {name: convnext_layer(name) for name in names}
+    network: Any = model
     if isinstance(model, Swin | timm_models.SwinTransformer | timm_models.SwinTransformerV2):
-        depths = [len(stage.blocks) for stage in model.layers]
+        depths = [len(stage.blocks) for stage in network.layers]
         return {name: swin_layer(name, depths) for name in names}
-    return group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return group_parameters(model, network.group_matcher(coarse=False), reverse=True)
 
 
 def convnext_layer(name: str) -> int:

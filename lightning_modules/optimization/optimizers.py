@@ -79,11 +79,11 @@ def optimizer(
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, layer_decay: float | None, *, muon: bool = False
+    model: Any, weight_decay: float, layer_decay: float | None, *, muon: bool = False
 ) -> list[dict[str, Any]]:
     """timm's groups of the trainable parameters by weight decay, for Muon also by `use_fallback`, and by layer where
     `layer_decay` is given."""
-    settings = {
+    settings: dict[str, Any] = {
         "weight_decay": weight_decay,
         "no_weight_decay_list": model.no_weight_decay() if hasattr(model, "no_weight_decay") else (),
     }
@@ -100,7 +100,7 @@ def parameter_groups(
     )  # timm's order, so that optimizer states stay in place
 
 
-def not_hidden(model: nn.Module) -> set[str]:
+def not_hidden(model: Any) -> set[str]:
     """Names of the parameters on the rim: the first layer with positions and tokens, the classifiers, and all that
     never decays."""
     layers = group_parameters(model, model.group_matcher(coarse=False))

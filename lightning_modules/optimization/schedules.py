@@ -8,6 +8,7 @@ warm-up ends within it.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 
 def _cosine(progress: float, peak: float, min_lr: float) -> float:
@@ -52,13 +53,13 @@ def timm(
     return _cosine(epoch * steps_per_epoch / max(1, total_steps), peak, min_lr)
 
 
-def deit(step: int, *, steps_per_epoch: int, **settings: float) -> float:
+def deit(step: int, *, steps_per_epoch: int, **settings: Any) -> float:
     """`timm` one epoch late, as DeiT sets the rate of an epoch after it (main.py:432): epochs 0 and 1 run at
     `warmup_lr`."""
     return timm(max(0, step - steps_per_epoch), steps_per_epoch=steps_per_epoch, **settings)
 
 
-def swin(step: int, **settings: float) -> float:
+def swin(step: int, **settings: Any) -> float:
     """`cosine` one step late, as Swin sets the rate of a step after it (main.py:205): steps 0 and 1 run at
     `warmup_lr`."""
     return cosine(max(0, step - 1), **settings)

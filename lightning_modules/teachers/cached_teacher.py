@@ -223,7 +223,7 @@ AGAIN = "the command that made the cache (prepare.py teacher) writes what is mis
 def _sha256(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.cpu().contiguous().numpy())
+        digest.update(tensor.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -290,6 +290,7 @@ class CachedTeacher:
             epoch = 0
         if epoch != self._epoch:
             self._load(epoch)
+        assert self._value is not None
         row = row_of(index, copy, self.about["copies"])
         return restore(
             self._value[row], None if self._index is None else self._index[row], self.about["identity"]["num_outputs"]
@@ -319,7 +320,7 @@ class CachedTeacher:
 
 def row_of(index: Tensor, copy: Tensor | None, copies: int) -> Tensor:
     """(B,) index and copy of pictures -> (B,) row."""
-    return index if copies == 1 else index * copies + copy
+    return index if copies == 1 or copy is None else index * copies + copy
 
 
 def sha256_of(file: str | Path) -> str:

@@ -46,7 +46,7 @@ class Teacher:
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         *,
         mean: Sequence[float],
         std: Sequence[float],
@@ -66,12 +66,14 @@ class Teacher:
             spec if spec and spec.get("task") == "regression" else None
         )  # of other tasks the answers are the logits
         self.interpolation = interpolation if interpolation == "bilinear" else "bicubic"
-        self.affine = None  # from the student's normalisation to the teacher's, (1, 3, 1, 1) each
+        self.affine: tuple[Tensor, ...] | None = (
+            None  # from the student's normalisation to the teacher's, (1, 3, 1, 1) each
+        )
         if (tuple(mean), tuple(std)) != (tuple(student_mean), tuple(student_std)):
-            mean, std, student_mean, student_std = (
+            theirs, their_std, own, own_std = (
                 torch.tensor(each)[None, :, None, None] for each in (mean, std, student_mean, student_std)
             )
-            self.affine = student_std / std, (student_mean - mean) / std
+            self.affine = own_std / their_std, (own - theirs) / their_std
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self
@@ -216,7 +218,7 @@ def _named(
     models.check_name(name)
     init = None if init == "pretrained" else init
     about = pretrained.read_about(init) if init else {}
-    if about:
+    if init and about:
         if about["config"]["model"] != name:
             raise ValueError(f"--teacher {name} --teacher_init {init}: that is a {about['config']['model']}")
         return *models.load(init), []
@@ -259,13 +261,14 @@ def _published_classes(name: str, count: int, ours: list[str]) -> list[str] | No
     """The classes of weights that timm publishes, in its order, as ImageNet ids or in words, whichever the student's
     data have; None where timm does not tell them."""
     arch = name.removeprefix("timm/") if name.startswith("timm/") else models.REGISTRY[name].timm
-    subset = infer_imagenet_subset({"num_classes": timm.get_pretrained_cfg(arch).num_classes})
-    if subset is None or timm.get_pretrained_cfg(arch).num_classes != count:
+    published = timm.get_pretrained_cfg(arch) if arch else None
+    subset = published and infer_imagenet_subset({"num_classes": published.num_classes})
+    if not published or not subset or published.num_classes != count:
         return None
     info = ImageNetInfo(subset)
     if {*ours} == {*info.label_names()}:
         return info.label_names()
-    words = info.label_descriptions()  # of two classes in the same words the data have the id behind each
+    words = [*info.label_descriptions()]  # of two classes in the same words the data have the id behind each
     return ours if [re.sub(r" \(n\d{8}\)$", "", each) for each in ours] == words else words
 
 
