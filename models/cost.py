@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from models.layers import attend_written_out
 
 
 def parameters(model: nn.Module) -> int:
@@ -67,23 +72,89 @@ def _convolution_backward(
     return (wanted[0] + wanted[1]) * conv_flop_count(image, weight, grad_out, transposed=transposed)
 
 
-def activation_bytes(meta: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> int:
-    """Bytes that autograd keeps for one picture's backward pass in float32, for a network built on `meta` (fused
-    attention assumed)."""
-    kept: dict[int, int] = {}
+def activation_bytes(
+    meta: nn.Module,
+    image_size: tuple[int, int],
+    *inputs: torch.Tensor,
+    half: torch.dtype | None = None,
+    fused: bool = True,
+    in_chans: int = 3,
+) -> int:
+    """Bytes that autograd keeps for one image's backward pass, for a network built on `meta`, as it will be trained.
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
+    What a frozen part does not need is not kept. Weights are not counted.
+
+    Args:
+        image_size: (height, width) in pixels.
+        inputs: of the network beside the image, each (2, ...).
+        half: the lower precision of an autocast on a GPU, such as torch.bfloat16; None is float32 throughout.
+        fused: attention keeps queries, keys, values, output and a float32 a query, as the fused kernels do; otherwise
+            its weights too.
+    """
+    counted = _Kept(meta, half, fused)
+    image = torch.empty(2, in_chans, *image_size, device="meta")  # two: batch norm wants more than one
+    with counted, saved_tensors_hooks(counted.pack, lambda tensor: tensor):
+        output = meta(image, *inputs)
+    del output
+    return sum(counted.bytes.values()) // 2
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention kernel keeps, without its arithmetic."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+        output = value.new_empty(*query.shape[:-1], value.shape[-1]).transpose(-2, -3).contiguous().transpose(-2, -3)
+        spread = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, output, spread)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise NotImplementedError("memory is counted in the forward pass")
+
+
+class _Kept(TorchFunctionMode):
+    """Counts what autograd saves in a forward pass, under the rules of CUDA's autocast where `half` is given."""
+
+    LOWER = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.conv2d, torch.matmul, torch.Tensor.matmul, torch.bmm}
+    LOWER |= {torch.Tensor.__matmul__, torch.baddbmm, torch.addmm, torch.einsum, F.scaled_dot_product_attention}
+    FULL = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax, F.normalize, F.softplus}
+    FULL |= {torch.cumsum, torch.exp, torch.log, torch.rsqrt, torch.Tensor.rsqrt, torch.Tensor.pow, torch.pow}
+
+    def __init__(self, meta: nn.Module, half: torch.dtype | None, fused: bool):
+        super().__init__()
+        self.half, self.fused, self.bytes = half, fused, dict[int, int]()
+        self.held = [*meta.parameters(), *meta.buffers()]  # kept alive, so that no storage takes the place of another
+        self.weights = {each.untyped_storage()._cdata for each in self.held}
+        self.copies: dict[int, torch.Tensor] = {}  # of weights in half precision: one a step, whatever its uses
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.weights:
+            self.bytes[storage._cdata] = storage.nbytes()
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = meta.train()(
-            torch.empty(2, in_chans, *image_size, device="meta")
-        )  # two: batch norm wants more than one
-    del output
-    return sum(kept.values()) // 2
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.half is not None and func in self.LOWER | self.FULL:
+            dtype = self.half if func in self.LOWER else torch.float32
+            args, kwargs = tree_map(lambda each: self._cast(each, dtype), (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            return _FusedAttention.apply(*args[:3], mask) if self.fused else attend_written_out(*args[:3], bias=mask)
+        return func(*args, **kwargs)
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if value.untyped_storage()._cdata not in self.weights:
+            return value.to(dtype)
+        if id(value) not in self.copies:
+            self.copies[id(value)] = copy_ = value.to(dtype)
+            self.held.append(value)
+            self.weights.add(copy_.untyped_storage()._cdata)
+        return self.copies[id(value)]
 
 
 def layer_table(

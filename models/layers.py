@@ -102,6 +102,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor |
     faster; timm's `set_fused_attn(experimental=True)` takes the kernel everywhere."""
     if q.device.type != "cpu" or use_fused_attn(experimental=True):
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype), dropout_p=dropout)
+    return attend_written_out(q, k, v, dropout, bias)
+
+
+def attend_written_out(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, bias: Tensor | None = None) -> Tensor:
+    """`attend` by two matrix products, which keep the weights (B, H, N, N)."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
     if bias is not None:
         weights = weights + bias

@@ -18,7 +18,7 @@ from datamodules.loading.decode import PictureError
 from experiments.cli import early
 from experiments.config import Config
 from experiments.reporting import media, run_page
-from experiments.running import forecast, objects, run_directory, trackers
+from experiments.running import forecast, memory, objects, run_directory, trackers
 from experiments.running.build import Run
 from lightning_modules.callbacks.averaging import Averaging
 from lightning_modules.callbacks.checkpoints import LastCheckpoint
@@ -60,9 +60,10 @@ def _plan(run: Run) -> list[tuple[str, str]]:
     micro = cfg.global_batch_size // world // passes
     batch = f"{cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"
     fixed, each, free = (
-        value / 2**30 for value in (*forecast.memory(meta, cfg), forecast.free_bytes(cfg, assumed=bool(run.assumed)))
+        value / 2**30
+        for value in (*memory.needed(meta, cfg, run.teacher), memory.free_bytes(cfg, assumed=bool(run.assumed)))
     )
-    parts = f"(weights, gradients, moments {fixed:.2f}; {micro} pictures {micro * each:.2f})"
+    parts = f"(weights, gradients, moments, copies {fixed:.2f}; {micro} pictures {micro * each:.2f})"
     learning = f"peak lr {cfg.lr:g}, precision {cfg.precision}"
     parameters, gmacs = cost.parameters(run.model), objects.gmacs(cfg, data.spec)
     splits = ", ".join(f"{split} {sizes[split]:,}" for split in ("train", "val", "test"))

@@ -22,7 +22,7 @@ from experiments.cli.errors import NOTES_PRINTED, UsageError
 from experiments.cli.recipes import recipe_data
 from experiments.config import Command, Config
 from experiments.folds import directories
-from experiments.running import forecast, held_out, objects, preflight, run_directory
+from experiments.running import forecast, held_out, memory, objects, preflight, run_directory
 from experiments.running.extension import extended
 from lightning_modules.objectives import distill_losses
 from lightning_modules.teachers import cached_teacher
@@ -87,9 +87,10 @@ def decide(command: Command, *, assume: bool = False) -> Run:
     seen = [] if assumed else held_out.check(draft.cfg, data, objects.datamodule)
     meta = fit_to_size(draft, data, command)
     fill_name(draft, data)
-    fit_to_memory(draft, data, meta, command, assumed=away)
+    take_extension(draft, data, command)
     network, line = objects.model(draft.cfg, data)
     teacher = objects.teacher(draft.cfg, data)
+    fit_to_memory(draft, data, meta, teacher, assumed=away)
     if isinstance(teacher, CachedTeacher):
         teacher.check(objects.seen_by_teacher(draft.cfg, data))
     draft.notes += [*filter(None, [line]), *_pictures_line(draft.cfg), *seen, *getattr(teacher, "notes", ())]
@@ -209,13 +210,18 @@ def fill_name(draft: Draft, data: PictureData) -> None:
     draft.cfg = replace(cfg, name=cfg.name or run_directory.run_name(cfg, alone), data_dir=data_dir)
 
 
-def fit_to_memory(draft: Draft, data: PictureData, meta: nn.Module, command: Command, *, assumed: bool) -> None:
-    """Fill the start of --extend and the largest micro batch that fits the memory."""
-    cfg, longer = extended(draft.cfg, data.steps_per_epoch, command.chosen)
-    cfg = cfg.filled(micro_batch_size=_micro_batch_size(cfg, data, meta, assumed=assumed))
+def take_extension(draft: Draft, data: PictureData, command: Command) -> None:
+    """Fill the start of --extend."""
+    draft.cfg, notes = extended(draft.cfg, data.steps_per_epoch, command.chosen)
+    draft.notes += notes
+
+
+def fit_to_memory(draft: Draft, data: PictureData, meta: nn.Module, teacher: Any, *, assumed: bool) -> None:
+    """Fill the largest micro batch that fits the memory."""
+    cfg = draft.cfg.filled(micro_batch_size=_micro_batch_size(draft.cfg, data, meta, teacher, assumed=assumed))
     data.micro_batch_size = cfg.micro_batch_size
     preflight.check_pass(meta, cfg, data)
-    draft.cfg, draft.notes = cfg, [*draft.notes, *longer]
+    draft.cfg = cfg
 
 
 def _tried(cfg: Config) -> Config:
@@ -228,7 +234,7 @@ def _tried(cfg: Config) -> Config:
     return replace(cfg, limit_val=few, runs_dir=folder, logger="csv", tags=None, notes=None, logger_args={})
 
 
-def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, *, assumed: bool) -> int:
+def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, teacher: Any, *, assumed: bool) -> int:
     """The micro batch size: the given one, the one an interrupted run has, that of a cached teacher, or what fits."""
     if cfg.micro_batch_size is not None:
         return cfg.micro_batch_size
@@ -237,7 +243,7 @@ def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, *, assume
         return before["micro_batch_size"]
     if cfg.teacher and data.mixing and cached_teacher.is_cache(cfg.teacher):
         return cached_teacher.read_about(cfg.teacher)["identity"]["pass_size"]
-    return forecast.micro_batch_size(meta, cfg, assumed=assumed)
+    return memory.micro_batch_size(meta, cfg, teacher, assumed=assumed)
 
 
 def _left_out(cfg: Config) -> dict[str, Any]:
@@ -284,7 +290,7 @@ def _assumed_gpus(cfg: Config) -> str:
     like = (
         f"like the {here} of this machine"
         if here
-        else f"of {forecast.ASSUMED_BYTES // 2**30} GB with bfloat16; this machine has none"
+        else f"of {memory.ASSUMED_BYTES // 2**30} GB with bfloat16; this machine has none"
     )
     return f"{cfg.devices} GPU{'s' * (cfg.devices > 1)} {like}"
 

@@ -17,15 +17,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from datamodules.knobs import height_width
-from datamodules.loading.cores import cores, free_memory
+from datamodules.loading.cores import cores
 from experiments.cli import launcher
-from experiments.cli.errors import UsageError
 from experiments.config import Config
 from lightning_modules.callbacks.preemption import COLLECTIVE_TIMEOUT
-from models import cost
-
-ASSUMED_BYTES = 40 * 2**30  # of a GPU that a plan is made for and that is not here: an A100's smaller size
-FREE_SHARE = 0.8  # of the memory found; the rest is for the framework, buffers and fragmentation
 
 
 def lacks_gpus(cfg: Config) -> bool:
@@ -130,45 +125,6 @@ def share_cores(cfg: Config) -> None:
         os.environ["OMP_NUM_THREADS"] = str(
             cores(cfg.devices)
         )  # for the ranks that Lightning starts, and against its own count
-
-
-def free_bytes(cfg: Config, *, assumed: bool = False) -> int:
-    """Memory one process may use: of its GPU, or its share of what machine and container have free; or of an `assumed`
-    GPU where it has none."""
-    if assumed and torch.cuda.device_count() == 0:
-        return ASSUMED_BYTES
-    if on_gpu(cfg):
-        return torch.cuda.mem_get_info(0)[0]
-    return free_memory() // cfg.devices
-
-
-def memory(meta: nn.Module, cfg: Config) -> tuple[int, int]:
-    """Estimated bytes of training: (fixed: weights, gradients, Adam's two moments, averaged weights; for each picture
-    in a pass)."""
-    per_picture = (
-        cost.activation_bytes(meta, height_width(cfg.image_size))
-        + 12 * height_width(cfg.image_size)[0] * height_width(cfg.image_size)[1]
-    )
-    return (16 if cfg.ema_decay is None else 20) * cost.parameters(meta), per_picture // (
-        1 if cfg.precision in ("auto", "32-true") else 2
-    )
-
-
-def micro_batch_size(meta: nn.Module, cfg: Config, *, assumed: bool = False) -> int:
-    """The most pictures in one pass of one device that fit the memory free now, and no more than its share of the
-    global batch.
-
-    Raises UsageError when not even one fits.
-    """
-    fixed, per_picture = memory(meta, cfg)
-    room = int((FREE_SHARE * free_bytes(cfg, assumed=assumed) - fixed) / per_picture)
-    if room < 1:
-        raise UsageError(
-            f"model {cfg.model} needs about {(fixed + per_picture) / 2**30:.1f} GB for one picture of "
-            f"{height_width(cfg.image_size)} and {free_bytes(cfg, assumed=assumed) / 2**30:.1f} GB are free: a smaller "
-            f"--model or --image_size"
-        )
-    return max(1, min(room, cfg.global_batch_size // world_size(cfg)))
 
 
 def images_per_second(model: nn.Module, cfg: Config, pictures: int) -> float:
