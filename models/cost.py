@@ -141,8 +141,11 @@ class _Kept(TorchFunctionMode):
             dtype = self.half if func in self.LOWER else torch.float32
             args, kwargs = tree_map(lambda each: self._cast(each, dtype), (args, kwargs))
         if func is F.scaled_dot_product_attention:
-            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            return _FusedAttention.apply(*args[:3], mask) if self.fused else attend_written_out(*args[:3], bias=mask)
+            query, key, value, *rest = args
+            mask = kwargs.get("attn_mask", rest[0] if rest else None)
+            if not self.fused:
+                return attend_written_out(query, key, value, bias=mask)
+            return _FusedAttention.apply(query, key, value, mask)
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:

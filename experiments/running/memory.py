@@ -48,8 +48,9 @@ def needed(meta: nn.Module, cfg: Config, teacher: Teacher | Teachers | CachedTea
     if cfg.freeze:
         freeze(meta, cfg.freeze)
         hold_frozen(meta)
-    if cfg.train_size is not None and hasattr(meta, "set_any_size"):
-        meta.set_any_size()
+    if cfg.train_size is not None and (set_any_size := getattr(meta, "set_any_size", None)):
+        set_any_size()
+    assert cfg.model is not None and cfg.image_size is not None  # filled in by now
     height, width = max(training_sizes(cfg.train_size, height_width(cfg.image_size), cfg.epochs))
     fused = on_gpu(cfg) or half is not None or cfg.model.startswith("timm/")  # ours on CPU writes attention out
     kept = cost.activation_bytes(meta, (height, width), half=half, fused=fused)
