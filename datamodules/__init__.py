@@ -1,4 +1,4 @@
-"""Where pictures and targets come from and how they become batches.
+"""The data room: images and targets, and their batches.
 
 A data set is a file `datamodules/<name>.py` that defines a class `DataModule`; there is no other list. `names()`, and
 `detect()` on anything but ImageNet ids, import no torch, so the command line can ask early.
@@ -56,7 +56,7 @@ def create(name: str, **kwargs: Any) -> PictureData:
 
     Raises:
         ValueError: unknown name or keyword (names the closest), or data that cannot be used as asked.
-        FileNotFoundError: the data folder is not there; says what was looked for and where.
+        FileNotFoundError: the data folder does not exist; names the places.
     """
     known = accepted(name)
     for key in kwargs:
@@ -67,12 +67,12 @@ def create(name: str, **kwargs: Any) -> PictureData:
 
 
 def detect(data_dir: str) -> str:
-    """Which data set a folder holds: `train.csv` is `csv`, class folders named by ImageNet ids `imagenet`, other class
-    folders `folder`.
+    """Name of the data set that a folder holds: `train.csv` is `csv`, class folders named by ImageNet ids `imagenet`,
+    other class folders `folder`.
 
     Raises:
         FileNotFoundError: `data_dir` is not a folder.
-        ValueError: it holds none of these; says what was looked for.
+        ValueError: it holds none of these; lists what was looked for.
     """
     from datamodules.loading.class_folders import SPLITS, class_folders
 

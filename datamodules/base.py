@@ -24,7 +24,7 @@ from datamodules.transforms.erasing import Boxes
 from datamodules.transforms.image_transforms import Transform, eval_transform, train_transform
 from datamodules.transforms.mixing import Mixer, check_mixing
 from datamodules.transforms.on_device import OnDevice
-from datamodules.transforms.user_function import OwnTransform, digest
+from datamodules.transforms.user_function import UserTransform, digest
 
 if TYPE_CHECKING:
     from models.spec import Batch, Spec
@@ -36,7 +36,7 @@ PREPARATION = {
     "interpolation": "bicubic",
     "crop_pct": DEFAULT_CROP_PCT,
     "crop_mode": "center",
-}  # where nothing is said
+}  # defaults
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -48,13 +48,13 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         all of `Source`, `Preparation`, `Augmentation` and `Batches` (datamodules/knobs.py). What `Preparation` leaves
             out is here 224 pixels and timm's values for ImageNet. With mixup or CutMix targets in training are (B, K)
             float32, `label_smoothing` folded in; the incomplete last batch of an epoch is dropped.
-        own_augment: my.py:build in place of `train_transform` (`OwnTransform`).
+        own_augment: my.py:build in place of `train_transform` (`UserTransform`).
         class_names: fixes the index order, e.g. from a checkpoint.
         encoding, outputs_per_target: how a network gives the targets of a regression
             (lightning_modules/objectives/targets.py).
 
     Raises:
-        ValueError, FileNotFoundError: a value or a folder that cannot be used, in words for people.
+        ValueError, FileNotFoundError: a value or a folder that cannot be used.
     """
 
     if TYPE_CHECKING:  # as `__post_init__` leaves them
@@ -149,8 +149,8 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         return {"train": rest, "val": val}
 
     def training_view(self, size: tuple[int, int]) -> Transform:
-        """`train_transform`, or a person's own. Raises ValueError where that cannot be used."""
-        return OwnTransform(self.own_augment, size) if self.own_augment else self.train_transform(size)
+        """`train_transform`, or the user's function. Raises ValueError where that cannot be used."""
+        return UserTransform(self.own_augment, size) if self.own_augment else self.train_transform(size)
 
     def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
         """RGB picture -> (3, H, W) uint8 of `size` or else image_size, random."""
@@ -176,7 +176,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
 
     @property
     def spec(self) -> "Spec":
-        """What a model must know to use these data; plain values only, so a checkpoint with it loads with
+        """Specification of the data for a model; plain values only, so a checkpoint with it loads with
         weights_only."""
         return {
             "task": self.task,
@@ -203,12 +203,12 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of names and targets (`images.fingerprint`)."""
+        """Digest of names and targets (`images.fingerprint`)."""
         return fingerprint(self.splits)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a position in training to mean the same samples: plain values."""
+        """Plain values that must be equal for a position in training to mean the same samples."""
         order: dict[str, Any] = {
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
@@ -223,7 +223,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         return self.mixup > 0 or self.cutmix > 0
 
     def notes(self) -> list[str]:
-        """Lines for people: given values that change nothing in training."""
+        """Lines to print: given values that change nothing in training, and the cache."""
         if self.eval_only:
             return []
         flag = "rand_augment" if self.rand_augment else "auto_augment"
@@ -289,7 +289,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Of the split without labels, else of test, else of val."""
+        """Loader of the split without labels, else of test, else of val."""
         return self._eval_loader(next((name for name in ("predict", "test") if name in self.splits), "val"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,7 +334,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
             )
 
     def on_before_batch_transfer(self, batch: "Batch", dataloader_idx: int) -> "Batch":
-        """What the device side needs and the host knows (`OnDevice.before`)."""
+        """Host side of the work on the device (`OnDevice.before`)."""
         return self._on_device.before(batch, getattr(self.trainer, "current_epoch", 0), self._rank)
 
     def on_after_batch_transfer(self, batch: "Batch", dataloader_idx: int) -> "Batch":
@@ -351,7 +351,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
 
     @property
     def _place(self) -> dict[str, int | None]:
-        """Of a sampler; without a Trainer what the process group says when the loader is used."""
+        """Rank and world size of a sampler; None without a Trainer: the process group's, when the loader is used."""
         return (
             dict(rank=None, world_size=None)
             if self.trainer is None

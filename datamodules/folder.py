@@ -104,7 +104,7 @@ class DataModule(ImageFiles, PictureData):
         if "train" in splits and self.per_class is not None:
             splits["train"] = at_most(splits["train"], self.per_class, self.split_seed)
         self.listed = fingerprint(splits)
-        self._tell_left_out(root, others)
+        self._note_left_out(root, others)
         return readable, self._readable(splits) if self.bad_images == "skip" else splits
 
     @property
@@ -163,7 +163,7 @@ class DataModule(ImageFiles, PictureData):
         )
         return Split(np.concatenate(names), targets, self.files)
 
-    def _tell_left_out(self, root: str, others: Counter[str]) -> None:
+    def _note_left_out(self, root: str, others: Counter[str]) -> None:
         if others:
             self.lines.append(
                 f"data left out {counted(others.total(), 'file')} whose suffix is of no picture that Pillow reads: "

@@ -23,7 +23,7 @@ class DataModule(folder.DataModule):
         """`data_dir`, or else `$IMAGENET_DIR`, or else `data/imagenet`.
 
         Raises:
-            FileNotFoundError: none of them holds class folders; says what was looked for, where, and what to do.
+            FileNotFoundError: none of them holds class folders; lists the places and the remedy.
         """
         variable = os.environ.get("IMAGENET_DIR")
         places = (

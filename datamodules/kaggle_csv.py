@@ -48,7 +48,7 @@ class DataModule(Table, ImageFiles, PictureData):
         folds_at: where the folds are kept: a folder with a file for each table, number and seed, or a file of one's
             own.
         id_column, fold_column, label_separator: columns and the sign between labels.
-        split_column: column of train.csv that says train, val or test of each row (found by name and words; none does
+        split_column: column of train.csv with train, val or test for each row (found by name and words; none does
             without): rows for val are val, unless folds divide train and val anew, and rows for test are never trained
             on.
         target_range: [low, high] of the targets in their own units, or a pair for each; left out: those of the rows
@@ -114,7 +114,7 @@ class DataModule(Table, ImageFiles, PictureData):
         super().__post_init__()
 
     def _check_further(self) -> None:
-        """What can be said of the further columns before a table is read. Raises ValueError."""
+        """Check the further columns before a table is read. Raises ValueError."""
         self.columns: Any = {}
         self.inputs = table_columns.names_of(self.input_columns, INPUTS)
         self.aux = table_columns.names_of(self.aux_targets, AUX)
@@ -234,7 +234,7 @@ class DataModule(Table, ImageFiles, PictureData):
         report: Report,
         beside: Container[str],
     ) -> dict[str, Split]:
-        """{"train", "val"} of the rows with pictures, and "test" of those that (N,) `part` says so of, unless that is
+        """{"train", "val"} of the rows with pictures, and "test" of those that (N,) `part` marks so, unless that is
         `beside`. Raises ValueError with all that was reported before, or speaks against dividing."""
         file, scheme = tables.names["train"], self.table_scheme
         places = np.flatnonzero(train.labelled & (part != "test"))  # rows of the table that are divided
@@ -253,7 +253,7 @@ class DataModule(Table, ImageFiles, PictureData):
             report.finish()
         splits, for_test = {}, train.take(np.flatnonzero(part == "test"))
         if scheme["split_column"]:
-            self.lines += [self._told_split(part, "test" in beside), *self._crossed(tables.train, part)]
+            self.lines += [self._split_line(part, "test" in beside), *self._crossed(tables.train, part)]
         if for_test.good.any() and "test" not in beside:
             splits["test"], self.rows["test"] = (
                 for_test.split(self.files),
@@ -265,8 +265,8 @@ class DataModule(Table, ImageFiles, PictureData):
         self.rows |= {"train": places[rows[~held]], "val": places[rows[held]]}
         return {"train": every.take(np.flatnonzero(~held)), "val": every.take(np.flatnonzero(held))} | splits
 
-    def _told_split(self, part: np.ndarray, beside: bool) -> str:
-        """What is made of the split column's rows."""
+    def _split_line(self, part: np.ndarray, beside: bool) -> str:
+        """Line on the use of the split column's rows."""
         column, there = (
             self.table_scheme["split_column"],
             {name: int((part == name).sum()) for name in ("train", "val", "test")},
@@ -376,7 +376,7 @@ class DataModule(Table, ImageFiles, PictureData):
         return table_split.together(parts, train.ids.tolist()) if len(parts) > 1 else parts[0] if parts else None
 
     def _alike(self, groups: Sequence[str], name: str) -> np.ndarray:
-        """(N,) groups, 5 and 5.0 as one; a line says so."""
+        """(N,) groups, 5 and 5.0 as one; a line notes it."""
         if plain := plainly(groups):
             self.lines.append(
                 f"table group {name}: {spelled_twice(plain)} are the same numbers, and taken for one group each"
@@ -404,10 +404,10 @@ class DataModule(Table, ImageFiles, PictureData):
         return {"split_column": column} if column and not self._given["split_column"] else {}
 
     def notes(self) -> list[str]:
-        """What the table was taken to mean, and why; what was skipped; classes too rare for the folds."""
+        """Lines to print: the meaning of the table and the reasons; skipped rows; classes too rare for the folds."""
         lines, numbers = list(self.lines), self.fold_numbers
         if len(self.skipped):
-            lines += self._told_skipped()
+            lines += self._skipped_lines()
         if self.task == "regression" and self._given["target_range"] is None:
             spans = [f"{low:.15g} to {high:.15g}" for low, high in self.target_range]
             lines.append(
@@ -421,7 +421,7 @@ class DataModule(Table, ImageFiles, PictureData):
             )
         return lines + super().notes()
 
-    def _told_skipped(self) -> list[str]:
+    def _skipped_lines(self) -> list[str]:
         """Lines on the rows left out for their pictures, and on those without a label."""
         lines, hollow = [], self.skipped["reason"] == table_targets.NO_LABEL
         for kind, what in ((self.skipped[~hollow], "picture"), (self.skipped[hollow], "row")):

@@ -65,7 +65,7 @@ def height_width(text: int | str | list[int] | tuple[int, ...]) -> tuple[int, in
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Source:
-    """Where the images are and how they are split."""
+    """Place and splits of the images."""
 
     title: ClassVar[str] = "On what"
 
@@ -139,7 +139,7 @@ class Table:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Preparation:
-    """How images are resized, cropped and normalised."""
+    """Resizing, cropping and normalisation of images."""
 
     title: ClassVar[str] = "How images are prepared"
 
@@ -174,7 +174,7 @@ class Preparation:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Augmentation:
-    """How training images are varied and mixed."""
+    """Variation and mixing of training images."""
 
     title: ClassVar[str] = "Augmentation"
 
@@ -205,7 +205,7 @@ class Augmentation:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Batches:
-    """How images become batches."""
+    """Batches and their order."""
 
     title: ClassVar[str] = "How it learns"
 

@@ -1,4 +1,4 @@
-"""Where a vision transformer looks: the attention maps of every block, and their rollout over the blocks. Pure torch.
+"""Attention maps of every block of a vision transformer, and their rollout over the blocks. Pure torch.
 
 Legend: B pictures, H heads, N tokens, K width of a head, P patches.
 """

@@ -116,7 +116,7 @@ class ConvNeXt(Hierarchy):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else fine}
 
     def adapt_state_dict(self, state: dict[str, Tensor], saved: nn.Module | None = None) -> dict[str, Tensor]:
-        """The authors' names become timm's, which are ours. `saved` says nothing here: no tensor depends on the image
+        """The authors' names become timm's, which are ours. `saved` is not used: no tensor depends on the image
         size."""
         if "downsample_layers.0.0.weight" not in state:
             return state

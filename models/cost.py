@@ -1,4 +1,4 @@
-"""What a network costs: parameters, multiply-accumulates, activation memory. Counted on `meta`: no weights, no
+"""Cost of a network: parameters, multiply-accumulates, activation memory. Counted on `meta`: no weights, no
 arithmetic."""
 
 import copy

@@ -48,7 +48,7 @@ class Mlp(nn.Module):
 
 
 class Parts(NamedTuple):
-    """What a composed head is made of."""
+    """Parts of a composed head."""
 
     hidden: int | None = None  # units of a hidden layer
     dropout: float = 0.0  # behind the hidden layer

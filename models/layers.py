@@ -1,4 +1,4 @@
-"""Leaves that several networks share. Attribute names are timm's, so that weights move without a key map.
+"""Modules that several networks share. Attribute names are timm's, so that weights move without a key map.
 
 Legend: B pictures, C channels, N tokens, D width, H heads, K width of a head.
 """

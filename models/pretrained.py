@@ -1,4 +1,4 @@
-"""Files <-> weights: read common weight files safely, start a network from one, bring a trained network back."""
+"""Weight files: reading the common ones safely, starting a network from one, loading a trained network."""
 
 import argparse
 import copy
@@ -119,7 +119,7 @@ def read_checkpoint(path: str | Path, *, mapped: bool = False) -> dict[str, Any]
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """Why torch's restricted unpickler does not read a file: the type it found, and what a person can do."""
+    """The reason that torch's restricted unpickler refuses a file: the type it found, and the remedy."""
     found = re.search(r"GLOBAL ([\w.]+)|got <class '([\w.]+)'>", str(error))
     kind = f"an object of the type {found[1] or found[2]}" if found else "something else than tensors and plain data"
     return (
@@ -137,7 +137,7 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
         if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1
     ]
     if get_total_norm([state[name] for name in names]).isfinite():
-        return []  # a tenth of the time; where large numbers overflow the norm, the tensors tell
+        return []  # a tenth of the time; where large numbers overflow the norm, the tensors are looked at
     marks = torch.stack([state[name].isfinite().all().to(state[names[0]].device) for name in names])
     return [name for name, sound in zip(names, marks.tolist()) if not sound]
 
@@ -215,7 +215,7 @@ WORDS = {
 
 
 def trained_on(tag: str) -> str:
-    """What the words of timm's tag tell of the training, as `ImageNet-22k, then ImageNet-1k` of `ms_in22k_ft_in1k`; ""
+    """The training data that timm's tag names, as `ImageNet-22k, then ImageNet-1k` of `ms_in22k_ft_in1k`; ""
     where they do not."""
     known = [WORDS[word] for word in tag.split("_") if word in WORDS]
     others = re.search(r"(laion|openai|dfn|metaclip|webli|lvd|merged|datacomp|cc12m|yfcc|ig1b|swag|swsl|ssl)[^_]*", tag)
@@ -224,7 +224,7 @@ def trained_on(tag: str) -> str:
 
 def about(source: str, name: str) -> dict[str, Any]:
     """`config` (model, model_args) and `spec` (image size, normalisation, classes) of what `--init` names: one of our
-    files, or weights that timm publishes for the model `name`; {} for a file that does not tell.
+    files, or weights that timm publishes for the model `name`; {} for a file without them.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -266,12 +266,12 @@ def initialise(
     whole: bool = False,
     use_ema: bool | None = None,
 ) -> str:
-    """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line that
-    says what was loaded.
+    """Load `--init` into a network: `pretrained`, a file, a run directory, or one of timm's tags. Returns a line on
+    what was loaded.
 
     Unexpected tensors are reported in the line; tensors that depend on the image size are resized, from the size that
-    the file's specification tells. Rows of the head are taken by the names of classes or targets, where the file and
-    `spec`, the data's, tell them; with `reset_head` another head starts fresh. A head of another size raises ValueError
+    the file's specification has. Rows of the head are taken by the names of classes or targets, where the file and
+    `spec`, the data's, have them; with `reset_head` another head starts fresh. A head of another size raises ValueError
     unless `reset_head`, which published weights imply; so does any other misfit, tensors missing beside the head unless
     `partial`, and with `whole`, as for an evaluation, a tensor left at its fresh values. `use_ema` chooses among the
     weights of a file, as for `load`.
@@ -360,7 +360,7 @@ def _read_about(file: Path, mtime_ns: int, size: int) -> dict[str, Any]:
 
 
 def _exported(file: Path) -> dict[str, Any]:
-    """What experiments/export.py wrote beside the tensors: config, spec, use_ema, source; {} for another's file."""
+    """The metadata that experiments/export.py writes: config, spec, use_ema, source; {} for any other file."""
     try:
         with safe_open(file, "pt") as content:
             return json.loads((content.metadata() or {}).get("vitlab", "{}"))
@@ -430,7 +430,7 @@ def _network_of(config: dict[str, Any], spec: dict[str, Any], image_size: tuple[
 
 
 def columns_of(spec: dict[str, Any]) -> int:
-    """How many columns of a table a network of these data takes beside the picture."""
+    """Number of table columns that a network of these data takes beside the image."""
     return len((spec.get("columns") or {}).get("names", ()))
 
 

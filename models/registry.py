@@ -156,7 +156,7 @@ def _check_ranges(num_outputs: int, model_args: dict[str, Any]) -> None:
 
 
 def timm_cfg(name: str, num_outputs: int) -> dict[str, Any]:
-    """What timm's tools ask of a model: input size, normalisation, where its head and its first convolution are."""
+    """Settings that timm's tools read from a model: input size, normalisation, names of head and first convolution."""
     entry = REGISTRY[name]
     return {
         "num_classes": num_outputs,
@@ -192,7 +192,7 @@ def _build_timm(
 
 
 def preprocessing(name: str) -> dict[str, Any]:
-    """How the network's pictures are prepared: image_size (height, width), mean, std, interpolation, crop_pct,
+    """Preparation of the network's images: image_size (height, width), mean, std, interpolation, crop_pct,
     crop_mode.
 
     Ours stand in the registry; timm's are those of the weights' tag (timm.get_pretrained_cfg). Raises ValueError for an

@@ -1,4 +1,4 @@
-"""The two dictionaries that every room exchanges: what the data are (`Spec`) and one batch of them (`Batch`).
+"""The two dictionaries that every room exchanges: the specification of the data (`Spec`) and a batch (`Batch`).
 
 Both stay plain dictionaries at run time: a specification is saved in checkpoints and loads with weights_only=True.
 Legend: B images of a batch, C channels, H x W pixels, T targets of a regression, K classes or labels.
@@ -24,7 +24,7 @@ class Columns(TypedDict):
 
 
 class Spec(TypedDict):
-    """What a network must know of its data; plain values only."""
+    """Specification of the data, as far as a network needs it; plain values only."""
 
     task: str  # classification | multilabel | regression
     num_outputs: int  # width of the network's head

@@ -143,7 +143,7 @@ class SwinBlock(nn.Module):
         self.register_buffer("attn_mask", self.mask_for(size), persistent=False)
 
     def shift_for(self, size: Pair) -> Pair:
-        """How far a map is rolled before it is cut into windows."""
+        """Rows and columns by which a map is rolled before it is cut into windows."""
         y, x = [0 if side <= win else shift for side, win, shift in zip(size, self.window, self.target_shift)]
         return y, x
 
@@ -299,7 +299,7 @@ def resize_table(table: Tensor, window: Pair, old: Pair | None = None) -> Tensor
     the offsets, the authors' rule (utils.py:65-82).
 
     timm stretches it by a geometric progression instead (BEiT's rule); the two agree in no value but the shape. A table
-    whose window was not square is returned as it is without `old`, since its sides cannot be told.
+    whose window was not square is returned as it is without `old`, since its sides are not known.
     """
     rows = 2 * old[0] - 1 if old else round(len(table) ** 0.5)
     if len(table) % rows or not old and rows * rows != len(table):

@@ -1,4 +1,4 @@
-"""Weights of one network -> another: names and prefixes, positions of another image size, rows of a head by classes.
+"""Transfer of weights to another network: names, prefixes, positions of another image size, rows of a head by class.
 
 Legend: K outputs of a network, D features.
 """
@@ -67,7 +67,7 @@ def fit(model: nn.Module, weights: State, source: str, saved: nn.Module | None =
 
 
 def _prefix(weights: State, own: Iterable[str], adapt: Callable[[State], State]) -> str:
-    """What stands before the network's names in a file: the first of the leading paths whose removal makes most names
+    """Prefix of the network's names in a file: the first of the leading paths whose removal makes most names
     fit; "" is nothing."""
     own, paths = {*own}, Counter[str]()
     for key in weights:
@@ -78,7 +78,7 @@ def _prefix(weights: State, own: Iterable[str], adapt: Callable[[State], State])
         stripped = _stripped(weights, prefix)
         try:
             names = adapt(stripped).keys()
-        except ValueError:  # of tensors that are not the network's, or that do not fit: `fit` says it of the best
+        except ValueError:  # of tensors that are not the network's, or that do not fit: `fit` raises it for the best
             names = stripped.keys()
         if len(names & own) > most:
             best, most = prefix, len(names & own)
@@ -196,7 +196,7 @@ def check_resized(weights: State, saved: nn.Module, larger: nn.Module, own: Stat
 
 
 def fit_head(model: nn.Module, weights: State, theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[State, list[str]]:
-    """Take the rows of the classifier by the names of what they predict, where both data specifications tell them.
+    """Take the rows of the classifier by the names of what they predict, where both data specifications have them.
 
     Rows whose name the file lacks start fresh (`start_small_`). The weights are returned as they are where the names
     are the same or not known, or where another number of outputs shares none: that is a head of another size.
@@ -235,7 +235,7 @@ def _other_encoding(names: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]])
 
 
 def outputs(spec: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """What each output of a network of these data stands for, in order: equal ones mean the same. [] if not known."""
+    """Meaning of each output of a network of these data, in order; equal entries mean the same. [] if not known."""
     names = spec.get("class_names") or spec.get("target_names") or []
     each = spec["num_outputs"] // len(names) if names else 0
     kind = spec.get("encoding") if spec.get("task") == "regression" else "class"
@@ -296,7 +296,7 @@ def check_whole(missing: list[str], unexpected: list[str], own: State, source: s
 
 
 def library_of(keys: Iterable[str]) -> str:
-    """`; they look like those of torchvision`, where the names tell it; "" where not."""
+    """`; they look like those of torchvision`, where the names are recognised; "" where not."""
     keys = [*keys]
     found = [name for pattern, name in LIBRARIES.items() if any(re.match(pattern, key) for key in keys)]
     return f"; they look like those of {found[0]}" if found else ""

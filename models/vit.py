@@ -34,7 +34,7 @@ GELU: dict[str, Callable[[], nn.Module]] = {"erf": nn.GELU, "tanh": partial(nn.G
 
 
 class PlainTransformer(nn.Module):
-    """What all plain vision transformers share: tokens, one trunk, one norm, one linear head, and timm's informal
+    """Base of all plain vision transformers: tokens, one trunk, one norm, one linear head, and timm's informal
     interface around them.
 
     A network sets the five modules and gives `embed`, `pool_tokens`, `init_head_`.

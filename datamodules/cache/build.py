@@ -32,7 +32,7 @@ from datamodules.cache.store import ABOUT, FORMAT, INDEX, NAMES, PIXELS, CachedF
 from datamodules.loading.cores import cores
 from datamodules.loading.decode import PictureError
 from datamodules.loading.images import Split
-from datamodules.loading.workers import heed_only_the_parent
+from datamodules.loading.workers import ignore_terminal_signals
 from datamodules.transforms.array_transforms import filter_name
 
 ROWS = "rows.bin"  # of the index, as far as the pixels are on disk
@@ -44,7 +44,7 @@ WAIT_SECONDS = 0.5
 
 
 def default_side(image_size: tuple[int, int], crop_pct: float, train_sizes: list[tuple[int, int]]) -> int:
-    """What evaluation resizes the shorter side to before its centre crop, so that it finds its pixels ready (of an
+    """Size that evaluation resizes the shorter side to before its centre crop, so that it finds its pixels ready (of an
     image_size that is not square, or whole training crops that are larger: the largest side)."""
     return max(math.floor(max(image_size) / crop_pct), *(max(size) for size in train_sizes))
 
@@ -78,7 +78,7 @@ class ImageCache:
 
     @cached_property
     def folder(self) -> str:
-        """Where this cache is or will be: looks at every file, opens none.
+        """Folder of this cache, built or not; looks at every file, opens none.
 
         Raises:
             FileNotFoundError: a file that is not there.
@@ -101,7 +101,7 @@ class ImageCache:
         return b"%d/" % self.openers.index(opener) if len(self.openers) > 1 else b""
 
     def opened(self, name: bytes) -> tuple[Any, bytes]:
-        """Who opens the entry, and under which name."""
+        """Opener of an entry, and the name it knows the entry under."""
         if len(self.openers) == 1:
             return self.openers[0], name
         number, own = name.split(b"/", 1)
@@ -115,7 +115,7 @@ class ImageCache:
     def serve(self, split: Split) -> Split:
         """The split with its pictures out of the cache, which is built first where it is not there."""
         self.build()
-        self.store.maps  # noqa: B018  what is damaged is said here, not by a worker
+        self.store.maps  # noqa: B018  a damaged cache raises here, not in a worker
         return replace(split, open=CachedFiles(self.store, self.prefix(split.open)))
 
     @cached_property
@@ -123,7 +123,7 @@ class ImageCache:
         return Store(self.folder)
 
     def note(self) -> str:
-        """A line for people: where it is, whether it must be built, what resizes its crops."""
+        """A line on the cache: its folder, whether it must be built, the filter of its crops."""
         state = "ready" if self.ready else forecast(self)[1]
         return (
             f"picture cache {self.folder}: {len(self.names):,} pictures, {state}; training crops by {self.crop_filter}"
@@ -148,7 +148,7 @@ class ImageCache:
 
     @property
     def crop_filter(self) -> str:
-        """What resizes training crops on this machine."""
+        """Library and filter that resize training crops on this machine."""
         return filter_name(self.interpolation)
 
     def _stat(self, name: bytes) -> tuple[int, int]:
@@ -209,7 +209,7 @@ def build(cache: ImageCache) -> None:
 
 
 def forecast(cache: ImageCache) -> tuple[int, str]:
-    """(bytes that the cache will take, as the sizes of some of its pictures tell; a phrase)."""
+    """(bytes that the cache will take, estimated from some of its images; a phrase)."""
     rows = np.unique(np.linspace(0, len(cache.names) - 1, min(SAMPLE, len(cache.names))).astype(int))
     taken = []
     for name in cache.names[rows].tolist():
@@ -292,7 +292,7 @@ def _write(cache: ImageCache, pixels: BinaryIO, rows: BinaryIO, done: int) -> No
         sampler=range(done, len(cache.names)),
         num_workers=workers,
         collate_fn=_joined,
-        worker_init_fn=heed_only_the_parent,
+        worker_init_fn=ignore_terminal_signals,
         generator=torch.Generator(),
     )
     pending: list[list[int]] = []
@@ -359,14 +359,14 @@ def _lock_file(partial: str) -> BinaryIO:
 
 
 def _wait_for(lock: BinaryIO, cache: ImageCache) -> None:
-    said = False
+    printed = False
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not said:
+            if not printed:
                 print(f"picture cache {cache.folder}: another process is building it; waiting", flush=True)
-            said = True
+            printed = True
             time.sleep(WAIT_SECONDS)
 
 

@@ -5,7 +5,7 @@ A cache is a folder `<cache_dir>/pictures-<side>-<filter>-<key>/`; N pictures of
     pixels.bin  uint8, one picture (H, W, 3) after the other
     index.npy   (N, 5) int64: first byte, height, width, and height and width of the original
     names.npy   (N,) bytes
-    about.json  what it holds, for people
+    about.json  a description to read
 The key is of names, sizes and times of the files and of the settings, so changed files get another cache; nothing is
 ever changed in place.
 """

@@ -45,7 +45,7 @@ class PictureError(RuntimeError):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How picture files are read.
+    """Settings of reading image files.
 
     Args:
         max_pixels: of the largest picture that is decoded; a small file may be a huge one.

@@ -1,4 +1,4 @@
-"""Which picture files cannot be read, found without decoding those that look whole. Only numpy, Pillow and the standard
+"""Unreadable image files, found without decoding those that look whole. Only numpy, Pillow and the standard
 library."""
 
 import os
@@ -17,8 +17,8 @@ CHUNK = 500  # pictures that a reader takes at once
 
 
 def picture_fault(path: str, how: Decoding = USUALLY) -> str | None:
-    """Why a picture cannot be read, or None: header and last bytes are looked at, and all of a file whose end is not
-    the one of its format."""
+    """Reason that an image cannot be read, or None: header and last bytes are looked at, and all of a file whose end is
+    not the one of its format."""
     try:
         with open(path, "rb") as file:
             with opened(file, how) as picture:

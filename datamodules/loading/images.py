@@ -72,8 +72,8 @@ class TrainPictures(Dataset):
         return self._sample(_whole(key, 0))
 
     def __getitems__(self, keys: list[tuple[int, ...] | int]) -> list[dict]:
-        """Of one batch, for a DataLoader: cached pictures stand side by side in memory, and `collate` need not copy
-        them."""
+        """Samples of one batch, for a DataLoader: cached images stand side by side in memory, and `collate` need not
+        copy them."""
         whole = [_whole(key, 0) for key in keys]
         transform: Any = self._transform(whole[0][1])
         if not (hasattr(self.split.open, "pixels") and getattr(transform, "plain", False)):
@@ -124,8 +124,8 @@ def _whole(key: tuple[int, ...] | int, rest: int | bool) -> tuple[int, ...]:
 
 
 def shown(split: Split, index: int, transform: Transform) -> Callable[..., torch.Tensor]:
-    """What makes (3, H, W) uint8 of a picture that is open by now; straight from the pixels where it is cached and the
-    transform can."""
+    """Function that gives (3, H, W) uint8 of an image that is opened here; straight from the pixels where it is cached
+    and the transform can."""
     if hasattr(split.open, "pixels") and hasattr(transform, "of_pixels"):
         return partial(transform.of_pixels, *split.open.pixels(split.names[index]))
     return partial(transform, split.open(split.names[index]))

@@ -1,4 +1,4 @@
-"""Which pictures are (nearly) the same: perceptual hashes, their comparison in blocks, and the groups that follow."""
+"""Duplicate and near-duplicate images: perceptual hashes, their comparison in blocks, and the resulting groups."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Which sample comes when. Training order depends on (seed, epoch) only, so a run can stop anywhere and go on with
+"""Samplers. Training order depends on (seed, epoch) only, so a run can stop anywhere and go on with
 other processes."""
 
 from collections.abc import Iterator

@@ -26,13 +26,13 @@ def loader(pictures: Dataset, sampler: Sampler, batch_size: int, workers: int, s
         persistent_workers=workers > 0,
         timeout=TIMEOUT_SECONDS if workers else 0,
         collate_fn=collate,
-        worker_init_fn=heed_only_the_parent,
+        worker_init_fn=ignore_terminal_signals,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # its own: iter() would draw from the global one
     )
 
 
-def heed_only_the_parent(worker_id: int) -> None:
+def ignore_terminal_signals(worker_id: int) -> None:
     """`worker_init_fn`: signals sent to every process of a job (torchrun to a process group, SLURM to a step, Ctrl-C to
     a terminal) stop no worker. PyTorch's workers die of them and take the run along, which then cannot save; its own
     end, or its SIGTERM, still ends them.
@@ -51,7 +51,7 @@ def _leave_when_the_parent_says_so() -> None:
 
 
 def keep_memory() -> None:
-    """What this process frees it keeps for its next pictures. glibc hands arrays of 128 kB and more back to the system,
+    """Keep freed memory in this process for its next images. glibc hands arrays of 128 kB and more back to the system,
     and the pages of new ones then take as long as the pictures on them. Elsewhere nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
         for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**28)):

@@ -71,7 +71,7 @@ def assign(
         splitter = StratifiedKFold(k, **shuffled) if groups is None else StratifiedGroupKFold(k, **shuffled)
     fold = np.full(len(labels), -1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")  # `notes` says it, with its name
+        warnings.filterwarnings("ignore", message="The least populated class")  # `notes` names it
         for number, (_, held_out) in enumerate(splitter.split(labels, labels, groups)):
             fold[held_out] = number
     return _filled(fold, k)
@@ -260,7 +260,7 @@ def write(path: str | Path, ids: Sequence[str], fold: np.ndarray, id_column: str
 
 
 def _labels(targets: np.ndarray, task: str, k: int) -> np.ndarray:
-    """What is spread evenly: (N,) classes or (N, L) labels 0 or 1."""
+    """Labels that are spread evenly: (N,) classes or (N, L) labels 0 or 1."""
     if task == "classification":
         return targets.reshape(len(targets))
     if task == "multilabel":

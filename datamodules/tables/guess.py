@@ -1,7 +1,7 @@
-"""What a competition's tables tell without being asked: id and target columns, task, groups, folds and metric, each
+"""Guesses from a competition's tables: id and target columns, task, groups, folds and metric, each
 with its reason.
 
-Every part can be given instead; what cannot be told raises a ValueError that names the flag and the candidates. Only
+Every part can be given instead; what cannot be guessed raises a ValueError that names the flag and the candidates. Only
 pandas, numpy and the standard library.
 """
 
@@ -279,7 +279,7 @@ def guess_metric(tables: Tables, scheme: dict) -> tuple[str, str]:
 
 
 def check_columns(tables: Tables, given: dict[str, list[str]]) -> list[str]:
-    """What is wrong with the columns that flags name, {flag: columns}: not in train.csv; with the closest."""
+    """Errors of the columns that flags name, {flag: columns}: not in train.csv; with the closest."""
     return [
         f"{tables.names['train']}: {flag} {name!r} is no column{near_miss(name, tables.train.columns)}"
         for flag, names in given.items()

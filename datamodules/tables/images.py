@@ -36,7 +36,7 @@ def columns_in(template: str, columns: list[str], split: str = "test") -> list[s
     """The columns that a template names, without `split`.
 
     Raises:
-        ValueError: it names none, or one that there is not; says the closest.
+        ValueError: it names none, or one that does not exist; names the closest.
     """
     found = [_column(name, columns)[0] for name in FIELD.findall(part_of(template, split))]
     for name in found:
@@ -75,10 +75,8 @@ class Folder:
     def __init__(self, root: str, how: Decoding = USUALLY):
         self.root, self.how, self.listing, self.folders = root, how, cache(self._listing), cache(self._folders)
         self.likely, self.real_folder = cache(self._likely), cache(self._real_folder)
-        self.suffix_guessed = False  # of a template, so that ids with several pictures are told
-        self.taken: dict[
-            str, dict[str, str]
-        ] = {}  # what was taken in place of what the table says: kind -> path -> file
+        self.suffix_guessed = False  # of a template, so that ids with several images are reported
+        self.taken: dict[str, dict[str, str]] = {}  # what was taken in place of the table's path: kind -> path -> file
 
     def _listing(self, folder: str) -> tuple[dict[str, str | None], dict[str, str]]:
         """({file name: why it cannot be used, or None}, {name without the suffix or with it in lower case: file name})
@@ -126,7 +124,7 @@ class Folder:
         return folder
 
     def notes(self) -> list[str]:
-        """A line for each kind of picture that was taken in place of what the table says."""
+        """A line for each kind of picture that was taken in place of the table's path."""
         words = {
             "number": "ids are the numbers of files that are written otherwise",
             "spelling": "names are spelled otherwise in Unicode on the disk",
@@ -244,7 +242,7 @@ class Folder:
 
 
 class Outside(Exception):
-    """A path that leaves the data folder; says how."""
+    """A path that leaves the data folder; the message describes how."""
 
 
 def _under(path: str, folder: str) -> bool:

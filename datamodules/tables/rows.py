@@ -124,8 +124,8 @@ def find_rows(
 
 
 def _filled_in(frame: pd.DataFrame, hollow: np.ndarray, targets: list[str], file: str, report: Report) -> pd.DataFrame:
-    """The table with the first row's targets in the rows that have none and are left out, so that nothing is said of
-    them."""
+    """The table with the first row's targets in the rows that have none and are left out, so that no error is reported
+    for them."""
     if not hollow.any():
         return frame
     if hollow.all():
@@ -137,7 +137,7 @@ def _filled_in(frame: pd.DataFrame, hollow: np.ndarray, targets: list[str], file
 
 
 def _template_columns(scheme: dict[str, Any]) -> list[str]:
-    """All that a template names, so that a column that one table lacks is reported there."""
+    """All columns that a template names, so that a column that one table lacks is reported there."""
     return [re.sub(r"\[[\d:]+\]$", "", name) for name in re.findall(r"\{([^{}]+)\}", scheme["image"])]
 
 

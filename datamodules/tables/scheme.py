@@ -26,7 +26,7 @@ def read_tables(root: str, named: dict[str, str | None], no_train: bool = False)
     train.csv must be there, and with `no_train` test.csv may stand in for it.
 
     Raises:
-        FileNotFoundError: a table that must be there is not; says what was looked for.
+        FileNotFoundError: a required table is missing; lists what was looked for.
         ValueError: one or several cannot be read, or hold no row; in one report.
     """
     report, frames, names = Report(f"--data_dir {root}"), {}, {}
@@ -58,14 +58,14 @@ def read_tables(root: str, named: dict[str, str | None], no_train: bool = False)
 
 
 def decide(tables: Tables, folder: Folder, given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(scheme, a line with the reason for each of its parts). `given` holds what a person said, None where nothing;
+    """(scheme, a line with the reason for each of its parts). `given` holds the flags, None where left out;
     `usual_metric` is a preset's.
 
     The scheme: id_column, targets (columns), separator (of joined labels, else None), task, image (template), group,
     fold_column, split_column, metric.
 
     Raises:
-        ValueError: a part that cannot be told, a column that is not there, a task that is none; names flags and
+        ValueError: a part that cannot be guessed, a column that is not there, a task that is none; names flags and
             candidates.
     """
     targets = _names(given["target"], whole=given["target"] in tables.train)

@@ -1,4 +1,4 @@
-"""Which rows of a table are held out: folds, a fold column, or a share; stratified, and groups whole."""
+"""Held-out rows of a table: folds, a fold column, or a share; stratified, and groups whole."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -118,7 +118,7 @@ def never_learned(train: np.ndarray, val: np.ndarray, names: list[str]) -> list[
 
 
 def parts(column: pd.Series) -> np.ndarray:
-    """(N,) train, val or test of a column that says so (`guess.part_of_word`).
+    """(N,) train, val or test of a split column (`guess.part_of_word`).
 
     Raises:
         ValueError: other words, or no row for train.

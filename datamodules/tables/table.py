@@ -19,7 +19,7 @@ from datamodules.loading.closest import did_you_mean
 
 DELIMITERS = ",;\t|"
 WHOLE = re.compile(r"([-+]?)0*(\d+)(\.0*)?", re.ASCII)  # a whole number, as programs spell it: 5, 5.0, 05, +5
-SHOWN = 5  # rows, ids or files named in a message; of the others it tells how many they are
+SHOWN = 5  # rows, ids or files named in a message; the others are counted
 
 
 def read_table(path: str | os.PathLike, *, strip: bool = True) -> pd.DataFrame:
@@ -31,7 +31,7 @@ def read_table(path: str | os.PathLike, *, strip: bool = True) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: empty, not UTF-8 (says the byte), a NUL, an open quote, rows with more or fewer fields than the
+        ValueError: empty, not UTF-8 (names the byte), a NUL, an open quote, rows with more or fewer fields than the
             header, a column named twice.
     """
     path = os.fspath(path)
@@ -143,7 +143,7 @@ def near_miss(name: str, columns: Iterable[str]) -> str:
 
 @dataclass
 class Report:
-    """Everything that is wrong with the tables and pictures of a folder, told at once."""
+    """Errors of the tables and images of a folder, reported together."""
 
     where: str
     lines: list[str] = field(default_factory=list)

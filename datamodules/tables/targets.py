@@ -142,7 +142,7 @@ def _joined(
 
 
 def numbers(frame: pd.DataFrame, name: str, file: str, report: Report, hint: str = "") -> np.ndarray:
-    """(N,) float64 of a column of quantities; `hint` ends what is said of empty cells."""
+    """(N,) float64 of a column of quantities; `hint` ends the message on empty cells."""
     text = frame[name]
     numbers = pd.to_numeric(text, errors="coerce").to_numpy(float)
     empty = text.str.lower().isin(EMPTY).to_numpy()
@@ -157,7 +157,7 @@ def numbers(frame: pd.DataFrame, name: str, file: str, report: Report, hint: str
 
 
 def _zero_or_one(frame: pd.DataFrame, name: str, file: str, report: Report) -> np.ndarray:
-    """(N,) float32 of a column that says whether a label holds."""
+    """(N,) float32 of a column of labels that hold or not."""
     text = frame[name]
     numbers = pd.to_numeric(text.str.lower().replace(TRUTH), errors="coerce").to_numpy(float)
     report.rows(

@@ -22,7 +22,7 @@ def guess_template(folder: Folder, train: pd.DataFrame, asked: pd.DataFrame | No
     """(template, reason) under which most training rows have a picture, and most of `asked`, the rows to predict.
 
     Raises:
-        ValueError: no column and folder fit; says what was looked for and what is there.
+        ValueError: no column and folder fit; lists what was looked for and what exists.
     """
     share, template = _best(folder, train, id_column, "train")
     if not template:

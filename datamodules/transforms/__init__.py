@@ -1,1 +1,1 @@
-"""What happens to a picture: augmentation on the host; normalisation, erasing and mixing on the device."""
+"""Image transforms: augmentation on the host; normalisation, erasing and mixing on the device."""

@@ -35,7 +35,7 @@ def opencv() -> ModuleType | None:
 
 
 def filter_name(interpolation: str) -> str:
-    """What resizes crops on this machine, for people and for the record."""
+    """Library and filter that resize crops on this machine, for notes and the checkpoint."""
     if interpolation not in FAST:
         return f"Pillow's {interpolation}"
     cv2 = opencv()

@@ -16,7 +16,7 @@ SECTIONS = {  # timm skips or asserts on what it cannot read; a typo must be see
 
 @dataclass(frozen=True)
 class Augment:
-    """Names and defaults are timm's unless said otherwise.
+    """Names and defaults are timm's unless noted.
 
     Args:
         auto_augment: original, originalr, v0, v0r, 3a (3-Augment of DeiT III) or augmix-..., in place of rand_augment.

@@ -1,4 +1,4 @@
-"""How large training crops are, epoch by epoch."""
+"""Size of training crops, epoch by epoch."""
 
 import re
 

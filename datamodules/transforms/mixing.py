@@ -34,7 +34,7 @@ class MixupOfNumbers(Mixup):
     def __call__(self, image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.num_classes = len(
             target
-        )  # each picture a class of its own: its row says how much of which pictures it has become
+        )  # each image is its own class: its row holds the shares of the images it is mixed of
         image, shares = super().__call__(image, torch.arange(len(target), device=target.device))
         own, other = shares.diagonal()[:, None], shares.fliplr().diagonal()[:, None]  # (B, 1)
         return image, own * target + other * target.flip(0)
@@ -75,7 +75,7 @@ class Mixer:
 
 
 def batch_key(epoch: int, rank: int, index: torch.Tensor) -> tuple[int, ...]:
-    """What names a batch of one pass: `index` (B,) on the CPU."""
+    """Key of a batch of one pass; `index` (B,) on the CPU."""
     digest = hashlib.blake2b(index.numpy().tobytes(), digest_size=8).digest()
     return epoch, rank, int.from_bytes(digest, "little")
 

@@ -1,4 +1,4 @@
-"""What happens to a batch on the device: pictures are normalised, erased and mixed, in this order, as in DeiT's
+"""Work on a batch on the device: images are normalised, erased and mixed, in this order, as in DeiT's
 training."""
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""A person's own augmentation: `my.py:build`, a function of (height, width) that gives what makes a training view of a
-picture.
+"""Augmentation by a user's function: `my.py:build` takes (height, width) and returns a transform of training images.
 
 The view is a PIL picture or a (3, height, width) uint8 tensor. What it draws from `random`, numpy's and torch's global
-generators is the same after a resume and on any number of processes; a library with generators of its own is on its
-own.
+generators is the same after a resume and on any number of processes; other generators are not seeded.
 """
 
 import importlib.util
@@ -19,7 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from datamodules.loading.files import sha256_of
 
 
-class OwnTransform:
+class UserTransform:
     """RGB picture -> (3, H, W) uint8 by what `build((H, W))` gives.
 
     Raises:
@@ -56,7 +54,7 @@ class OwnTransform:
 
 
 def digest(where: str) -> str:
-    """Of the file's content: a run does not go on with another one."""
+    """Digest of the file's content: a run does not resume with another one."""
     return sha256_of(where.rpartition(":")[0])[:12]
 
 

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import five_crop
 
 import models
 from datamodules.loading.decode import USUALLY, Decoding, PictureError, open_picture
-from datamodules.loading.workers import heed_only_the_parent, worker_count
+from datamodules.loading.workers import ignore_terminal_signals, worker_count
 from datamodules.tables.columns import standardised
 from datamodules.transforms.image_transforms import eval_transform
 from datamodules.transforms.on_device import OnDevice
@@ -312,7 +312,7 @@ def predict(
         batch_size=how.batch_size,
         num_workers=workers,
         timeout=WORKER_TIMEOUT_SECONDS if workers else 0,
-        worker_init_fn=heed_only_the_parent,
+        worker_init_fn=ignore_terminal_signals,
         pin_memory=ensemble.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),
     )

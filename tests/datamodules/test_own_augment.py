@@ -6,7 +6,7 @@ from conftest import weights_of
 from PIL import Image
 from small_runs import TINY
 
-from datamodules.transforms.user_function import OwnTransform
+from datamodules.transforms.user_function import UserTransform
 
 OWN = """import random
 from PIL import ImageOps
@@ -38,13 +38,13 @@ def own(pics):
 
 def test_the_view_is_what_the_file_makes(own):
     picture = Image.new("RGB", (20, 10), (1, 2, 3))
-    image = OwnTransform(f"{own}/my.py:build", (8, 6))(picture)
+    image = UserTransform(f"{own}/my.py:build", (8, 6))(picture)
     assert (
         image.shape == (3, 8, 6)
         and image.dtype == torch.uint8
         and image.flatten(1).unique(dim=1).flatten().tolist() == [1, 2, 3]
     )
-    assert (OwnTransform(f"{own}/my.py:white", (8, 6))(picture) == 255).all()
+    assert (UserTransform(f"{own}/my.py:white", (8, 6))(picture) == 255).all()
 
 
 @pytest.mark.parametrize(
