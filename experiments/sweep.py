@@ -210,7 +210,7 @@ def _about(space: Space, cfg: config.Config, seed: int) -> dict[str, Any]:
                 else {knob.name: value}
             )
             about |= {key: inner for key, inner in flat.items() if key not in varied}
-    return about | ({"data_dir": os.path.abspath(about["data_dir"])} if about.get("data_dir") else {})
+    return about | ({"data_dir": os.path.abspath(str(about["data_dir"]))} if about.get("data_dir") else {})
 
 
 @contextmanager

@@ -70,7 +70,8 @@ class Matrix:
 
 def matrix(found: Comparison) -> Matrix:
     """Every group that has a score against every other."""
-    groups, metric, notes = [group for group in found.groups if group.runs], found.metric.split("/")[-1], []
+    notes: list[str] = []
+    groups, metric = [group for group in found.groups if group.runs], found.metric.split("/")[-1]
     tables = {run.name: _tables(run, metric, notes) for group in groups for run in group.runs}
     common = {(a.name, b.name): _common(a, b, tables) for a, b in combinations(groups, 2)}
     draws = _draws(common, tables, groups, metric, notes)
@@ -149,7 +150,8 @@ def _draws(
 ) -> dict[tuple[str, str], Drawn]:
     """By key of rows, by run: (score over these rows, (B,) scores of the draws). Runs on the same rows share the
     draws."""
-    runs_of, wanted = {group.name: group.runs for group in groups}, {}
+    runs_of = {group.name: group.runs for group in groups}
+    wanted: dict[tuple[str, str], tuple[_Shared, dict[str, None]]] = {}
     for pair, shared in common.items():
         if isinstance(shared, _Shared):
             wanted.setdefault(shared.key, (shared, {}))[1].update(
@@ -237,9 +239,9 @@ def _reach(variances: list[float], freedom: list[int]) -> float:
 
 def _judged(pair: Pair, smaller: bool) -> Pair:
     """Better or worse only where the interval lies on one side of zero."""
-    if pair.low <= 0 <= pair.high:
+    if pair.low is None or pair.high is None or pair.low <= 0 <= pair.high:
         return pair
-    return replace(pair, verdict=BETTER if (pair.difference < 0) == smaller else WORSE)
+    return replace(pair, verdict=BETTER if (pair.high < 0) == smaller else WORSE)
 
 
 def _what(found: Comparison, common: dict, pairs: dict[tuple[str, str], Pair]) -> str:

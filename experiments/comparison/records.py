@@ -21,7 +21,8 @@ def find(places: list[str]) -> list[Record]:
     Raises UsageError for a place without runs or one that W&B does not know; FileNotFoundError for a path that is not
     there.
     """
-    records, files = [], []
+    records: list[Record] = []
+    files: list[Path] = []
     for place in places:
         path = Path(place).expanduser()
         if path.exists():
@@ -55,7 +56,8 @@ def _walk(path: Path, depth: int = 0) -> tuple[list[Path], list[Path]]:
         return [], [path]
     if _is_run(path):
         return [path.resolve()], []
-    runs, files = [], sorted(path.glob("*.wandb"))
+    runs: list[Path] = []
+    files = sorted(path.glob("*.wandb"))
     if files or depth > DEPTH:
         return runs, files
     for child in sorted(path.iterdir(), key=lambda child: _natural(child.name)):

@@ -152,8 +152,8 @@ def bootstrap(tables: list[Rows], metric: str, draws: int = DRAWS, seed: int = S
     Metrics that are no mean over rows take 300 draws. Raises ValueError for a metric that these rows do not give.
     """
     count, rng = len(tables[0].ids), np.random.default_rng(seed)
-    found = [parts(rows, metric) for rows in tables]
-    if any(part is None for part in found):
+    found = [part for rows in tables if (part := parts(rows, metric)) is not None]
+    if len(found) < len(tables):
         picked = [rng.integers(count, size=count) for _ in range(min(draws, SLOW_DRAWS))]
         return np.array(
             [
@@ -176,6 +176,6 @@ def fold_score(files: list[Path], metric: str | None, task: str | None) -> float
     do not give it."""
     try:
         rows = read_rows(files, task) if files and metric else None
-        return score(rows, metric.split("/")[-1]) if rows else None
+        return score(rows, metric.split("/")[-1]) if rows and metric else None
     except ValueError:
         return None

@@ -80,8 +80,9 @@ def compare(records: list[Record], wanted: str | None = None) -> Comparison:
     notes: list[str] = []
     metric = _metric(records, wanted, notes)
     smaller = _smaller(metric, records, notes)
-    scored = [each for each in records if each.state == FINISHED and score(each, metric) is not None]
-    scored.sort(key=lambda each: (score(each, metric) * (1 if smaller else -1), each.name))
+    found = [(each, value) for each in records if (value := score(each, metric)) is not None and each.state == FINISHED]
+    found.sort(key=lambda pair: (pair[1] * (1 if smaller else -1), pair[0].name))
+    scored = [each for each, _ in found]
     ordered = scored + [each for each in records if each not in scored]
     differing = _differing(ordered)
     groups = _groups(ordered, differing, metric, smaller)
@@ -97,8 +98,8 @@ def compare(records: list[Record], wanted: str | None = None) -> Comparison:
     return Comparison(metric, smaller, ordered, groups, differing, tested, notes)
 
 
-def _plain(metric: str | None) -> str | None:
-    return metric and metric.replace("val_ema/", "val/").replace("oof/", "val/")
+def _plain(metric: str | None) -> str:
+    return (metric or "").replace("val_ema/", "val/").replace("oof/", "val/")
 
 
 def _metric(records: list[Record], wanted: str | None, notes: list[str]) -> str:
@@ -107,14 +108,13 @@ def _metric(records: list[Record], wanted: str | None, notes: list[str]) -> str:
         if wanted not in there and not any(_plain(each.metric) == _plain(wanted) for each in records):
             raise UsageError(f"--metric {wanted}: no run has it{did_you_mean(wanted, there)}")
         return wanted
-    counts = Counter(_plain(each.metric) for each in records if each.best is not None)
+    names = [each.metric for each in records if each.metric and each.best is not None]
+    counts = Counter(map(_plain, names))
     if not counts:
         unfinished = ", ".join(f"{each.name} ({'; '.join(each.notes) or each.state})" for each in records[:5])
         raise UsageError(f"none of the {len(records)} runs is finished with a score: {unfinished}")
     common = counts.most_common(1)[0][0]
-    chosen = Counter(
-        each.metric for each in records if each.best is not None and _plain(each.metric) == common
-    ).most_common(1)[0][0]
+    chosen = Counter(name for name in names if _plain(name) == common).most_common(1)[0][0]
     if len(counts) > 1:
         said = ", ".join(f"{name} {times}" for name, times in counts.most_common())
         notes.append(
@@ -137,10 +137,11 @@ def _smaller(metric: str, records: list[Record], notes: list[str]) -> bool:
         return name in SMALLER
     lowest = highest = 0
     for each in records:
-        values = [row[each.metric] for row in each.history if each.metric in row] if each.best is not None else []
-        if values and min(values) < max(values):
-            lowest += abs(each.best - min(values)) <= 1e-6 * abs(each.best)
-            highest += abs(each.best - max(values)) <= 1e-6 * abs(each.best)
+        name, best = each.metric or "", each.best
+        values = [row[name] for row in each.history if name in row]
+        if best is not None and values and min(values) < max(values):
+            lowest += abs(best - min(values)) <= 1e-6 * abs(best)
+            highest += abs(best - max(values)) <= 1e-6 * abs(best)
     notes.append(
         f"{metric}: taken as better when {'smaller' if lowest > highest else 'larger'} "
         + ("(the best epochs are those)." if lowest != highest else "(nothing says otherwise).")
@@ -172,29 +173,18 @@ def _groups(records: list[Record], differing: list[str], metric: str, smaller: b
         )
         members.setdefault(same if each.config else f"alone {each.name}", []).append(each)
     groups = []
-    for each in members.values():
-        runs = sorted(
-            (run for run in each if run.state == FINISHED and score(run, metric) is not None),
-            key=lambda run: (_order(run.value("seed")), run.name),
-        )
-        knobs = {
-            key: {_text(run.knobs().get(key)): run.knobs().get(key) for run in each}
-            for key in differing
-            if key not in EACH_RUN
-        }
-        knobs = {
-            key: next(iter(values.values())) if len(values) == 1 else _starred(str(each[0].knobs().get(key)), each[0])
-            for key, values in knobs.items()
-        }
-        groups.append(
-            Group(
-                _group_name(each),
-                knobs,
-                runs,
-                [run for run in each if run not in runs],
-                [score(run, metric) for run in runs],
-            )
-        )
+    for all_runs in members.values():
+        scores = {run.name: score(run, metric) for run in all_runs if run.state == FINISHED}
+        runs = [run for run in all_runs if scores.get(run.name) is not None]
+        runs.sort(key=lambda run: (_order(run.value("seed")), run.name))
+        first, knobs = all_runs[0], {}
+        for key in differing:
+            if key not in EACH_RUN:
+                same = len({_text(run.knobs().get(key)) for run in all_runs}) == 1
+                value = first.knobs().get(key)
+                knobs[key] = value if same else _starred(str(value), first)
+        rest, values = [run for run in all_runs if run not in runs], [scores[run.name] or 0.0 for run in runs]
+        groups.append(Group(_group_name(all_runs), knobs, runs, rest, values))
     groups.sort(key=lambda group: (not group.runs, (group.spread()[0] or 0) * (1 if smaller else -1), group.name))
     taken = Counter(group.name for group in groups)
     for place, group in enumerate(groups, 1):

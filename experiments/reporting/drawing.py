@@ -67,18 +67,13 @@ class Line:
     def artist(self) -> Any:
         from matplotlib.lines import Line2D
 
-        style: Any = (0, [float(length) for length in self.dash.split()]) if self.dash else "-"
         xs, ys = zip(*self.points)
-        size = {"marker": "o", "markersize": self.width, "markeredgewidth": 0} if self.gaps else {}
-        return Line2D(
-            xs,
-            ys,
-            color=COLOURS[self.colour][0],
-            linewidth=self.width,
-            linestyle="none" if self.gaps else style,
-            alpha=self.opacity,
-            **size,
-        )
+        line = Line2D(xs, ys, color=COLOURS[self.colour][0], linewidth=self.width, alpha=self.opacity)
+        if self.dash:
+            line.set_linestyle((0, [float(length) for length in self.dash.split()]))
+        if self.gaps:
+            line.set(linestyle="none", marker="o", markersize=self.width, markeredgewidth=0)
+        return line
 
 
 @dataclass(frozen=True)
@@ -148,19 +143,10 @@ class Text:
     def artist(self) -> Any:
         from matplotlib.text import Text as Artist
 
-        return Artist(
-            self.x,
-            self.y,
-            self.words,
-            color=COLOURS[self.colour][0],
-            fontsize=self.size,
-            fontweight="bold" if self.bold else "normal",
-            horizontalalignment=ANCHORS[self.anchor],
-            verticalalignment="baseline",
-            rotation=90 if self.upright else 0,
-            rotation_mode="anchor",
-            parse_math=False,
-        )
+        text = Artist(self.x, self.y, self.words, color=COLOURS[self.colour][0], fontsize=self.size, parse_math=False)
+        text.set(horizontalalignment=ANCHORS[self.anchor], fontweight="bold" if self.bold else "normal")
+        text.set(rotation=90 if self.upright else 0, rotation_mode="anchor")
+        return text
 
 
 def _opacity(value: float) -> str:

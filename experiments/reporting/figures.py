@@ -34,9 +34,9 @@ def _classes(scored: Scored) -> Drawing:
 def _labels(scored: Scored) -> Drawing:
     """A line for each label: the rows with it and those without, each as predicted and not predicted; the labels with
     the smallest F1."""
-    each, rows = by_label(scored.target, scored.prediction), len(scored.target)
+    each, rows = by_label(scored.target, scored.outputs), len(scored.target)
     there, predicted = each[:, 0], each[:, 2]
-    hits = ((scored.target > 0.5) & (scored.prediction > 0.5)).sum(0)
+    hits = ((scored.target > 0.5) & (scored.outputs > 0.5)).sum(0)
     counts = np.stack([hits, there - hits, predicted - hits, rows - there - predicted + hits], 1).astype(int)  # (K, 4)
     worst = np.sort(np.argsort(np.nan_to_num(each[:, 4], nan=2), kind="stable")[:MOST_CLASSES])
     share = counts / np.repeat(np.stack([there, rows - there], 1), 2, axis=1).clip(1)
@@ -49,7 +49,7 @@ def _labels(scored: Scored) -> Drawing:
 def _targets(scored: Scored) -> Drawing:
     charts = []
     for t, name in enumerate(scored.names[:MOST_TARGETS]):
-        true, predicted = scored.target[:, t], scored.prediction[:, t]
+        true, predicted = scored.target[:, t], scored.outputs[:, t]
         title = f"{words(name, 36)}: RMSE {np.sqrt(((predicted - true) ** 2).mean()):.4g}, {len(true):,} rows"
         charts.append(drawing.scatter(title, true, predicted, MOST_POINTS))
     return drawing.sheet(charts, 2)

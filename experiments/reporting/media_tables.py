@@ -55,7 +55,7 @@ def _classes(scored: Scored) -> Table:
 
 
 def _labels(scored: Scored) -> Table:
-    each, average = by_label(scored.target, scored.prediction), average_precisions(scored.target, scored.prediction)
+    each, average = by_label(scored.target, scored.outputs), average_precisions(scored.target, scored.outputs)
     rows: list[list[Any]] = []
     for k in _lines(each[:, 4]):
         there, recall, _, precision, f1 = each[k]
@@ -67,7 +67,7 @@ def _labels(scored: Scored) -> Table:
 def _targets(scored: Scored) -> Table:
     rows = []
     for t, name in enumerate(scored.names):
-        residual, spread = scored.prediction[:, t] - scored.target[:, t], scored.target[:, t].var()
+        residual, spread = scored.outputs[:, t] - scored.target[:, t], scored.target[:, t].var()
         square = float((residual**2).mean())
         bias = [float(each["mean"]) for each in deciles(scored.target[:, t], residual)]
         rows.append(
@@ -100,7 +100,7 @@ def examples(scored: Scored, shown: Mapping[str, np.ndarray], opened: Opener, co
 
     shown: id -> (K,) probabilities, where the split's table has only the likeliest class.
     """
-    rows = fixed_rows(scored.ids, count)
+    rows = fixed_rows(list(scored.ids), count)
     ids = [str(scored.ids[row]) for row in rows]
     cells = {"classification": _example_class, "multilabel": _example_labels, "regression": _example_targets}[
         scored.task
@@ -138,7 +138,7 @@ def _example_class(scored: Scored, row: int, probabilities: np.ndarray | None) -
 
 
 def _example_labels(scored: Scored, row: int, _: Any) -> dict[str, Any]:
-    there, said = scored.target[row] > 0.5, scored.prediction[row]
+    there, said = scored.target[row] > 0.5, scored.outputs[row]
     top = {int(k): float(said[k]) for k in np.argsort(-said, kind="stable")[:TOP]}
     return {
         "right": bool((there == (said > 0.5)).all()),
@@ -150,10 +150,10 @@ def _example_labels(scored: Scored, row: int, _: Any) -> dict[str, Any]:
 
 
 def _example_targets(scored: Scored, row: int, _: Any) -> dict[str, Any]:
-    found = {}
+    found: dict[str, float] = {}
     for t, name in enumerate(scored.names[:MOST_TARGETS]):
         of = f" {words(name)}" if len(scored.names) > 1 else ""
-        true, said = float(scored.target[row, t]), float(scored.prediction[row, t])
+        true, said = float(scored.target[row, t]), float(scored.outputs[row, t])
         found |= {f"target{of}": true, f"prediction{of}": said, f"error{of}": said - true}
     return found
 

@@ -16,13 +16,14 @@ from lightning_modules.objectives.metrics import average_precisions
 WORST, MOST_ROWS, BINS = 32, 20, 15
 MOST_LABELS, MOST_TARGETS = 100, 4
 TINY = np.finfo(np.float32).tiny
+EMPTY = np.empty(0)
 
 
 @dataclass(frozen=True)
 class Scored:
     """`target` (N,) int64 classes, (N, K) 0 or 1, (N, T) own units; `prediction` (N, K) or (N, T), None where only the
-    likeliest class was written. Of a classification `likeliest` (N,) and its probability `confidence` (N,). `dropped`:
-    rows whose prediction is no number."""
+    likeliest class was written. Of a classification `likeliest` (N,) and its probability `confidence` (N,), else both
+    are empty. `dropped`: rows whose prediction is no number."""
 
     file: str
     task: str
@@ -30,9 +31,16 @@ class Scored:
     ids: np.ndarray
     target: np.ndarray
     prediction: np.ndarray | None
-    likeliest: np.ndarray | None = None
-    confidence: np.ndarray | None = None
+    likeliest: np.ndarray = EMPTY
+    confidence: np.ndarray = EMPTY
     dropped: int = 0
+
+    @property
+    def outputs(self) -> np.ndarray:
+        """`prediction` where it is known to be there: of labels and targets."""
+        if self.prediction is None:
+            raise ValueError(f"{self.file} has the likeliest class alone")
+        return self.prediction
 
 
 def read(folder: Path, spec: dict[str, Any], split: str = "") -> Scored | None:
@@ -173,13 +181,15 @@ def summary(scored: Scored) -> dict[str, Any]:
 def _classes(scored: Scored) -> dict[str, Any]:
     names, classes = scored.names, len(scored.names)
     wrong = np.flatnonzero(scored.target != scored.likeliest)
-    true = None if scored.prediction is None else scored.prediction[wrong, scored.target[wrong]]  # (errors,)
-    rows = wrong[np.argsort(-scored.confidence[wrong] if true is None else true, kind="stable")[:WORST]]
+    true = (
+        None if scored.prediction is None else scored.prediction[np.arange(len(scored.target)), scored.target]
+    )  # (N,)
+    rows = wrong[np.argsort(-scored.confidence[wrong] if true is None else true[wrong], kind="stable")[:WORST]]
     worst = [
         {
             "id": str(scored.ids[row]),
             "true": names[scored.target[row]],
-            "true_probability": None if true is None else float(scored.prediction[row, scored.target[row]]),
+            "true_probability": None if true is None else float(true[row]),
             "predicted": names[scored.likeliest[row]],
             "probability": float(scored.confidence[row]),
         }
@@ -217,20 +227,20 @@ def _calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
 
 def _labels(scored: Scored) -> dict[str, Any]:
     names, there = scored.names, scored.target > 0.5  # (N, K)
-    predicted = np.clip(scored.prediction, TINY, 1 - 1e-7)
+    predicted = np.clip(scored.outputs, TINY, 1 - 1e-7)
     loss = -np.where(there, np.log(predicted), np.log1p(-predicted)).mean(1)
 
     def mistakes(row: int) -> list[tuple[str, str, float]]:
         """At most two labels missed and two predicted wrongly."""
         kinds = {"missed": there[row] & (predicted[row] <= 0.5), "wrongly": ~there[row] & (predicted[row] > 0.5)}
         return [
-            (kind, names[k], float(scored.prediction[row, k]))
+            (kind, names[k], float(scored.outputs[row, k]))
             for kind, which in kinds.items()
             for k in np.flatnonzero(which)[:2]
         ]
 
-    precision = average_precisions(scored.target, scored.prediction)
-    each, present = by_label(scored.target, scored.prediction), np.flatnonzero(there.any(0))
+    precision = average_precisions(scored.target, scored.outputs)
+    each, present = by_label(scored.target, scored.outputs), np.flatnonzero(there.any(0))
     order = present[np.argsort(precision[present], kind="stable")][:MOST_LABELS]
     return {
         "worst": [
@@ -240,12 +250,12 @@ def _labels(scored: Scored) -> dict[str, Any]:
         "map": float(precision[present].mean()) if len(present) else None,
         "more": max(0, len(present) - MOST_LABELS),
         "labels": [(names[k], precision[k], each[k, 0], each[k, 2]) for k in order],
-        "calibration": _calibration(scored.prediction.ravel(), there.ravel()),
+        "calibration": _calibration(scored.outputs.ravel(), there.ravel()),
     }
 
 
 def _targets(scored: Scored) -> dict[str, Any]:
-    names, residual = scored.names[:MOST_TARGETS], scored.prediction - scored.target  # (N, T)
+    names, residual = scored.names[:MOST_TARGETS], scored.outputs - scored.target  # (N, T)
     scale = np.maximum(scored.target.std(0), TINY)
     rows = np.argsort(-np.abs(residual / scale).mean(1), kind="stable")[:WORST]
     return {
@@ -253,7 +263,7 @@ def _targets(scored: Scored) -> dict[str, Any]:
             {
                 "id": str(scored.ids[row]),
                 "values": [
-                    (name if len(scored.names) > 1 else "", scored.target[row, t], scored.prediction[row, t])
+                    (name if len(scored.names) > 1 else "", scored.target[row, t], scored.outputs[row, t])
                     for t, name in enumerate(names)
                 ],
             }
@@ -265,7 +275,7 @@ def _targets(scored: Scored) -> dict[str, Any]:
             {
                 "name": name,
                 "true": scored.target[:, t],
-                "predicted": scored.prediction[:, t],
+                "predicted": scored.outputs[:, t],
                 "rmse": float(np.sqrt((residual[:, t] ** 2).mean())),
                 "mae": float(np.abs(residual[:, t]).mean()),
                 "deciles": deciles(scored.target[:, t], residual[:, t]),

@@ -61,7 +61,8 @@ class Runs:
         deadline: float | None,
     ):
         self.trials, self.base, self.epochs, self.total = trials, base, epochs, total
-        self.space, self.folder, self.left = trials.space, trials.folder, trials.unfinished()
+        self.space, self.left = trials.space, trials.unfinished()
+        self.folder: Path = trials.folder or Path()
         self.pool = pool.Pool(slots, deadline, stop_together=True)
         self.failed = 0
         self.complaint: str | None = None  # the last line of the trial that failed last, if it is a usage error
@@ -176,7 +177,8 @@ class Runs:
         if result.get("finished"):
             self._finished(trial, result)
         elif child.pruned:
-            value = self.trials.kept(trial).intermediate_values.get(self.trials.kept(trial).last_step, 0.0)
+            kept = self.trials.kept(trial)
+            value = kept.intermediate_values.get(kept.last_step or 0, 0.0)
             self._tell(
                 trial,
                 TrialState.PRUNED,
@@ -241,7 +243,7 @@ class Runs:
         print(f"\n{sweep_trials.table(self.trials.rows(), self.space)}\n")
         if best := self.trials.best():
             print(
-                f"best: trial {best.number}, {format_metric(self.space.metric, best.value)}; alone, it is\n"
+                f"best: trial {best.number}, {format_metric(self.space.metric, best.values[0])}; alone, it is\n"
                 f"  {invocation('run')} {shlex.join(self._argv(best))}"
             )
         elif nowhere := [row for row in self.trials.rows() if "not a number" in (row[sweep_trials.WHY] or "")]:

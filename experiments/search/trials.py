@@ -58,7 +58,7 @@ class Trials:
         )
         storage = f"sqlite:///{(folder / 'study.db').resolve()}" if folder else None
         self.study = optuna.create_study(
-            study_name="sweep", storage=storage, direction=space.goal, pruner=pruner, load_if_exists=True
+            study_name="sweep", storage=storage, direction=_direction(space), pruner=pruner, load_if_exists=True
         )
 
     def agree(self, about: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ class Trials:
             if self.space.method == "bayes"
             else samplers.RandomSampler(seed=seed)
         )
-        copy = optuna.create_study(direction=self.space.goal, sampler=sampler)
+        copy = optuna.create_study(direction=_direction(self.space), sampler=sampler)
         copy.add_trials(self.study.get_trials(deepcopy=False))
         if self.points:
             copy.enqueue_trial(self.points[number])
@@ -149,6 +149,10 @@ class Trials:
             for row in self.rows():
                 seconds = None if row[SECONDS] is None else round(row[SECONDS], 1)
                 writer.writerow({**row, SECONDS: seconds, **row["parameters"]})
+
+
+def _direction(space: Space) -> optuna.study.StudyDirection:
+    return optuna.study.StudyDirection.MINIMIZE if space.goal == "minimize" else optuna.study.StudyDirection.MAXIMIZE
 
 
 @contextmanager
