@@ -78,11 +78,11 @@ def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
     from experiments.running import objects
 
     known, folder = {key.name for key in fields(Config)}, _folder(file)
-    cfg = Config(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
-    )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known
+    }
     cfg = replace(
-        cfg,
+        Config(**values),
         eval_only=True,
         init=str(file),
         name=folder.name,

@@ -180,9 +180,9 @@ def _groups(records: list[Record], differing: list[str], metric: str, smaller: b
         first, knobs = all_runs[0], {}
         for key in differing:
             if key not in EACH_RUN:
-                same = len({_text(run.knobs().get(key)) for run in all_runs}) == 1
+                alike = len({_text(run.knobs().get(key)) for run in all_runs}) == 1
                 value = first.knobs().get(key)
-                knobs[key] = value if same else _starred(str(value), first)
+                knobs[key] = value if alike else _starred(str(value), first)
         rest, values = [run for run in all_runs if run not in runs], [scores[run.name] or 0.0 for run in runs]
         groups.append(Group(_group_name(all_runs), knobs, runs, rest, values))
     groups.sort(key=lambda group: (not group.runs, (group.spread()[0] or 0) * (1 if smaller else -1), group.name))
@@ -229,7 +229,7 @@ def _warn(records: list[Record], scored: list[Record], metric: str, notes: list[
     prints = Counter(each.result["data_fingerprint"] for each in scored if each.result.get("data_fingerprint"))
     if len(prints) > 1:
         notes.append(f"The runs saw {len(prints)} different states of their files (data_fingerprint in result.json).")
-    kinds = {each.metric for each in scored if _plain(each.metric) == _plain(metric)}
+    kinds = {each.metric or "" for each in scored if _plain(each.metric) == _plain(metric)}
     if len(kinds) > 1:
         notes.append(
             f"{' and '.join(sorted(kinds))} stand side by side: each is of the weights its run chose, over the rows "

@@ -17,7 +17,7 @@ from models import pretrained
 def enter(cfg: Config) -> None:
     """Make or re-enter the directory over the folds of a run, which `run_directory.look` has found fit. Raises
     UsageError where it cannot be written."""
-    folder = Path(cfg.runs_dir) / cfg.name
+    folder = Path(cfg.runs_dir) / str(cfg.name)
     try:
         if cfg.overwrite and folder.exists():
             run_directory.remove(folder)
@@ -32,8 +32,8 @@ def enter(cfg: Config) -> None:
 def take_in(parent: Path, cfg: Config, fold: int) -> None:
     """Link a finished run of this fold alone, with the same training values, into the directory over the folds, where
     it has none of its own. Its name has `-f<fold>` after the seed, or at the end of a given name."""
-    start, own = run_directory.name_start(cfg), parent / f"fold{fold}"
-    name = f"{start}-f{fold}{cfg.name[len(start) :]}" if cfg.name.startswith(start) else f"{cfg.name}-f{fold}"
+    start, given, own = run_directory.name_start(cfg), str(cfg.name), parent / f"fold{fold}"
+    name = f"{start}-f{fold}{given[len(start) :]}" if given.startswith(start) else f"{given}-f{fold}"
     alone = Path(cfg.runs_dir) / name
     if (
         not own.exists()

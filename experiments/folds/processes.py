@@ -47,15 +47,15 @@ def main(command: Command) -> int:
 
 
 def _refuse(cfg: Config) -> None:
+    which = f"0 to {(cfg.folds or 1) - 1}"
     if launcher.tasks() > 1:
         raise UsageError(
-            f"--folds {cfg.folds} starts processes of its own: under torchrun or srun give one fold, --fold I (0 to "
-            f"{cfg.folds - 1}); "
+            f"--folds {cfg.folds} starts subprocesses: under torchrun or srun give one fold, --fold I ({which}); "
             f"afterwards --folds {cfg.folds} alone, in one process, merges them"
         )
     for key in ("resume", "extend", "eval_only"):
         if getattr(cfg, key):
-            raise UsageError(f"--{key} is for one run: --fold I names it (0 to {cfg.folds - 1})")
+            raise UsageError(f"--{key} is for one run: --fold I names it ({which})")
 
 
 class Folds:
@@ -189,7 +189,7 @@ def _planned(command: Command) -> dict[str, Any] | int:
         answer = receive.recv()
     except EOFError:
         process.join()
-        return max(process.exitcode, 0) or 1  # it has said why
+        return max(process.exitcode or 0, 0) or 1  # it has said why
     process.join()
     if isinstance(answer, str):
         raise UsageError(answer)

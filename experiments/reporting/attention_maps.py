@@ -4,12 +4,12 @@ the rollout over all blocks."""
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from datamodules.base import PictureData
 from datamodules.loading.files import whole_file
 from datamodules.transforms.on_device import OnDevice
 from experiments.prediction.inference import Views
@@ -17,13 +17,14 @@ from experiments.reporting.drawing import Drawing, Text
 from experiments.reporting.media_tables import words
 from lightning_modules.callbacks.prediction_table import fixed_rows
 from models import attention
+from models.spec import Spec
 
 NAME, COUNT, ACROSS = "attention.png", 8, 8
 SIDE, GAP, ABOVE, LEFT = 104, 6, 22, 140  # units: height of an image, around it, titles above and at the left
 Named = list[tuple[str, Image.Image]]
 
 
-def split_of(data: L.LightningDataModule) -> str:
+def split_of(data: PictureData) -> str:
     """The split that is shown: labelled test, else val. Raises ValueError where there is neither."""
     found = next((name for name in ("test", "val") if data.sizes[name]), None)
     if found is None:
@@ -31,7 +32,7 @@ def split_of(data: L.LightningDataModule) -> str:
     return found
 
 
-def of_split(data: L.LightningDataModule, count: int = COUNT) -> Named:
+def of_split(data: PictureData, count: int = COUNT) -> Named:
     """Pictures of the split with what they are, the same ones for every network. Raises PictureError for one that
     cannot be read."""
     split = data.splits[split_of(data)]
@@ -42,7 +43,7 @@ def of_split(data: L.LightningDataModule, count: int = COUNT) -> Named:
     return [(_told(split.targets[row], data.spec), split.open(split.names[row])) for row in rows]
 
 
-def _told(target: np.ndarray, spec: dict[str, Any]) -> str:
+def _told(target: np.ndarray, spec: Spec) -> str:
     names = spec["class_names"] or spec["target_names"]
     if spec["task"] == "classification":
         return str(names[int(target)])
@@ -51,7 +52,7 @@ def _told(target: np.ndarray, spec: dict[str, Any]) -> str:
     return ", ".join(f"{value:.4g}" for value in np.atleast_1d(target)[:4])
 
 
-def draw(model: nn.Module, spec: dict[str, Any], images: Named) -> np.ndarray:
+def draw(model: nn.Module, spec: Spec, images: Named) -> np.ndarray:
     """(H, W, 3) uint8: each image as the network sees it, and two maps over it. Raises ValueError for a network without
     attention between all patches."""
     views = Views(spec, "none")
@@ -63,7 +64,8 @@ def draw(model: nn.Module, spec: dict[str, Any], images: Named) -> np.ndarray:
     drawing = Drawing("", LEFT + across * (width + GAP), -(-len(images) // across) * band + GAP)
     for place, (title, image) in enumerate(images):  # one by one: the maps of a large network fill the memory
         seen = views(image)  # (1, 3, H, W) uint8
-        maps = attention.attention_maps(model, prepare.after({"image": seen.to(device)})["image"])
+        batch: Any = {"image": seen.to(device)}
+        maps = attention.attention_maps(model, prepare.after(batch)["image"])
         pixels = seen[0].permute(1, 2, 0).numpy()
         heats = [
             _heat(pixels, attention.on_grid(model, each, size)[0].cpu().numpy())
@@ -95,7 +97,7 @@ def write(drawn: np.ndarray, path: Path) -> None:
         Image.fromarray(drawn).save(partial, "PNG")
 
 
-def no_maps(model: nn.Module, data: L.LightningDataModule, image_size: tuple[int, int]) -> list[str]:
+def no_maps(model: nn.Module, data: PictureData, image_size: tuple[int, int]) -> list[str]:
     """What speaks against attention maps at the end of a run; the network may be on the meta device."""
     problems = []
     for check in (lambda: split_of(data), lambda: attention.check(model, image_size)):

@@ -391,9 +391,10 @@ def ranges(title: str, rows: list[tuple[float, float, float, str]], x_name: str)
     return chart
 
 
-def reliability(counts: np.ndarray, confidence: np.ndarray, right: np.ndarray, x_name: str, y_name: str) -> Drawing:
+def reliability(counts: np.ndarray, confidence: np.ndarray, right: np.ndarray, names: tuple[str, str]) -> Drawing:
     """Share of right answers against confidence, in bins; empty ones are left out. A bar is as wide as its bin; a
-    calibrated network has its dots on the diagonal."""
+    calibrated network has its dots on the diagonal. `names` of both axes."""
+    x_name, y_name = names
     chart, bins = Chart("Reliability", Axis(0, 1, x_name, True), Axis(0, 1, y_name, True)), len(counts)
     for k in np.flatnonzero(counts):
         left, width = chart.right(k / bins), chart.right(1 / bins) - chart.right(0)
@@ -420,20 +421,21 @@ def scatter(title: str, true: np.ndarray, predicted: np.ndarray, most: int = MOS
 
 
 def dots(
-    title: str, scores: list[float | None], overall: float, low: float, high: float, percent: bool
+    title: str, scores: list[float | None], overall: float | None, low: float | None, high: float | None, percent: bool
 ) -> Drawing | None:
     """A dot a fold, the score over all rows as a line, its interval as a band; None without any score."""
     there = [(k, score) for k, score in enumerate(scores) if score is not None and math.isfinite(score)]
-    ends = [value for value in (overall, low, high) if value is not None and math.isfinite(value)]
     if not there:
         return None
+    ends = [value for value in (overall, low, high) if value is not None and math.isfinite(value)]
     bottom, top = span([*(score for _, score in there), *ends])
     folds = Axis(-0.5, len(scores) - 0.5, "fold", numbers=range(0, len(scores), -(-len(scores) // 12)))
     chart = Chart(title, folds, Axis(bottom, top, percent=percent))
     if len(ends) == 3:
-        size = WIDTH - LEFT - RIGHT, chart.down(low) - chart.down(high)
-        chart.marks.append(Box(LEFT, chart.down(high), *size, "raw", 0.15))
-        chart.line([(-0.5, overall), (len(scores) - 0.5, overall)], "good")
+        middle, lower, upper = ends
+        size = WIDTH - LEFT - RIGHT, chart.down(lower) - chart.down(upper)
+        chart.marks.append(Box(LEFT, chart.down(upper), *size, "raw", 0.15))
+        chart.line([(-0.5, middle), (len(scores) - 0.5, middle)], "good")
     for k, score in there:
         chart.dot(k, score, "raw", f"fold {k}: {plain(score, percent)}", 4)
     chart.legend = [Key("raw", "fold"), Key("good", "all rows"), Key("raw", "95 % interval", form="box")]

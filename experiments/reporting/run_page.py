@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from datamodules.base import PictureData
 from datamodules.loading.files import write_text
 from experiments.config import Config, plain
 from experiments.reporting import drawing, page
@@ -28,6 +28,7 @@ from lightning_modules.loggers.formats import format_duration, in_percent
 from lightning_modules.loggers.history import read_history
 from lightning_modules.loggers.messages import warn_on_error
 from models import cost
+from models.spec import Spec
 
 PAGE = "report.html"
 KEPT = "<!-- seen -->", "<!-- end of seen -->"
@@ -56,10 +57,10 @@ def refresh(run: Run) -> None:
 
 def make(
     folder: Path,
-    spec: dict[str, Any],
+    spec: Spec,
     state: str,
     *,
-    data: L.LightningDataModule | None = None,
+    data: PictureData | None = None,
     params: int | None = None,
     seen: FirstImages | None = None,
 ) -> None:
@@ -111,10 +112,10 @@ def _kept(page: Path) -> str:
     return before[start + len(KEPT[0]) : end] if 0 <= start < end else ""
 
 
-def opened(data: L.LightningDataModule | None, ids: list[str]) -> list[Image.Image | None]:
+def opened(data: PictureData | None, ids: list[str]) -> list[Image.Image | None]:
     """The pictures of these ids of test or val, or of another fold's rows; None for one that is not there or cannot be
     read."""
-    found: dict[str, tuple[Any, bytes]] = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for name in ("test", "val", "train"):
         if data is None or name not in data.splits or name == "train" and data.splits[name].ids is None:
             continue  # names of files may be those of val too, ids of a table are not
@@ -139,7 +140,10 @@ def _commit() -> str | None:
 def _facts(config: dict[str, Any], result: dict[str, Any], rows: Rows, params: int | None) -> list[tuple[str, str]]:
     """(name, value) of the list at the head; what is not known is left out."""
     last = rows[-1] if rows else {}
-    facts = [("model", result.get("model", config.get("model"))), ("data", result.get("data", config.get("data")))]
+    facts: list[tuple[str, Any]] = [
+        ("model", result.get("model", config.get("model"))),
+        ("data", result.get("data", config.get("data"))),
+    ]
     facts += [
         (key, number(value, in_percent(key)))
         for key, value in result.items()
@@ -148,14 +152,12 @@ def _facts(config: dict[str, Any], result: dict[str, Any], rows: Rows, params: i
         and isinstance(value, int | float)
     ]
     seconds = result.get("train_seconds")
+    duration = Markup('<data value="{}">{}</data>').format(seconds, format_duration(seconds)) if seconds else "-"
     facts += [
         ("parameters", number(result.get("params", params))),
         ("GMACs", number(result.get("gmacs"))),
         ("images/s", number(result.get("images_per_sec", last.get("perf/images_per_sec")))),
-        (
-            "time of training",
-            Markup('<data value="{}">{}</data>').format(seconds, format_duration(seconds)) if seconds else "-",
-        ),
+        ("time of training", duration),
         ("steps", number(result.get("steps", last.get("step")))),
         ("epochs", number(result.get("epochs", config.get("epochs")))),
         ("seed", number(result.get("seed", config.get("seed")))),
@@ -176,7 +178,7 @@ def _best(result: dict[str, Any]) -> dict[str, Any] | None:
     return {"name": metric, "value": number(value, in_percent(metric)), "epoch": epoch, "epochs": result.get("epochs")}
 
 
-def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
+def _points(rows: Rows, column: str) -> drawing.Points:
     return [(row["step"], row[column]) for row in rows if column in row]
 
 
@@ -226,7 +228,7 @@ def _time(rows: Rows, config: dict[str, Any]) -> dict[str, Any] | None:
     if not (speeds := columns["images_per_sec"]):
         return None
 
-    def middle(points: list[tuple[float, float]]) -> float:
+    def middle(points: drawing.Points) -> float:
         return float(np.median([value for _, value in points]))
 
     batch, waits, steps = config.get("global_batch_size"), columns["data_wait_share"], columns["step_seconds"]
@@ -250,7 +252,8 @@ def _time(rows: Rows, config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _others(rows: Rows) -> list[drawing.Drawing]:
     """Every other column of the history, a chart each, train and val of one name together; at most 16."""
-    watched, found = _watched(rows, {}), {}
+    watched = _watched(rows, {})
+    found: dict[str, dict[str, tuple[str, drawing.Points]]] = {}
     for column in dict.fromkeys(column for row in rows for column in row):
         stage, _, name = column.rpartition("/")
         if column in CHARTED or column.split("/")[0] == "lr" or stage in COLOURS and name == watched:
@@ -261,7 +264,7 @@ def _others(rows: Rows) -> list[drawing.Drawing]:
     return _drawn(*drawn)
 
 
-def _seen(seen: FirstImages, spec: dict[str, Any], data: L.LightningDataModule | None) -> dict[str, Any]:
+def _seen(seen: FirstImages, spec: Spec, data: PictureData | None) -> dict[str, Any]:
     names = data.splits["train"].names if data is not None else None
     words = [os.fsdecode(names[row]) if names is not None else f"row {row}" for row in seen.index]
     rows = [
@@ -271,7 +274,7 @@ def _seen(seen: FirstImages, spec: dict[str, Any], data: L.LightningDataModule |
     return {"rows": rows, "step": seen.step, "height": seen.image.shape[1], "width": seen.image.shape[2]}
 
 
-def _target(target: np.ndarray, spec: dict[str, Any]) -> list[tuple[str, str]]:
+def _target(target: np.ndarray, spec: Spec) -> list[tuple[str, str]]:
     """(name, value) of what a target says: the class, the shares of a mixed one (above 5 %, three at most), the labels,
     or the values."""
     names = spec["class_names"] or spec["target_names"]
@@ -302,14 +305,14 @@ def _folds(result: dict[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def _scored(scored: scored_numbers.Scored, data: L.LightningDataModule | None) -> dict[str, Any]:
+def _scored(scored: scored_numbers.Scored, data: PictureData | None) -> dict[str, Any]:
     """The numbers on the scored split, with the images of the worst rows and the drawings."""
     found = scored_numbers.summary(scored)
     images = opened(data, [row["id"] for row in found["worst"]])
     found["worst"] = [{**row, "image": image} for row, image in zip(found["worst"], images)]
     if calibration := found.get("calibration"):
         names = ("probability of a label", "there") if scored.task == "multilabel" else ("confidence", "right")
-        calibration |= {"names": names, "drawing": drawing.reliability(*calibration["bins"], *names)}
+        calibration |= {"names": names, "drawing": drawing.reliability(*calibration["bins"], names)}
     for target in found.get("targets", ()):
         ranges = [
             (each["q10"], each["mean"], each["q90"], "true {low:g} to {high:g}: mean {mean:.4g}".format(**each))

@@ -4,7 +4,7 @@ of a regression predicted against true. The run's page and the trackers show the
 Legend: N pictures, K classes or labels, T targets.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 
 from lightning_modules.objectives.metrics import average_precisions
+from models.spec import Spec
 
 WORST, MOST_ROWS, BINS = 32, 20, 15
 MOST_LABELS, MOST_TARGETS = 100, 4
 TINY = np.finfo(np.float32).tiny
-EMPTY = np.empty(0)
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Scored:
     ids: np.ndarray
     target: np.ndarray
     prediction: np.ndarray | None
-    likeliest: np.ndarray = EMPTY
-    confidence: np.ndarray = EMPTY
+    likeliest: np.ndarray = field(default_factory=lambda: np.empty(0))
+    confidence: np.ndarray = field(default_factory=lambda: np.empty(0))
     dropped: int = 0
 
     @property
@@ -43,7 +43,7 @@ class Scored:
         return self.prediction
 
 
-def read(folder: Path, spec: dict[str, Any], split: str = "") -> Scored | None:
+def read(folder: Path, spec: Spec, split: str = "") -> Scored | None:
     """predictions.csv where it has targets, else oof.csv; None without either, or for an empty one. `split`: what
     predictions.csv is of, for people."""
     names = list(spec["class_names"] or spec["target_names"])
@@ -62,7 +62,7 @@ def read(folder: Path, spec: dict[str, Any], split: str = "") -> Scored | None:
     return None
 
 
-def _read(file: Path, spec: dict[str, Any], names: list[str], targets: list[str], columns: list[str]) -> Scored | None:
+def _read(file: Path, spec: Spec, names: list[str], targets: list[str], columns: list[str]) -> Scored | None:
     classes, predictions = spec["task"] == "classification", [f"prediction_{name}" for name in names]
     if len(names) == 1:
         predictions = ["prediction"]
