@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
     return objects.datamodule(replace(cfg, data_dir=data_dir) if data_dir else cfg)
 
 
-VERBS = {"attention": attention}
+VERBS: dict[str, Callable[[list[str]], int]] = {"attention": attention}
 
 
 @listening()

@@ -15,6 +15,7 @@ from datamodules.transforms.on_device import OnDevice
 from experiments.prediction.inference import Views
 from experiments.reporting.drawing import Drawing, Text
 from experiments.reporting.media_tables import words
+from experiments.reporting.scored import output_names
 from lightning_modules.callbacks.prediction_table import fixed_rows
 from models import attention
 from models.spec import Spec
@@ -40,11 +41,11 @@ def of_split(data: PictureData, count: int = COUNT) -> Named:
     rows = fixed_rows(
         [each.decode("utf-8", "surrogateescape") if isinstance(each, bytes) else each for each in ids], count
     )
-    return [(_told(split.targets[row], data.spec), split.open(split.names[row])) for row in rows]
+    return [(_label(split.targets[row], data.spec), split.open(split.names[row])) for row in rows]
 
 
-def _told(target: np.ndarray, spec: Spec) -> str:
-    names = spec["class_names"] or spec["target_names"]
+def _label(target: np.ndarray, spec: Spec) -> str:
+    names = output_names(spec)
     if spec["task"] == "classification":
         return str(names[int(target)])
     if spec["task"] == "multilabel":
@@ -55,9 +56,9 @@ def _told(target: np.ndarray, spec: Spec) -> str:
 def draw(model: nn.Module, spec: Spec, images: Named) -> np.ndarray:
     """(H, W, 3) uint8: each image as the network sees it, and two maps over it. Raises ValueError for a network without
     attention between all patches."""
-    views = Views(spec, "none")
+    views = Views(dict(spec), "none")
     prepare = OnDevice(tuple(spec["mean"]), tuple(spec["std"]), erasing_mode="pixel", mixer=None, seed=0)
-    device, size = next(model.parameters()).device, tuple(spec["image_size"])
+    device, size = next(model.parameters()).device, (spec["image_size"][0], spec["image_size"][1])
     lines = ("input", "last block, " + ("class token" if attention.asks_class_token(model) else "mean"), "rollout")
     width, across = SIDE * size[1] / size[0], min(ACROSS, len(images))
     band = ABOVE + len(lines) * (SIDE + GAP)

@@ -1,5 +1,5 @@
-"""What a tracker is told of the best weights, as tables: a line for each class, label or target, and a fixed set of
-rows with their pictures. From predictions alone, without a tracker.
+"""Tables on the best weights for a tracker: a line for each class, label or target, and a fixed set of rows with their
+images. They come from predictions alone, without a tracker.
 
 Legend: N pictures, K classes or labels, T targets.
 """
@@ -30,9 +30,9 @@ class Table:
 def words(value: Any, most: int = 100) -> str:
     """What a person has named, as text that any file takes: what cannot be printed becomes `?`, what is longer loses
     its middle, as `abc...xyz`: long names often differ at their ends alone."""
-    told = "".join(letter if letter.isprintable() else "?" for letter in str(value))
+    text = "".join(letter if letter.isprintable() else "?" for letter in str(value))
     kept = most - 3
-    return told if len(told) <= most else told[: kept - kept // 2] + "..." + told[-(kept // 2) :]
+    return text if len(text) <= most else text[: kept - kept // 2] + "..." + text[-(kept // 2) :]
 
 
 def per_class(scored: Scored) -> Table:
@@ -105,11 +105,11 @@ def examples(scored: Scored, shown: Mapping[str, np.ndarray], opened: Opener, co
     cells = {"classification": _example_class, "multilabel": _example_labels, "regression": _example_targets}[
         scored.task
     ]
-    told = [cells(scored, row, shown.get(identity)) for row, identity in zip(rows, ids)]
+    found = [cells(scored, row, shown.get(identity)) for row, identity in zip(rows, ids)]
     pictures = [None if image is None else small(image) for image in opened(ids)]
     return Table(
-        ["picture", "id", *(told[0] if told else ())],
-        [[picture, words(identity), *each.values()] for picture, identity, each in zip(pictures, ids, told)],
+        ["picture", "id", *(found[0] if found else ())],
+        [[picture, words(identity), *each.values()] for picture, identity, each in zip(pictures, ids, found)],
     )
 
 

@@ -277,7 +277,7 @@ def _seen(seen: FirstImages, spec: Spec, data: PictureData | None) -> dict[str, 
 def _target(target: np.ndarray, spec: Spec) -> list[tuple[str, str]]:
     """(name, value) of what a target says: the class, the shares of a mixed one (above 5 %, three at most), the labels,
     or the values."""
-    names = spec["class_names"] or spec["target_names"]
+    names = scored_numbers.output_names(spec)
     if spec["task"] == "regression":
         values = list(zip(names, np.atleast_1d(target)))[:4]
         return [(name if len(names) > 1 else "", number(float(value))) for name, value in values]
@@ -312,7 +312,7 @@ def _scored(scored: scored_numbers.Scored, data: PictureData | None) -> dict[str
     found["worst"] = [{**row, "image": image} for row, image in zip(found["worst"], images)]
     if calibration := found.get("calibration"):
         names = ("probability of a label", "there") if scored.task == "multilabel" else ("confidence", "right")
-        calibration |= {"names": names, "drawing": drawing.reliability(*calibration["bins"], names)}
+        calibration |= {"names": names, "drawing": drawing.reliability(*calibration["bins"], names=names)}
     for target in found.get("targets", ()):
         ranges = [
             (each["q10"], each["mean"], each["q90"], "true {low:g} to {high:g}: mean {mean:.4g}".format(**each))

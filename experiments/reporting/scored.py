@@ -43,10 +43,15 @@ class Scored:
         return self.prediction
 
 
+def output_names(spec: Spec) -> list[str]:
+    """The names of the classes, labels or targets."""
+    return list(spec["class_names"] or spec["target_names"] or ())
+
+
 def read(folder: Path, spec: Spec, split: str = "") -> Scored | None:
     """predictions.csv where it has targets, else oof.csv; None without either, or for an empty one. `split`: what
     predictions.csv is of, for people."""
-    names = list(spec["class_names"] or spec["target_names"])
+    names = output_names(spec)
     targets = (
         ["target"] if spec["task"] == "classification" or len(names) == 1 else [f"target_{name}" for name in names]
     )
