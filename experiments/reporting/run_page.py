@@ -312,7 +312,8 @@ def _scored(scored: scored_numbers.Scored, data: PictureData | None) -> dict[str
     found["worst"] = [{**row, "image": image} for row, image in zip(found["worst"], images)]
     if calibration := found.get("calibration"):
         names = ("probability of a label", "there") if scored.task == "multilabel" else ("confidence", "right")
-        calibration |= {"names": names, "drawing": drawing.reliability(*calibration["bins"], names=names)}
+        counts, mean, share = calibration["bins"]
+        calibration |= {"names": names, "drawing": drawing.reliability(counts, mean, share, names)}
     for target in found.get("targets", ()):
         ranges = [
             (each["q10"], each["mean"], each["q90"], "true {low:g} to {high:g}: mean {mean:.4g}".format(**each))
