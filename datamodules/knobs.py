@@ -55,7 +55,7 @@ def default(knob: Field) -> Any:
     return knob.default_factory() if callable(knob.default_factory) else knob.default
 
 
-def height_width(text: int | str | list[int] | tuple[int, ...]) -> tuple[int, int]:
+def height_width(text: int | str | list[int] | tuple[int, ...] | None) -> tuple[int, int]:
     """(height, width) of `224`, `512x1024` or a pair. Raises ValueError."""
     parts = text if isinstance(text, list | tuple) else str(text).lower().split("x")
     if len(parts) not in (1, 2) or not all(str(part).isdecimal() and int(part) > 0 for part in parts):

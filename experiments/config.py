@@ -58,6 +58,22 @@ class Config(Knobs):
         check(self)
         self.__dict__["_frozen"] = True
 
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> "Config":
+        """A config of plain values, as `plain` makes them and JSON, YAML and checkpoints keep them."""
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**values)
+
+    @property
+    def folder(self) -> Path:
+        """The run directory, of a config with a name."""
+        return Path(self.runs_dir) / str(self.name)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width), of a config with an image size."""
+        return height_width(self.image_size)
+
     def filled(self, **values: Any) -> "Config":
         """A copy in which the knobs left out (None) take these values."""
         return replace(self, **{key: value for key, value in values.items() if getattr(self, key) is None})

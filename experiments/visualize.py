@@ -79,11 +79,9 @@ def _data(file: Path, config: dict[str, Any], data_dir: str | None) -> Any:
     from experiments.running import objects
 
     known, folder = {key.name for key in fields(Config)}, _folder(file)
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known
-    }
+    cfg = Config.from_plain({key: value for key, value in config.items() if key in known})
     cfg = replace(
-        Config(**values),
+        cfg,
         eval_only=True,
         init=str(file),
         name=folder.name,

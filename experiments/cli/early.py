@@ -67,9 +67,7 @@ def finished(cfg: Config) -> Path | None:
     ):  # ranks decide together; an agent wants its run
         return None
     folders = (
-        [Path(cfg.runs_dir) / cfg.name]
-        if cfg.name
-        else [file.parent for file in Path(cfg.runs_dir).glob(f"*/{run_directory.RESULT}")]
+        [cfg.folder] if cfg.name else [file.parent for file in Path(cfg.runs_dir).glob(f"*/{run_directory.RESULT}")]
     )
     typed = _typed(cfg) if folders else None
     for folder in folders:

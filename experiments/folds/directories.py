@@ -17,7 +17,7 @@ from models import pretrained
 def enter(cfg: Config) -> None:
     """Make or re-enter the directory over the folds of a run, which `run_directory.look` has found fit. Raises
     UsageError where it cannot be written."""
-    folder = Path(cfg.runs_dir) / str(cfg.name)
+    folder = cfg.folder
     try:
         if cfg.overwrite and folder.exists():
             run_directory.remove(folder)

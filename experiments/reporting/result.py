@@ -13,7 +13,6 @@ import lightning as L
 import torch
 
 import models
-from datamodules.knobs import height_width
 from datamodules.loading.decode import PictureError
 from experiments.cli import early
 from experiments.config import Config
@@ -55,7 +54,7 @@ def _plan(run: Run) -> list[tuple[str, str]]:
         split = "test" if sizes["test"] else "val"
         return [("model", f"{cfg.model}, weights of {cfg.init}"), ("scores", f"{sizes[split]:,} pictures of {split}")]
     with torch.device("meta"):
-        meta = models.create(cfg.model, data.spec["num_outputs"], height_width(cfg.image_size), **cfg.model_args)
+        meta = models.create(cfg.model, data.spec["num_outputs"], cfg.size, **cfg.model_args)
     passes, steps = data.accumulation(world), cfg.epochs * data.steps_per_epoch
     micro = cfg.global_batch_size // world // passes
     batch = f"{cfg.num_nodes} nodes x {cfg.devices} devices x {passes} passes x {micro} pictures"

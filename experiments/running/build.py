@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from datamodules import kaggle_csv
 from experiments.cli import launcher
 from experiments.cli.errors import UsageError
 from experiments.config import Command, Config
@@ -48,11 +49,11 @@ def _resolve_together(command: Command, *, first: bool) -> Run:
     if not first:
         run, problem = _attempt(_build, decision)
     rendezvous.agree(problem)
+    assert run is not None  # or all ranks have left
     if not run.cfg.dry_run and not run.finished:
         rendezvous.one_disk(run.cfg.runs_dir)
-    if first:
-        run, problem = _attempt(enter, run)
-    run.resume, run.finished = rendezvous.broadcast(run and (run.resume, run.finished), problem)
+    entered, problem = _attempt(enter, run) if first else (None, None)
+    run.resume, run.finished = rendezvous.broadcast(entered and (entered.resume, entered.finished), problem)
     return run
 
 
@@ -91,13 +92,13 @@ def enter(run: Run) -> Run:
     (`run_directory.enter`)."""
     if not run.cfg.dry_run:
         run.folder, run.resume, run.finished = run_directory.enter(run.cfg, run.data.spec, run.identity)
-        if run.cfg.folds:
+        if isinstance(run.data, kaggle_csv.DataModule) and run.cfg.folds:
             run.data.keep_folds()
     return run
 
 
 def _build(decision: dict[str, Any]) -> Run:
-    cfg = Config(**{key: tuple(value) if isinstance(value, list) else value for key, value in decision["cfg"].items()})
+    cfg = Config.from_plain(decision["cfg"])
     data = objects.datamodule(cfg, decision["unreadable"])
     network, teacher = objects.model(cfg, data)[0], objects.teacher(cfg, data)
     return Run(cfg, Path(decision["folder"]), decision["resume"], decision["finished"], data, network, teacher)

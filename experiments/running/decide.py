@@ -16,7 +16,7 @@ import datamodules
 import models
 from datamodules import imagenet
 from datamodules.base import PictureData
-from datamodules.knobs import Table, height_width
+from datamodules.knobs import Table
 from experiments.cli import early
 from experiments.cli.errors import NOTES_PRINTED, UsageError
 from experiments.cli.recipes import recipe_data
@@ -56,8 +56,8 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """Values that must be equal for a resume (`PictureData.identity`, digest of a cached teacher)."""
-        cached = isinstance(self.teacher, CachedTeacher)
-        return self.data.identity | ({"teacher_digest": self.teacher.digest} if cached else {})
+        digest = {"teacher_digest": self.teacher.digest} if isinstance(self.teacher, CachedTeacher) else {}
+        return self.data.identity | digest
 
 
 @dataclass
@@ -98,7 +98,7 @@ def decide(command: Command, *, assume: bool = False) -> Run:
     for note in () if NOTES_PRINTED in os.environ else draft.notes:
         print(note)
     cfg = run_directory.placed(draft.cfg)
-    folder = Path(cfg.runs_dir) / cfg.name
+    folder = cfg.folder
     run = Run(cfg, folder, None, False, data, network, teacher, early.asked(typed, folder), tuple(assumed))
     run.finished = run_directory.look(cfg, run.identity)
     return run
@@ -177,7 +177,8 @@ def read_data(draft: Draft, assumed: list[str] | None) -> PictureData:
 
 def fill_guesses(draft: Draft, data: PictureData) -> None:
     """Fill the guesses of the data module about its tables, and the defaults of the task."""
-    cfg, args = draft.cfg, getattr(data, "resolved_args", dict)()
+    cfg = draft.cfg
+    args: dict[str, Any] = getattr(data, "resolved_args", dict)()
     guessed = {key: value for key, value in getattr(data, "resolved", dict)().items() if getattr(cfg, key) is None}
 
     def filled(cfg: Config) -> Config:
@@ -194,7 +195,7 @@ def fit_to_size(draft: Draft, data: PictureData, command: Command) -> nn.Module:
     network on no device."""
     cfg = draft.cfg
     with torch.device("meta"):
-        meta = models.create(cfg.model, data.spec["num_outputs"], height_width(cfg.image_size), **cfg.model_args)
+        meta = models.create(str(cfg.model), data.spec["num_outputs"], cfg.size, **cfg.model_args)
     preflight.check_network(meta, cfg, data)
     cfg, alone, notes = preflight.with_warmup(cfg, draft.alone, cfg.epochs * data.steps_per_epoch)
     cfg, alone, more = preflight.with_layer_decay(cfg, alone, meta, "layer_decay" in command.chosen)
@@ -238,7 +239,7 @@ def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, teacher: 
     """The micro batch size: the given one, the one an interrupted run has, that of a cached teacher, or what fits."""
     if cfg.micro_batch_size is not None:
         return cfg.micro_batch_size
-    before = {} if cfg.overwrite else run_directory.stored(Path(cfg.runs_dir) / cfg.name)
+    before = {} if cfg.overwrite else run_directory.stored(cfg.folder)
     if all(before.get(key) == getattr(cfg, key) for key in ("devices", "num_nodes")):
         return before["micro_batch_size"]
     if cfg.teacher and data.mixing and cached_teacher.is_cache(cfg.teacher):
@@ -248,22 +249,21 @@ def _micro_batch_size(cfg: Config, data: PictureData, meta: nn.Module, teacher: 
 
 def _left_out(cfg: Config) -> dict[str, Any]:
     """Preprocessing without flags: that of the weights in --init, where known, else that of the model."""
-    found = models.preprocessing(cfg.model) | _preparation(cfg)
+    found = models.preprocessing(str(cfg.model)) | _preparation(cfg)
     return found | {"image_size": "x".join(map(str, found["image_size"]))}
 
 
 def _preparation(cfg: Config) -> dict[str, Any]:
     """Preprocessing of the run whose weights --init takes; {} where it is not known."""
-    spec = pretrained.about(directories.own(cfg.init, cfg, "--init"), cfg.model).get("spec", {}) if cfg.init else {}
+    spec = (
+        pretrained.about(directories.own(cfg.init, cfg, "--init"), str(cfg.model)).get("spec", {}) if cfg.init else {}
+    )
     return {key: tuple(spec[key]) if isinstance(spec[key], list) else spec[key] for key in PREPARATION if key in spec}
 
 
 def _pictures_line(cfg: Config) -> list[str]:
     """A line that compares the preprocessing with that of --init; [] where that is not known."""
-    theirs, ours = (
-        _preparation(cfg),
-        {key: getattr(cfg, key) for key in PREPARATION} | {"image_size": height_width(cfg.image_size)},
-    )
+    theirs, ours = (_preparation(cfg), {key: getattr(cfg, key) for key in PREPARATION} | {"image_size": cfg.size})
     if not theirs:
         return []
     apart = [

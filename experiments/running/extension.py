@@ -21,7 +21,7 @@ def extended(cfg: Config, steps_per_epoch: int, chosen: Collection[str]) -> tupl
     """
     if not cfg.extend:
         return cfg, []
-    own = {} if cfg.overwrite else run_directory.stored(Path(cfg.runs_dir) / cfg.name)
+    own = {} if cfg.overwrite else run_directory.stored(cfg.folder)
     step = cfg.extend_step or own.get("extend_step") or _steps_done(cfg)
     done, added = step / steps_per_epoch, cfg.epochs - step / steps_per_epoch
     if added <= 0:
@@ -50,10 +50,10 @@ def warmup_steps(cfg: Config, steps_per_epoch: int) -> int:
 
 
 def _steps_done(cfg: Config) -> int:
-    folder = Path(cfg.extend)
+    folder = Path(str(cfg.extend))
     if not run_directory.stored(folder):
         raise UsageError(f"--extend {folder}: there is no run directory")
-    if os.path.realpath(folder) == os.path.realpath(Path(cfg.runs_dir) / cfg.name):
+    if os.path.realpath(folder) == os.path.realpath(cfg.folder):
         raise UsageError(f"--extend {folder} is another run: it needs a --name of its own")
     result = run_directory.result(folder)
     if not (result.get("finished") and result.get("steps")):

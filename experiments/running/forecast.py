@@ -2,7 +2,7 @@
 
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from datamodules.knobs import height_width
 from datamodules.loading.cores import cores
 from experiments.cli import launcher
 from experiments.config import Config
@@ -106,7 +105,7 @@ def on_gpu(cfg: Config) -> bool:
     return cfg.accelerator != "cpu" and torch.cuda.device_count() > 0
 
 
-def precision(cfg: Config, *, assumed: bool = False) -> str:
+def precision(cfg: Config, *, assumed: bool = False) -> Literal["32-true", "bf16-mixed", "16-mixed"]:
     """The precision that `auto` means on this machine, or on an `assumed` GPU where it has none."""
     if assumed and torch.cuda.device_count() == 0:
         return "bf16-mixed"
@@ -131,7 +130,7 @@ def images_per_second(model: nn.Module, cfg: Config, pictures: int) -> float:
     """Forward and backward of random pictures on one device, after one pass to warm up; data loading is not in it."""
     device = torch.device("cuda" if on_gpu(cfg) else "cpu")
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(cfg.precision)
-    model, images = model.to(device).train(), torch.randn(pictures, 3, *height_width(cfg.image_size), device=device)
+    model, images = model.to(device).train(), torch.randn(pictures, 3, *cfg.size, device=device)
     columns = getattr(model, "column_mlp", None)
     given = (images,) if columns is None else (images, images.new_zeros(pictures, columns[0].in_features))
 

@@ -22,7 +22,7 @@ from experiments.folds import directories
 from lightning_modules.teachers import cached_teacher
 from models import pretrained
 
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "global_batch_size": 1,
     "micro_batch_size": None,
     "mixup": 0.0,
@@ -176,7 +176,7 @@ def _splits(
 ) -> PictureData | None:
     """The data module of a stored config, divided as its run divided it; None where that fails."""
     known = {knob.name for knob in fields(Config)}
-    split = {key: there[key] for key in SPLIT if key in there and key in known}
+    split: dict[str, Any] = {key: there[key] for key in SPLIT if key in there and key in known}
     run = pretrained.checkpoint_in(path).absolute().parents[1]  # folds that it kept lie over or beside it
     try:
         return datamodule(replace(cfg, **split, **PLAIN, name=run.name, runs_dir=str(run.parent)))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from datamodules.knobs import height_width
 from datamodules.loading.cores import free_memory
 from datamodules.transforms.crop_sizes import training_sizes
 from experiments.cli.errors import UsageError
@@ -51,7 +50,7 @@ def needed(meta: nn.Module, cfg: Config, teacher: Teacher | Teachers | CachedTea
     if cfg.train_size is not None and (set_any_size := getattr(meta, "set_any_size", None)):
         set_any_size()
     assert cfg.model is not None and cfg.image_size is not None  # filled in by now
-    height, width = max(training_sizes(cfg.train_size, height_width(cfg.image_size), cfg.epochs))
+    height, width = max(training_sizes(cfg.train_size, cfg.size, cfg.epochs))
     fused = on_gpu(cfg) or half is not None or cfg.model.startswith("timm/")  # ours on CPU writes attention out
     kept = cost.activation_bytes(meta, (height, width), half=half, fused=fused)
     trained = sum(each.numel() for each in meta.parameters() if each.requires_grad)

@@ -15,7 +15,7 @@ from torch import nn
 import datamodules
 import models
 from datamodules.base import PictureData
-from datamodules.knobs import ImageFiles, Table, height_width
+from datamodules.knobs import ImageFiles, Table
 from datamodules.loading.decode import PictureError
 from experiments.cli.errors import UsageError
 from experiments.cli.knobs import flag
@@ -86,11 +86,7 @@ def model(cfg: Config, data: PictureData) -> tuple[nn.Module, str]:
     """The network with its initial weights, and a line on their source ('' from scratch)."""
     L.seed_everything(cfg.seed, verbose=False)
     network = models.create(
-        cfg.model,
-        data.spec["num_outputs"],
-        height_width(cfg.image_size),
-        columns=pretrained.columns_of(data.spec),
-        **cfg.model_args,
+        cfg.model, data.spec["num_outputs"], cfg.size, columns=pretrained.columns_of(data.spec), **cfg.model_args
     )
     use_ema = cfg.use_ema if cfg.eval_only or cfg.ema_decay is None else None
     line = (
@@ -145,8 +141,8 @@ def teacher(cfg: Config, data: PictureData) -> Teacher | Teachers | CachedTeache
 def gmacs(cfg: Config, spec: dict[str, Any]) -> float:
     """Billions of multiply-accumulates of the forward pass of one image."""
     with torch.device("meta"):
-        meta = models.create(cfg.model, spec["num_outputs"], height_width(cfg.image_size), **cfg.model_args)
-    return cost.gmacs(meta, height_width(cfg.image_size))
+        meta = models.create(cfg.model, spec["num_outputs"], cfg.size, **cfg.model_args)
+    return cost.gmacs(meta, cfg.size)
 
 
 def seen_by_teacher(cfg: Config, data: PictureData) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,6 @@ from torch import nn
 import datamodules
 import models
 from datamodules.base import PictureData
-from datamodules.knobs import height_width
 from datamodules.loading.closest import did_you_mean
 from datamodules.loading.cores import cores
 from datamodules.loading.workers import worker_count
@@ -30,6 +28,7 @@ from lightning_modules.optimization.freeze import freeze, hold_frozen
 from lightning_modules.optimization.layer_decay import PLAIN_DEPTH, for_depth
 from lightning_modules.optimization.optimizers import check_optimizer
 from lightning_modules.teachers import cached_teacher
+from models.spec import Spec
 
 FEW_WORKERS = 4  # feed no GPU from files
 DECODED_PER_SECOND = 100  # JPEGs of 110 kB to training crops of 224 pixels, on one core of a server
@@ -105,7 +104,7 @@ def for_task(cfg: Config, data: PictureData) -> Config:
     return cfg.filled(loss=losses.default(data.task), metric=getattr(data, "metric_name", None))
 
 
-def unlearnable(cfg: Config, spec: dict[str, Any]) -> list[str]:
+def unlearnable(cfg: Config, spec: Spec) -> list[str]:
     """Problems of loss, optimizer and distillation with their settings."""
     problems, task = [], spec["task"]
     of_classes = partial(
@@ -161,9 +160,7 @@ def _check_distill(cfg: Config, task: str) -> None:
 def check_network(meta: nn.Module, cfg: Config, data: PictureData) -> None:
     """Check the network on the meta device: every size of training crops, attention maps. Raises UsageError."""
     _check_train_sizes(meta, cfg, data)
-    if cfg.logger_args.get("attention") and (
-        problems := attention_maps.no_maps(meta, data, height_width(cfg.image_size))
-    ):
+    if cfg.logger_args.get("attention") and (problems := attention_maps.no_maps(meta, data, cfg.size)):
         raise UsageError("\n".join(problems))
 
 

@@ -63,7 +63,7 @@ def broadcast(value: Any, problem: Exception | None = None) -> Any:
 
     Raises UsageError on rank 0 for a problem, SystemExit(2) on the others: one message is enough.
     """
-    shared = [(value, problem and str(problem))]
+    shared: list[tuple[Any, str | None]] = [(value, None if problem is None else str(problem))]
     _together(lambda: dist.broadcast_object_list(shared, device=torch.device("cpu")))
     return _value_or_exit(*shared[0])
 

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +17,9 @@ from datamodules.loading.files import write_text
 from datamodules.loading.image_check import only_skips_differ
 from experiments.cli.errors import UsageError
 from experiments.config import Config, plain
+
+if TYPE_CHECKING:  # models imports torch
+    from models.spec import Spec
 
 CONFIG, RESULT = "config.yaml", "result.json"
 OPTIMIZER = (
@@ -86,7 +89,7 @@ def placed(cfg: Config) -> Config:
         return os.path.abspath(file) + mark + function if os.path.exists(file) and path != "pretrained" else path
 
     given = {key: getattr(cfg, key) for key in PATHS if getattr(cfg, key)}
-    found = {
+    found: dict[str, Any] = {
         key: ",".join(whole(part.strip()) for part in path.split(",")) if key == "teacher" else whole(path)
         for key, path in given.items()
     }
@@ -96,7 +99,7 @@ def placed(cfg: Config) -> Config:
 
 def look(cfg: Config, identity: dict[str, Any]) -> bool:
     """Whether the run has finished, without writing. Raises UsageError for a directory of another run."""
-    folder = Path(cfg.runs_dir) / cfg.name
+    folder = cfg.folder
     _check_free(folder)
     if cfg.overwrite or not (folder / CONFIG).is_file():
         return False
@@ -107,13 +110,13 @@ def look(cfg: Config, identity: dict[str, Any]) -> bool:
     return bool(before.get("finished"))
 
 
-def enter(cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> tuple[Path, str | None, bool]:
+def enter(cfg: Config, spec: "Spec", identity: dict[str, Any]) -> tuple[Path, str | None, bool]:
     """Create or re-enter the run directory. Returns (directory, checkpoint to resume from or None, already finished).
 
     `spec` and `identity` are the data's as they are now. Raises UsageError when the directory belongs to a run with
     other training values or other data, is not writable, has no readable checkpoint left, or is no run directory.
     """
-    folder = Path(cfg.runs_dir) / cfg.name
+    folder = cfg.folder
     finished, gone = look(cfg, identity), None if cfg.overwrite else _gone(stored(folder), cfg, folder)
     if gone:
         print(
@@ -247,7 +250,7 @@ def _best_instead(folder: Path) -> str:
     return f" and --resume {best}" if best.is_file() and pretrained.intact(best) else ""
 
 
-def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[str, Any]) -> None:
+def _check_fits(start: Start, cfg: Config, spec: "Spec", identity: dict[str, Any]) -> None:
     """Refuse a state of another model or other data; another number of processes is a note. Raises UsageError."""
     content = start.content
     if not isinstance(content, dict) or not {"config", "spec", "DataModule", "loops"} <= content.keys():
@@ -264,7 +267,7 @@ def _check_fits(start: Start, cfg: Config, spec: dict[str, Any], identity: dict[
     changes += [f"image_size {content['spec']['image_size']} -> {spec['image_size']}"] * (
         content["spec"]["image_size"] != spec["image_size"]
     )
-    classes, now = (each["class_names"] or each["target_names"] for each in (content["spec"], spec))
+    classes, now = (each["class_names"] or each["target_names"] or [] for each in (content["spec"], spec))
     if classes != now:
         gone, new = sorted({*classes} - {*now}), sorted({*now} - {*classes})
         changes.append(
@@ -423,9 +426,9 @@ def _check_same(folder: Path, cfg: Config) -> None:
     shown = ", ".join([*more, *changes[:MOST_SHOWN]]) + f" and {len(changes) - MOST_SHOWN} more" * (
         len(changes) > MOST_SHOWN
     )
-    ends = [os.path.basename(os.path.abspath(cfg.data_dir))] * any(each.startswith("data_dir ") for each in changes) + [
-        cfg.recipe
-    ] * bool(more)
+    moved = any(each.startswith("data_dir ") for each in changes)
+    ends = [os.path.basename(os.path.abspath(cfg.data_dir))] if cfg.data_dir and moved else []
+    ends += [str(cfg.recipe)] * bool(more)
     other = f"{cfg.name}-{'-'.join(ends)}".replace(" ", "_") if ends else "another"
     longer = result(folder).get("finished") and cfg.epochs > stored(folder).get("epochs", cfg.epochs)
     raise UsageError(
@@ -443,7 +446,7 @@ def flat(cfg: Config, *roles: str) -> dict[str, Any]:
 
 def _spread(values: dict[str, Any], *roles: str) -> dict[str, Any]:
     """Knobs of these roles, dictionaries spread out, in plain values that survive YAML."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for knob in fields(Config):
         if knob.metadata["role"] in roles and knob.name in values:
             value = values[knob.name]

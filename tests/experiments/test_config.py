@@ -206,6 +206,16 @@ def test_old_spellings_name_the_new_one_and_are_read_from_files(capsys, tmp_path
     assert f"is the key {name} in a YAML file" in refused(capsys, f"--config {tmp_path}/new.yaml")
 
 
+def test_another_value_under_the_name_of_a_run_is_refused(tmp_path):
+    cfg = Config(model="vit_nano4", data="digits", name="one", runs_dir=str(tmp_path), recipe="demo")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.yaml").write_text(yaml.safe_dump(config.plain(cfg)))
+    assert not run_directory.look(cfg, {})
+    for other, name in ((replace(cfg, lr=0.5), "another"), (replace(cfg, data_dir="pics"), "one-pics")):
+        with pytest.raises(ValueError, match=f"is a run with other values .* --name {name}, or --overwrite"):
+            run_directory.look(other, {})
+
+
 def test_a_config_is_frozen():
     with pytest.raises(FrozenInstanceError):
         Config().seed = 3
