@@ -1,4 +1,4 @@
-"""The console command: vitlab VERB ... is python experiments/VERB.py ... for an installed copy."""
+"""The console command of an installed copy: `vitlab VERB ...` is `python experiments/VERB.py ...`."""
 
 import ast
 import sys
@@ -14,7 +14,7 @@ USAGE = "usage: vitlab VERB ...   (vitlab VERB --help prints its flags; vitlab -
 
 
 def verbs() -> dict[str, Path]:
-    """The verbs: files beside this one that a person may also run as scripts."""
+    """Verb -> its file: the files beside this one that also run as scripts."""
     files = (file for file in Path(__file__).parent.glob("*.py") if file != Path(__file__))
     return {
         file.stem: file for file in sorted(files) if '\nif __name__ == "__main__":' in file.read_text(encoding="utf-8")

@@ -15,9 +15,10 @@ from experiments.cli.errors import invocation
 from experiments.running import run_directory
 
 ROOT = Path(__file__).parents[2]
+OLD = ROOT / "tests" / "fixtures" / "old_run"
 ROOMS = ("models", "datamodules", "lightning_modules", "experiments")
 PACKAGES = [sysconfig.get_path("purelib"), *(path for path in sys.path if path.endswith("site-packages"))]
-NOT_OF_PREDICT = ("lightning", "pytorch_lightning", "torchmetrics", "wandb", "jsonargparse", "sklearn", "matplotlib")
+NOT_OF_PREDICT = "lightning pytorch_lightning torchmetrics wandb jsonargparse sklearn scipy matplotlib jinja2".split()
 
 
 def test_every_script_is_a_verb(capsys):
@@ -159,7 +160,9 @@ def test_the_wheel_is_whole_and_predicts_with_few_packages(checkout, tmp_path):
     missing.mkdir()
     for name in NOT_OF_PREDICT:
         (missing / f"{name}.py").write_text(f"raise ImportError('{name} is not installed')")
-    assert "--tta" in without_install(target / "experiments" / "predict.py", "--help", path=[missing], cwd=tmp_path)
+    words = [OLD / "finished", "--folder", OLD / "images", "--out", "out.csv", "--accelerator", "cpu"]
+    without_install(target / "experiments" / "predict.py", *words, path=[missing], cwd=tmp_path)
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 17
     vitlab = target / "bin" / "vitlab"
     assert "--global_batch_size" in without_install(vitlab, "run", "--help", path=[target], cwd=tmp_path)
     assert str(target) in without_install(
