@@ -2,12 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from conftest import result_of, weights_of
 from small_runs import rows_of
 from test_teacher_cache import HARD, MIXED, TINY, cached, prepare, taught  # noqa: F401
+
+import datamodules
+import lightning_modules
+import models
 
 
 def same(a: dict, b: dict) -> bool:
@@ -70,6 +76,35 @@ def test_cached_training_is_live_training_and_two_ranks_are_one(taught, launch):
     assert result_of(taught / "runs" / "one")["test/acc1"] == result_of(taught / "runs" / "two")["test/acc1"]
 
 
+def in_a_trainer_of_ones_own(folder: Path) -> None:
+    """The same cache and the same checks through `lightning_modules.create`."""
+    prepared = models.preprocessing("vit_nano4") | {"image_size": 16}
+    flags = dict(max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+
+    def made(**knobs):
+        data = datamodules.create(
+            "folder",
+            data_dir=str(folder / "pics"),
+            global_batch_size=8,
+            micro_batch_size=2,
+            workers=0,
+            **prepared,
+            **knobs,
+        )
+        small = {"embed_dim": 16, "depth": 1}
+        return lightning_modules.create("vit_nano4", data, folder / "cache", epochs=2, model_args=small), data
+
+    task, data = made()
+    trainer = L.Trainer(**flags, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(task, datamodule=data)
+    assert torch.isfinite(trainer.callback_metrics["train/distill_loss"])
+    task, data = made(hflip=0.0)
+    with pytest.raises(ValueError, match="hflip 0.5 -> 0.0"):
+        L.Trainer(**flags).fit(task, datamodule=data)
+    with pytest.raises(ValueError, match="belong to the rows of a data module"):
+        L.Trainer(**flags).fit(task, data.train_dataloader())
+
+
 def test_a_cache_of_another_run_is_refused_before_anything_is_written(taught, launch):  # noqa: F811
     cached(taught, launch, "--epochs 2")
     for flags, words in (
@@ -84,6 +119,7 @@ def test_a_cache_of_another_run_is_refused_before_anything_is_written(taught, la
         ended = launch(f"{TINY} --epochs 2 --teacher cache --name student {flags}")
         assert ended.code == 2 and words in ended.out, ended.out
         assert "Traceback" not in ended.out and not (taught / "runs" / "student").exists()
+    in_a_trainer_of_ones_own(taught)
     (taught / "cache" / "epoch0001-rank0.safetensors").unlink()
     ended = launch(f"{TINY} --epochs 2 --teacher cache --name student")
     assert ended.code == 2 and "1 shards are missing" in ended.out
