@@ -1,4 +1,4 @@
-"""How a network learns: LightningModules, teachers, losses, optimizers, schedules, callbacks.
+"""LightningModules, teachers, losses, optimizers, schedules and callbacks that train a network.
 
 `create(model, data, teacher=None, epochs=..., **knobs)` builds the LightningModule; `names()` lists the names that its
 knobs take.

@@ -25,7 +25,7 @@ from models import closest, pretrained
 
 
 class Data(Protocol):
-    """What a task takes from a data module of `datamodules.create`."""
+    """The attributes of a data module of `datamodules.create` that a task uses."""
 
     task: str
     encoding: str

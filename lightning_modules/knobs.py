@@ -108,7 +108,7 @@ class Learning:
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class Distillation:
-    """What is learned from a teacher."""
+    """The teacher and the distillation loss."""
 
     title: ClassVar[str] = "Distillation"
 

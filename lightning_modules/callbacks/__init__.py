@@ -1,1 +1,1 @@
-"""What hangs on a Trainer: checkpoints, EMA, progress, metrics rows, preemption, checks for NaN."""
+"""Callbacks: checkpoints, EMA, progress, metrics rows, preemption, checks for NaN."""

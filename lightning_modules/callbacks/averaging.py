@@ -24,7 +24,7 @@ def parse(text: str) -> tuple[str, int]:
 
 
 def _error(trainer: L.Trainer) -> str | None:
-    """What failed in AtomicCheckpointIO's last save; None for nothing."""
+    """The error of AtomicCheckpointIO's last save; None where it succeeded."""
     return getattr(trainer.strategy.checkpoint_io, "error", None)
 
 
@@ -93,7 +93,7 @@ class Averaging(Callback):
                 self.file(out).unlink(missing_ok=True)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> bool:
-        """Whether the file is on disk, the same answer on every rank."""
+        """Write the file. Returns whether it is on disk, the same answer on every rank."""
         content = {"state_dict": self._weights(trainer, pl_module), "epoch": epoch, "global_step": trainer.global_step}
         trainer.strategy.save_checkpoint(content, self.file(epoch))
         return trainer.strategy.broadcast(_error(trainer) is None)

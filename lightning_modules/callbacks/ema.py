@@ -13,8 +13,7 @@ STAGE = "val_ema"  # under which the averaged weights are scored
 
 
 def uses_ema(ema_decay: float | None, use_ema: bool | None) -> bool:
-    """Whether the averaged weights of a training choose its best epoch and are tested: unless told not to, where they
-    are kept."""
+    """Return whether the averaged weights choose the best epoch and are tested: by default, where they are kept."""
     return ema_decay is not None and use_ema is not False
 
 

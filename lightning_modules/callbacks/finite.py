@@ -20,7 +20,7 @@ NONE = 2**62  # more than any step
 
 
 class NotFinite(RuntimeError):
-    """What was not finite, and where; the same on all ranks."""
+    """A value is NaN or infinite; the message has its name and step, the same on all ranks."""
 
 
 def gradient_norm(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor | None:
@@ -113,7 +113,7 @@ class Finite(Callback):
             found = _found(steps[first][1], losses[first], norms[first][0] if norms else None)
         self.steps = []
         raise NotFinite(
-            self._told(
+            self._message(
                 trainer,
                 pl_module,
                 min(step, trainer.global_step),
@@ -122,7 +122,7 @@ class Finite(Callback):
             )
         )
 
-    def _told(self, trainer: L.Trainer, pl_module: Any, step: int, found: Any, of_weights: bool) -> str:
+    def _message(self, trainer: L.Trainer, pl_module: Any, step: int, found: Any, of_weights: bool) -> str:
         where = f"step {step} (epoch {trainer.current_epoch + 1})"
         if of_weights:
             line = f"the weights are not finite after {where}: {found}"
@@ -162,7 +162,7 @@ def _found(
 
 
 def _first_of_ranks(found: Any, world_size: int) -> Any:
-    """What the ranks have found at the same step as one: the first's words, the rows of all that found the same."""
+    """The findings of all ranks at the same step as one: the first rank's, with the rows of all that found the same."""
     if world_size == 1:
         return found
     every: list[Any] = [None] * world_size

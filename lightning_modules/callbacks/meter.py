@@ -1,4 +1,4 @@
-"""What a run measures while it trains: rows for the trackers, throughput."""
+"""Training metrics and throughput of a run, logged as one row at each logging point."""
 
 import resource
 import sys
@@ -40,7 +40,7 @@ class DataWaitProfiler(Profiler):
 
 @dataclass
 class Tally:
-    """What some optimizer steps have come to on this rank: sums of the training values over `batches` passes, seconds
+    """Totals of some optimizer steps on this rank: sums of the training values over `batches` passes, seconds
     of training, of them waited for data, operations."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -213,7 +213,7 @@ class Meter(Callback):
         return row
 
     def seconds_left(self, trainer: L.Trainer) -> float:
-        """Of the training and its validations, at the pace since this start; before its first step at that of the
+        """Estimate the seconds that are left, from the pace since this start or, before its first step, the pace of the
         training so far."""
         done, since = trainer.global_step, trainer.global_step - self.start_step
         pace = (time.monotonic() - self.start) / since if since else self.train_seconds / max(1, done)

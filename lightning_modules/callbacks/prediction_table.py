@@ -47,8 +47,7 @@ def table(
 
 
 def arrays(content: pd.DataFrame, spec: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
-    """What `table` was made of, as `metrics.score` takes it: (targets, or None without them, and predictions), `dtype`
-    of the spec.
+    """The arrays behind a `table`, as `metrics.score` takes them: (targets or None, predictions of the spec's `dtype`).
 
     Raises ValueError for a column that is missing or a class that the spec does not have.
     """
@@ -74,7 +73,7 @@ def arrays(content: pd.DataFrame, spec: dict[str, Any]) -> tuple[np.ndarray | No
 
 
 def dtype(spec: dict[str, Any]) -> type[np.floating]:
-    """Of predictions: float32 for probabilities, float64 for values in own units."""
+    """The type of predictions: float32 for probabilities, float64 for values in own units."""
     return np.float64 if spec["task"] == "regression" else np.float32
 
 

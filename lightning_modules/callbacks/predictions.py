@@ -1,4 +1,4 @@
-"""What a network said of every sample of a split: collected on each rank with its row, merged, checked complete,
+"""Predictions for every sample of a split: collected on each rank with its row, merged, checked for completeness,
 written once."""
 
 import os

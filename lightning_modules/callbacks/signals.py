@@ -1,4 +1,4 @@
-"""What the outside asks of a run: SIGTERM, SIGHUP and SIGUSR1 (leave, to go on later) and Ctrl-C. Standard library
+"""Signal handling of a run: SIGTERM, SIGHUP and SIGUSR1 (stop, to resume later) and Ctrl-C. Standard library
 only, so that a run listens before torch is imported; `preemption` makes all ranks act on it together."""
 
 import contextlib
@@ -29,8 +29,8 @@ STAND_IN_SECONDS = 0.5  # in which the main thread acts on a signal, unless it i
 
 
 class Notice:
-    """What this process was asked: `asked` is 0 or 1 + the signal's place in ORDER. Until `together` it leaves at
-    once."""
+    """The signal that this process received: `asked` is 0, or 1 + the signal's place in ORDER. Until `together` is set,
+    the process exits at once."""
 
     asked, since, together, owner, leaving = 0, 0.0, False, 0, False
 
@@ -124,7 +124,7 @@ os.register_at_fork(after_in_child=_in_fork)
 
 
 def _leave(signum: int) -> None:
-    """Leave in the middle of something: nothing since the last checkpoint is worth saving, or a person wants it so."""
+    """Exit at once: nothing since the last checkpoint is worth saving, or the user pressed Ctrl-C twice."""
     notice.leaving = True
     if signum == signal.SIGUSR1 and os.environ.get("SLURM_PROCID", "0") == "0":
         requeue()

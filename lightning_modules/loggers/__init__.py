@@ -1,1 +1,1 @@
-"""Where rows go: metrics.csv, Weights & Biases, TensorBoard."""
+"""Loggers: metrics.csv, Weights & Biases, TensorBoard."""

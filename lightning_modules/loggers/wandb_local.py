@@ -1,4 +1,4 @@
-"""What lies of W&B on this machine: its key, and runs in `.wandb` files. Neither lightning nor wandb is imported for
+"""W&B on this machine: its key, and runs in `.wandb` files. Neither lightning nor wandb is imported for
 it, but wandb's protobuf.
 
 A `.wandb` file is 7 bytes of header, then LevelDB's log: blocks of 32 KiB, records of crc32, length (u16), kind (u8)
@@ -34,7 +34,7 @@ def own_id(run_dir: Path) -> str | None:
 
 
 def has_credentials() -> bool:
-    """Whether a W&B key lies on this machine: a look at the environment and netrc, without network or prompt."""
+    """Return whether this machine has a W&B key, in the environment or netrc; without network or prompt."""
     if os.getenv("WANDB_API_KEY") or os.getenv("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     base = os.getenv("WANDB_BASE_URL", "")

@@ -115,7 +115,7 @@ class SafeWandbLogger(WandbLogger):
         except Exception as error:  # no network, a wrong key, a server that fails; a disk that takes nothing
             mode = self._wandb_init["mode"]
             after = "logging offline, upload with wandb sync" if mode in ONLINE else "this run is not tracked"
-            warn(f"W&B is out of reach ({_said(error)}): {after}")
+            warn(f"W&B is out of reach ({_reason(error)}): {after}")
             with suppress(Exception):
                 wandb.teardown()  # else "run ID is in use"
             nothing: Any = _DummyExperiment()
@@ -206,13 +206,13 @@ class SafeWandbLogger(WandbLogger):
 
     @contextmanager
     def _sparing(self, without: str = "the run goes on, metrics.csv and result.json have it all") -> Iterator[None]:
-        """What fails is a warning, once: a service or a disk that is gone."""
+        """Turn errors inside (a service or a disk that is gone) into a warning, once each."""
         try:
             yield
         except Exception as error:
-            if (said := _said(error)) not in self._warned:
-                warn(f"W&B takes nothing ({said}): {without}")
-            self._warned.add(said)
+            if (reason := _reason(error)) not in self._warned:
+                warn(f"W&B takes nothing ({reason}): {without}")
+            self._warned.add(reason)
 
     @rank_zero_only
     def close(self, exit_code: int) -> None:
@@ -261,5 +261,5 @@ def _leave(exit_code: int) -> None:
     os._exit(exit_code)
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:120]}"

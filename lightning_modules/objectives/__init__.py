@@ -1,1 +1,1 @@
-"""What is learned and how it is scored: losses, distillation losses, metrics, target encoding."""
+"""Losses, distillation losses, metrics and the encoding of targets."""

@@ -1,5 +1,4 @@
-"""What a student learns from a teacher: one decorated function a loss, found by its name, its keyword-only arguments
-its hyper-parameters.
+"""Distillation losses: one decorated function each, found by its name; keyword-only arguments are hyper-parameters.
 
 Every function is pure: student_logits (B, K), teacher_logits (B, K), target (B,) int64 or (B, K) soft -> a scalar,
 computed in float32, with gradients to the student only. Of a regression both are predictions (B, T), scaled to the

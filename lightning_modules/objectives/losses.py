@@ -34,7 +34,7 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
 def binary(
     logits: Tensor, target: Tensor, smoothing: float, *, threshold: float | None = None, sum_classes: bool = False
 ) -> Tensor:
-    """Each class a question of its own (timm's BinaryCrossEntropy): the mean over batch and classes, or their sum
+    """Binary cross entropy of each class (timm's BinaryCrossEntropy): the mean over batch and classes, or their sum
     averaged over the batch.
 
     Class numbers become smoothed one-hot rows first; `threshold` makes 1 of every target above it and 0 of the rest.
@@ -113,7 +113,7 @@ def tasks_of(name: str) -> list[str]:
 
 
 def keywords(name: str, task: str) -> list[str]:
-    """What `--loss_args` may hold."""
+    """The keywords that `--loss_args` may have."""
     if task == "classification":
         return []
     own = inspect.signature(LOSSES[task][name]).parameters.values()

@@ -1,4 +1,4 @@
-"""What a prediction is worth: one decorated function a metric, found by its name, of whole arrays and never of batches.
+"""Metrics: one decorated function each, found by its name, of whole arrays and never of batches.
 
 Legend: N pictures, K classes or labels, T targets. `target` (N,) int64 class numbers, (N, K) 0 or 1, (N, T) own units;
 `prediction` (N, K) probabilities, or (N, T) own units (lightning_modules/objectives/targets.py `predict`). A user's own
@@ -41,7 +41,7 @@ METRICS: dict[str, Metric] = {}
 
 
 class MetricError(ValueError):
-    """A function of one's own that fails, or does not give a number; says why and where."""
+    """A user's metric function fails or does not return a number; the message has the reason and the line."""
 
 
 def metric(mode: str, *tasks: str) -> Callable:
@@ -60,7 +60,7 @@ def metric(mode: str, *tasks: str) -> Callable:
 def find(name: str | None, task: str) -> Metric:
     """The metric of a name, of `my.py:function`, or the task's default for None.
 
-    A function of one's own takes (target, prediction), whole arrays as in the legend ((N,) each of a single target),
+    A user's function takes (target, prediction), whole arrays as in the legend ((N,) each of a single target),
     and returns a number: larger is better, unless the function has an attribute `mode = "min"`. Its own name is the
     metric's. Raises ValueError for an unknown name (with the closest), a metric of another task, or a function that is
     not there.
@@ -113,7 +113,7 @@ def score(name: str | Metric, target: np.ndarray, prediction: np.ndarray, spec: 
         if np.ndim(value):
             raise ValueError(f"it gives {np.shape(value)} numbers, not one")
         return float(value)
-    except Exception as error:  # a person's own code
+    except Exception as error:  # a user's code
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
         own = [frame for frame in frames if frame.filename == inspect.getfile(chosen.compute)] or frames
         where = f" ({os.path.relpath(own[-1].filename)}, line {own[-1].lineno})" if own else ""
@@ -123,7 +123,7 @@ def score(name: str | Metric, target: np.ndarray, prediction: np.ndarray, spec: 
 
 
 def attempt(chosen: Metric, spec: dict[str, Any], target: np.ndarray) -> None:
-    """Score made predictions, drawn at random, of up to 1,000 real targets, so that a function of one's own fails
+    """Score made predictions, drawn at random, of up to 1,000 real targets, so that a user's function fails
     before a training and not after its first epoch. Raises MetricError."""
     target = target[np.linspace(0, len(target) - 1, min(len(target), 1000)).astype(int)].copy()
     rng = np.random.default_rng(0)
@@ -136,7 +136,7 @@ def attempt(chosen: Metric, spec: dict[str, Any], target: np.ndarray) -> None:
 
 
 def _own(name: str) -> Metric:
-    """A function out of a person's file."""
+    """The metric of a function in a user's file."""
     file, _, function = name.rpartition(":")
     if not Path(file).is_file():
         raise ValueError(f"--metric {name}: there is no file {file} (looked in {Path.cwd()})")
@@ -268,7 +268,7 @@ def _kappa(target: np.ndarray, prediction: np.ndarray) -> float:
     chance = target.var() + prediction.var() + (target.mean() - prediction.mean()) ** 2
     return (
         1 - ((target - prediction) ** 2).mean() / chance if chance else 1.0
-    )  # every picture right, and nothing to tell apart
+    )  # every prediction is right, and all targets are equal
 
 
 @metric("min", REGRESSION)

@@ -1,5 +1,5 @@
-"""What a network's outputs mean: the one place where targets are scaled for learning and predictions are brought back
-to their own units.
+"""Target encoding: the one place where targets are scaled for learning and predictions are scaled back to their own
+units.
 
 Pure torch, so that inference needs no more. Legend: B pictures, K classes or labels, T targets of a regression, O
 outputs of each, N bins.
@@ -36,7 +36,7 @@ def scale(target: Tensor, target_range: list[list[float]]) -> Tensor:
 
 
 def predict(logits: Tensor, spec: dict[str, Any]) -> Tensor:
-    """Logits (B, num_outputs) -> what a person reads: classification (B, K) probabilities that sum to 1, multilabel (B,
+    """Logits (B, num_outputs) -> predictions: classification (B, K) probabilities that sum to 1, multilabel (B,
     K) probabilities, both float32; regression (B, T) in the targets' own units, float64 since 32 bits hold no more than
     24 of an offset.
 

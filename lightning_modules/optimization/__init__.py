@@ -1,1 +1,1 @@
-"""How weights move: optimizers, schedules, layer-wise rates, frozen parts."""
+"""Optimizers, schedules, layer-wise learning rates, frozen parts."""

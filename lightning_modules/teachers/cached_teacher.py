@@ -44,7 +44,7 @@ COMMON = (
     "std",
     "interpolation",
 )
-TOLD = ("num_outputs", "target_range", "encoding", "crop_pct", "crop_mode")  # kept beside those
+KEPT = ("num_outputs", "target_range", "encoding", "crop_pct", "crop_mode")  # kept beside those
 KNOBS = {  # what must be equal, by the view of the pictures that the teacher saw
     "replayed": (
         *COMMON,
@@ -81,7 +81,7 @@ def identity(
     }
     whole = {key: config[key] for key in names} | {key: data[key] for key in ("fingerprint", "sizes")}
     whole["augment"] = data.get("augment")  # what the file says, wherever it is
-    whole |= {key: spec.get(key) for key in (*COMMON, *TOLD) if key not in whole}
+    whole |= {key: spec.get(key) for key in (*COMMON, *KEPT) if key not in whole}
     return json.loads(json.dumps(whole | {"world_size": world_size, "pass_size": pass_size, "device": device}))
 
 
@@ -98,7 +98,7 @@ def identity_of(
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], view: str) -> list[str]:
-    """What keeps a view written for `there` from being the view of a run `here`, two identities: one line each."""
+    """The differences, a line each, that keep a view written for the identity `there` from being that of `here`."""
     keys = [*KNOBS[view]]
     if view == "replayed":
         keys += [*PLACE] * bool(here["mixup"] or here["cutmix"])
@@ -106,12 +106,12 @@ def differences(there: dict[str, Any], here: dict[str, Any], view: str) -> list[
         keys += ["epochs"] * ("-" in str(here["train_size"]))  # the crops grow by the share of the epochs that is over
     if there["fingerprint"] != here["fingerprint"]:
         keys += ["val_fraction", "split_seed"]
-    apart = [f"{key} {short(there.get(key))} -> {short(here[key])}" for key in keys if there.get(key) != here[key]]
+    differing = [f"{key} {short(there.get(key))} -> {short(here[key])}" for key in keys if there.get(key) != here[key]]
     if view == "evaluation" and (here["mixup"] or here["cutmix"]):
-        apart.append("mixup or cutmix: the teacher has seen unmixed pictures")
+        differing.append("mixup or cutmix: the teacher has seen unmixed pictures")
     if view == "replayed" and here["epochs"] > there["epochs"]:
-        apart.append(f"epochs: {there['epochs']} are stored, {here['epochs']} asked for")
-    return apart
+        differing.append(f"epochs: {there['epochs']} are stored, {here['epochs']} asked for")
+    return differing
 
 
 def short(value: Any) -> str:
@@ -153,7 +153,7 @@ def missing(folder: str | Path, about: dict[str, Any], epochs: int) -> list[Path
 
 
 def compress(logits: Tensor, topk: int, task: str) -> dict[str, Tensor]:
-    """What is stored of logits (B, C).
+    """The tensors that are stored for logits (B, C).
 
     classification: `value` (B, C) float16, the log probabilities; where topk < C, (B, K + 1) of the K likeliest classes
     and, last, of each other class if these share what is left; then `index` (B, K) int16 (int32 of more than 32768
@@ -177,7 +177,7 @@ def _half(values: Tensor) -> Tensor:
 
 
 def restore(value: Tensor, index: Tensor | None, num_outputs: int) -> Tensor:
-    """What `compress` has stored -> logits (B, C) float32, of a regression float64 in own units (B, T). What the stored
+    """The output of `compress` -> logits (B, C) float32, of a regression float64 in own units (B, T). What the stored
     classes leave is spread evenly over the others, as TinyViT does (microsoft/Cream TinyViT/main.py:320-330)."""
     if index is None:
         return value.float() if value.dtype == torch.float16 else value
@@ -249,7 +249,7 @@ class CachedTeacher:
         return self
 
     def to(self, device: torch.device | str) -> "CachedTeacher":
-        """Where the tables go; call it in the LightningModule's `setup`."""
+        """Set the device of the tables; call it in the LightningModule's `setup`."""
         if torch.device(device) != self.device:
             self.device, self._epoch = torch.device(device), -1
         return self
@@ -257,19 +257,19 @@ class CachedTeacher:
     def check(self, here: dict[str, Any]) -> None:
         """Raises ValueError that names each difference between the run it was made for and this one (`identity`), an
         original teacher that has changed since, and shards that are missing."""
-        apart = differences(self.about["identity"], here, self.about["view"])
+        differing = differences(self.about["identity"], here, self.about["view"])
         if here["task"] == "regression" and self.about.get("units") != "own":
-            apart.append(
+            differing.append(
                 "its answers are logits, as once was done: those of a regression are kept in the targets' own units now"
             )
         for teacher in self.about["teachers"]:
             file = teacher.get("file")
             if file and Path(file).is_file() and sha256_of(file) != teacher["sha256"]:
-                apart.append(f"the teacher: {file} has changed since")
-        if apart:
+                differing.append(f"the teacher: {file} has changed since")
+        if differing:
             raise ValueError(
                 f"--teacher {self.folder} was made for another run:\n  "
-                + "\n  ".join(apart)
+                + "\n  ".join(differing)
                 + "\nMake one for this run: prepare.py teacher --out ANOTHER, with the flags of this run"
             )
         if gone := missing(self.folder, self.about, here["epochs"]):

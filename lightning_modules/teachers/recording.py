@@ -72,14 +72,14 @@ class Checker(L.LightningModule):
         if self.cache.about["identity"]["task"] == "classification":
             k = min(self.cache.about["topk"], live.shape[-1])
             likeliest = stored.topk(k).indices  # (B, K)
-            apart = (live.softmax(-1) - stored.exp()).gather(1, likeliest)
+            distance = (live.softmax(-1) - stored.exp()).gather(1, likeliest)
         else:
-            apart = (live - stored) / (1 + live.abs())
-        apart, equal = apart.abs().amax(1), (live.argmax(1) == stored.argmax(1))
+            distance = (live - stored) / (1 + live.abs())
+        distance, equal = distance.abs().amax(1), (live.argmax(1) == stored.argmax(1))
         if "valid" in batch:
-            apart, equal = apart[batch["valid"]], equal[batch["valid"]]
+            distance, equal = distance[batch["valid"]], equal[batch["valid"]]
         self.found.append(
-            (float(apart.nan_to_num(math.inf).amax()) if len(apart) else 0.0, int(equal.sum()), len(equal))
+            (float(distance.nan_to_num(math.inf).amax()) if len(distance) else 0.0, int(equal.sum()), len(equal))
         )
 
     def on_validation_epoch_end(self) -> None:

@@ -41,7 +41,7 @@ class Teacher:
         precision: of the forward pass, `32-true`, `bf16-mixed` or `16-mixed`, whatever the student trains in. Raises
             ValueError for another.
         spec: what the outputs mean, as `targets.predict` takes it; of a regression it is needed.
-        notes: lines for a person, on what is not known of the network and was assumed.
+        notes: lines to print, on what is not known of the network and was assumed.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ def _published_classes(name: str, count: int, ours: list[str]) -> list[str] | No
 
 
 def _assumed(student: dict[str, Any]) -> str:
-    """What is taken for granted of a teacher whose file tells nothing of its targets."""
+    """The assumption about the targets of a teacher whose file does not name them."""
     names = student.get("class_names") or student.get("target_names") or []
     order = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
     if student.get("task") == "regression":
@@ -286,7 +286,7 @@ def _assumed(student: dict[str, Any]) -> str:
 
 
 def _difference(key: str, theirs: Any, ours: Any) -> str:
-    """What differs, in few words, both sides named."""
+    """The difference in a few words, with both values."""
     if isinstance(theirs, list | tuple) and isinstance(ours, list | tuple):
         if len(theirs) != len(ours):
             return (
