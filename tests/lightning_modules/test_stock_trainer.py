@@ -318,5 +318,7 @@ def test_spawned_processes_train():
 
     data, task = created(epochs=1)
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="ddp_spawn", max_epochs=1, **QUIET)
+    before = [parameter.detach().clone() for parameter in task.parameters()]
     trainer.fit(task, data)
-    assert trainer.global_step == 5 and trainer.callback_metrics["val/acc1"] >= 0
+    assert trainer.callback_metrics["val/acc1"] >= 0  # which, with the weights, is what comes back from them
+    assert not any((old == new).all() for old, new in zip(before, task.parameters()))
