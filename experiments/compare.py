@@ -1,8 +1,8 @@
-"""Runs side by side: python experiments/compare.py runs --out comparison
+"""Compares runs: python experiments/compare.py runs --out comparison
 
-Each place is a run directory, a folder of them, a .wandb file or a folder of those, or a project of W&B as
-entity/project. DIR gets runs.csv (one row a run), groups.csv (seeds folded), runs.md, curves.png and index.html (one
-page, works without a network).
+A place is a run directory, a folder of them, a .wandb file or a folder of those, or a W&B project as entity/project.
+Written into DIR: runs.csv (one row a run), groups.csv (mean over seeds), runs.md, curves.png and index.html (one page,
+which works without a network).
 """
 
 import argparse
@@ -53,18 +53,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "places", nargs="+", metavar="RUN_OR_FOLDER_OR_entity/project", help="what to compare; several are put together"
+        "places", nargs="+", metavar="RUN_OR_FOLDER_OR_entity/project", help="Runs to compare, from one or more places."
     )
     parser.add_argument(
-        "--out", default="comparison", metavar="DIR", help="folder of the files written; left out: comparison"
+        "--out", default="comparison", metavar="DIR", help="Folder for the files written. Default: comparison."
     )
     parser.add_argument(
         "--metric",
         metavar="KEY",
-        help="key of result.json to compare by, as test/acc1; left out: what the runs were chosen by",
+        help="Key of result.json to compare by, such as test/acc1. Default: the most common metric of the runs.",
     )
     parser.add_argument(
-        "--report", action="store_true", help="also make a report and a workspace in W&B, of the entity/project given"
+        "--report", action="store_true", help="Also make a report and a workspace in W&B, for the entity/project given."
     )
     args = parser.parse_args(argv)
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -1,9 +1,8 @@
-"""Search over flags of run.py: python experiments/sweep.py experiments/sweep.yaml --trials 20
+"""Searches over flags of run.py: python experiments/sweep.py experiments/sweep.yaml --trials 20
 
-FILE is a space in W&B's sweep format, the same that `wandb sweep` takes. Each trial is one run.py under
-<runs_dir>/<name>/trial-0, trial-1 ...; those that fall behind are stopped early where FILE says so. The same command
-again goes on where it was stopped. What follows `--` goes to every run.py, as: sweep.py FILE --trials 20 -- --data_dir
-pics --epochs 5
+FILE is a search space in W&B's sweep format, which `wandb sweep` reads too. Each trial is one run.py under
+<runs_dir>/<name>/trial-0, trial-1 ...; trials that fall behind are stopped early where FILE says so. The same command
+again resumes the sweep. Flags after `--` go to every run.py: sweep.py FILE --trials 20 -- --data_dir pics --epochs 5
 """
 
 import argparse
@@ -47,36 +46,40 @@ def _parser() -> Parser:
         usage="sweep.py FILE [--trials N] [--hours H] [--parallel P] [--name NAME] [--runs_dir DIR] [--seed S] [-- "
         "<flags of run.py>]",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="the space, as experiments/sweep.yaml")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="Search space in W&B's sweep format, such as experiments/sweep.yaml."
+    )
     parser.add_argument(
         "--trials",
         type=positive,
         metavar="N",
-        help=f"trials in all; left out: run_cap of FILE, else a whole grid, else {TRIALS}",
+        help=f"Number of trials. Default: run_cap of FILE, else all points of a grid, else {TRIALS}.",
     )
     parser.add_argument(
         "--hours",
         type=_hours,
         metavar="H",
-        help="time that this command may take; trials that run then are saved, to go on",
+        help="Hours that this command may take. Trials still running are saved, and the same command resumes them.",
     )
     parser.add_argument(
         "--parallel",
         type=positive,
         default=1,
         metavar="P",
-        help="trials at once, each on --devices GPUs of its own, or on a share of the CPU",
+        help="Number of trials that run at once, each on its own --devices GPUs or on a share of the CPU.",
     )
-    parser.add_argument("--name", help="of the sweep's directory; left out: the name that FILE says, else its own")
+    parser.add_argument(
+        "--name", help="Name of the sweep's directory. Default: the name in FILE, else the name of FILE."
+    )
     parser.add_argument(
         "--runs_dir",
         type=Path,
         default=Path("runs"),
         metavar="DIR",
-        help="folder of the sweep's directory; left out: runs",
+        help="Folder of the sweep's directory. Default: runs.",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of what is drawn (the runs' own is -- --seed)"
+        "--seed", type=int, default=0, metavar="S", help="Random seed of the values drawn; the runs' seed is -- --seed."
     )
     return parser
 
@@ -85,7 +88,7 @@ def _parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Check the file and the flags, run the trials. Returns the exit code: 0 all done, 75 when the time is over or a
     signal came (130 after Ctrl-C) and trials are left, 1 when three fail in a row or none has ended with a score, 2 for
-    what a person must mend."""
+    wrong input."""
     words = [*(sys.argv[1:] if argv is None else argv)]
     cut, parser = words.index("--") if "--" in words else len(words), _parser()
     for word in words[:cut]:

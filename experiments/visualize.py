@@ -1,4 +1,4 @@
-"""Pictures of what a trained network does: python experiments/visualize.py attention runs/cats"""
+"""Figures of what a trained network does: python experiments/visualize.py attention runs/cats"""
 
 import argparse
 import sys
@@ -21,17 +21,16 @@ def attention(argv: list[str]) -> int:
         description=attention.__doc__,
         allow_abbrev=False,
         usage="visualize.py attention RUN [--count 8] [--out F.png] [--overwrite] [--images F ... | --data_dir D]",
-        epilog="The pictures are those of the run's test split, or val: the same ones for every run on these data, "
-        "and those of "
-        "--logger_args.attention.",
+        epilog="Draws images of the run's test split, else of val: the same ones for every run on these data, as "
+        "--logger_args.attention does.",
     )
-    parser.add_argument("run", metavar="RUN", help="run directory, checkpoint, or exported file")
-    parser.add_argument("--count", type=positive, default=8, help="pictures to draw")
-    parser.add_argument("--out", help="PNG to write; left out: attention.png in the run directory")
-    parser.add_argument("--overwrite", action="store_true", help="write over a file that is there")
+    parser.add_argument("run", metavar="RUN", help="Run directory, checkpoint, or exported file.")
+    parser.add_argument("--count", type=positive, default=8, help="Number of images to draw.")
+    parser.add_argument("--out", help="PNG file to write. Default: attention.png in the run directory.")
+    parser.add_argument("--overwrite", action="store_true", help="Overwrite an existing file.")
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--images", nargs="+", metavar="F", help="files of pictures, instead of the split's")
-    given.add_argument("--data_dir", help="folder of the data; left out: the one the run was trained on")
+    given.add_argument("--images", nargs="+", metavar="F", help="Image files to draw instead of the split's images.")
+    given.add_argument("--data_dir", help="Folder of the data. Default: the folder that the run was trained on.")
     args = parser.parse_args(argv)
     from datamodules.loading.decode import PictureError
 

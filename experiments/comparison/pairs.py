@@ -100,8 +100,8 @@ class _Shared:
 
 def _tables(run: Record, metric: str, notes: list[str]) -> dict[str, Rows]:
     """The run's predictions by file name; what cannot be used, or is not what its result says, is noted."""
-    said = [run.best, *(value for key, value in run.result.items() if key.endswith(f"/{metric}"))]
-    said = list(dict.fromkeys(value for value in said if number(value)))
+    scores = [run.best, *(value for key, value in run.result.items() if key.endswith(f"/{metric}"))]
+    scores = list(dict.fromkeys(value for value in scores if number(value)))
     found = {}
     for name in FILES:
         try:
@@ -114,10 +114,10 @@ def _tables(run: Record, metric: str, notes: list[str]) -> dict[str, Rows]:
         found[name] = rows
         if (each := parts(rows, metric)) is not None:
             value = float(of_means(each.mean(0), metric))
-            if min((abs(value - other) for other in said), default=0) > SAME * max(1, abs(value)):
+            if min((abs(value - other) for other in scores), default=0) > SAME * max(1, abs(value)):
                 notes.append(
                     f"{run.name}: {name} gives {metric} {value:.5g}, its result "
-                    f"{' or '.join(f'{other:.5g}' for other in said)}: is it "
+                    f"{' or '.join(f'{other:.5g}' for other in scores)}: is it "
                     "of the same run?"
                 )
     return found

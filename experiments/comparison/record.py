@@ -25,7 +25,7 @@ class Record:
         state: finished, unfinished, broken; from W&B also failed, crashed, preempted, running.
         source: file, folder or address.
         folder: run directory, where its predictions are; None for W&B's.
-        notes: what a person should know.
+        notes: remarks for the tables.
         folds: of a run over all folds, the run of each.
     """
 
@@ -40,8 +40,8 @@ class Record:
     folds: list["Record"] = field(default_factory=list)
 
     def value(self, key: str) -> Any:
-        """What the result says of `key`, else the config; None where neither does. Hours, and the folds' sums and
-        means, are worked out."""
+        """The value of `key` in the result, else in the config, else None. Hours, and sums and means over folds, are
+        computed."""
         if key == "hours":
             seconds = self.value("train_seconds")
             return seconds / 3600 if number(seconds) else None

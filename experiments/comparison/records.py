@@ -16,7 +16,7 @@ CONFIG, RESULT, HISTORY = "config.yaml", "result.json", "metrics.csv"
 
 
 def find(places: list[str]) -> list[Record]:
-    """The runs in all these places, each once and with a name of its own.
+    """Read the runs in all these places, each once and with a unique name.
 
     Raises UsageError for a place without runs or one that W&B does not know; FileNotFoundError for a path that is not
     there.
@@ -75,7 +75,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _is_prediction(path: Path) -> bool:
-    """Whether predict.py made it: it lies beside the runs and has a config.yaml of another kind."""
+    """Whether predict.py wrote the directory: its config.yaml is of another kind."""
     with open(path / CONFIG, "rb") as file:
         return bool(re.match(rb"\W*verb\b", file.read(40)))
 
@@ -211,7 +211,7 @@ def _history(path: Path, problems: list[str]) -> list[dict[str, float]]:
 
 
 def _named_apart(records: list[Record]) -> list[Record]:
-    """Runs of the same name get as much of their place as tells them apart."""
+    """Put as much of their path as is needed before equal names."""
     for parts in range(1, 12):
         names = [each.name for each in records]
         twice = {name for name in names if names.count(name) > 1}

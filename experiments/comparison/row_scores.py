@@ -1,4 +1,4 @@
-"""What runs said of each row: `oof.csv` and `predictions.csv`, scored row by row, and the bootstrap over rows.
+"""Predictions of each row, `oof.csv` and `predictions.csv`, scored row by row, and the bootstrap over rows.
 
 Legend: N rows, K classes, labels or targets, B draws.
 """

@@ -1,5 +1,5 @@
-"""What is compared: the metric and its direction, the runs in order, groups of runs that differ in their seeds;
-runs.csv and groups.csv."""
+"""The tables of a comparison: the metric and its direction, the runs in order, groups of runs that differ in their
+seeds; runs.csv and groups.csv."""
 
 import csv
 import json
@@ -163,7 +163,7 @@ def _text(value: Any) -> str:
 
 
 def _groups(records: list[Record], differing: list[str], metric: str, smaller: bool) -> list[Group]:
-    """Runs equal but for seed, fold and place, best mean first; a run without a config is a group of its own."""
+    """Runs equal but for seed, fold and place, best mean first; a run without a config is a group alone."""
     keys = [key for key in differing if key not in EACH_RUN and not of_place(key)]
     members: dict[str, list[Record]] = {}
     for each in records:
@@ -198,7 +198,7 @@ def _order(seed: Any) -> tuple[int, float]:
 
 
 def _starred(text: str, record: Record) -> str:
-    """A path with a star for the run's seed in its last name, where it stands as a number of its own."""
+    """A path with a star for the run's seed in its last name, where it is a whole number there."""
     return re.sub(rf"(?<![0-9.]){re.escape(str(record.value('seed')))}(?![0-9.])(?=[^/]*/?$)", "*", text)
 
 

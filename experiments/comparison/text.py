@@ -63,10 +63,10 @@ def groups_table(found: Comparison) -> Table:
 
 def remarks(group: Group) -> str:
     seeds = [run.value("seed") for run in group.runs]
-    said = [f"{len(group.rest)} without a score"] * bool(group.rest)
-    said += ["folds: overall score"] * any(run.folds for run in group.runs)
-    said += ["the same seed twice: no independent runs"] * (len({*map(str, seeds)}) < len(seeds))
-    return "; ".join(said)
+    notes = [f"{len(group.rest)} without a score"] * bool(group.rest)
+    notes += ["folds: overall score"] * any(run.folds for run in group.runs)
+    notes += ["the same seed twice: no independent runs"] * (len({*map(str, seeds)}) < len(seeds))
+    return "; ".join(notes)
 
 
 def plain(value: Any) -> str:

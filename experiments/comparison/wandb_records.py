@@ -1,4 +1,4 @@
-"""Runs as W&B has them, offline in `.wandb` files or on its server, as the records of run directories."""
+"""Records of runs in W&B, from offline `.wandb` files or its server."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ NO_NUMBERS = {
     "Infinity": math.inf,
     "-Infinity": -math.inf,
 }  # words of W&B's server, JSON has none for them
-NO_HISTORY = ("_", "best/")  # W&B's own, and what run_media_log.py tells: sizes of pictures and tables
+NO_HISTORY = ("_", "best/")  # W&B's own, and sizes of the images and tables that reporting/media.py logs
 
 
 def offline(files: list[Path]) -> list[Record]:
@@ -65,8 +65,8 @@ def online(project: str) -> list[Record]:
     except (
         Exception
     ) as error:  # no network, a wrong key, no such project: wandb has a dozen kinds, not all of them wandb.Error
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{project}: there is no such folder, and as W&B's entity/project: {said[:200]}") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{project}: there is no such folder, and as W&B's entity/project: {reason[:200]}") from None
     if not runs:
         raise UsageError(f"{project}: W&B has no run in it")
     return [_record(**run) for run in runs]

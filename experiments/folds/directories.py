@@ -30,8 +30,8 @@ def enter(cfg: Config) -> None:
 
 
 def take_in(parent: Path, cfg: Config, fold: int) -> None:
-    """Link a finished run of this fold alone, with the same training values, into the directory over the folds, where
-    it has none of its own. Its name has `-f<fold>` after the seed, or at the end of a given name."""
+    """Link a finished run of this fold alone, with the same training values, into the directory over the folds, unless
+    the fold has a run there. Its name has `-f<fold>` after the seed, or at the end of a given name."""
     start, given, own = run_directory.name_start(cfg), str(cfg.name), parent / f"fold{fold}"
     name = f"{start}-f{fold}{given[len(start) :]}" if given.startswith(start) else f"{given}-f{fold}"
     alone = Path(cfg.runs_dir) / name
@@ -45,7 +45,7 @@ def take_in(parent: Path, cfg: Config, fold: int) -> None:
 
 
 def is_over_folds(path: str | Path) -> bool:
-    """Whether a path is the directory over the folds of a run: it has no weights of its own."""
+    """Whether a path is the directory over the folds of a run: it holds no weights."""
     return not (Path(path) / "checkpoints").is_dir() and (Path(path) / "fold0").is_dir()
 
 

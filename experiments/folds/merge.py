@@ -1,5 +1,5 @@
-"""What the folds of a run say together: every row predicted by the network that has not seen it, one score over all
-rows, test predictions averaged. Everything is joined by id."""
+"""The result over all folds of a run: every row predicted by the network that has not seen it, one score over all
+rows, test predictions averaged. Rows are joined by id."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -76,11 +76,11 @@ def whole(folds: Path, places: dict[int, Path], *, skipped: bool = False) -> pd.
         meant, there = order.loc[order["fold"] == str(k), column], part[column]
         if there.duplicated().any():
             raise UsageError(f"{name}: the id {there[there.duplicated()].iloc[0]} is there twice")
-        missing, strange = meant[~meant.isin(there)], there[~there.isin(meant)]
-        if len(strange) or len(missing) and not skipped or (part["fold"] != str(k)).any():
-            example = [*strange, *missing, there.iloc[0]][0]
+        missing, foreign = meant[~meant.isin(there)], there[~there.isin(meant)]
+        if len(foreign) or len(missing) and not skipped or (part["fold"] != str(k)).any():
+            example = [*foreign, *missing, there.iloc[0]][0]
             raise UsageError(
-                f"{name} is not of fold {k} of {folds}: {len(missing)} ids missing, {len(strange)} of other folds "
+                f"{name} is not of fold {k} of {folds}: {len(missing)} ids missing, {len(foreign)} of other folds "
                 f"(such as {example}); "
                 "--overwrite starts all folds again"
             )
@@ -122,7 +122,7 @@ def averaged(places: dict[int, Path], spec: dict[str, Any]) -> pd.DataFrame | No
 
 def interval(score: Callable[[np.ndarray], float], rows: int, outputs: int) -> tuple[float, float, int]:
     """(2.5 %, 97.5 % percentile, resamples) of `score` over rows drawn with replacement (Efron's percentile bootstrap);
-    200 resamples of a large table. It tells of the rows scored, not of how another training would end."""
+    200 resamples of a large table. It covers the choice of rows, not another training."""
     resamples = int(np.clip(20_000_000 // (rows * outputs), 200, RESAMPLES))
     rng = np.random.default_rng(BOOT_SEED)
     found = np.array([score(rng.integers(rows, size=rows)) for _ in range(resamples)])

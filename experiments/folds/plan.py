@@ -1,5 +1,4 @@
-"""The heavy parts of `run.py --folds K`: what is resolved before the first fold, and what is concluded after the
-last."""
+"""The parts of `run.py --folds K` that need torch: resolving before the first fold, merging after the last."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +21,9 @@ from lightning_modules.objectives import metrics
 
 
 def prepare(command: Command, *, write: bool) -> dict[str, Any] | int:
-    """Resolve the run as its first fold would, and enter its directory; without `write` only tell. Returns plain values
-    for `fold_runs`, or an exit code where there is nothing to do. Raises ValueError or FileNotFoundError for what a
-    person must mend."""
+    """Resolve the run as its first fold would, and enter its directory; without `write` only print the plan. Returns
+    plain values for `Folds`, or an exit code where there is nothing to do. Raises ValueError or FileNotFoundError for
+    wrong input."""
     build.quiet()
     cfg, apart, flags = command.config, command.config.strategy == FOLD_PER_DEVICE, {"dry_run": True}
     if apart:
@@ -81,7 +80,7 @@ def _forecast(run: Run) -> dict[str, float]:
 
 
 def conclude(known: dict[str, Any], places: dict[int, Path], seconds: list[float], *, whole: bool) -> None:
-    """Merge the finished folds, write result.json, print the lines a person waits for. Raises ValueError or OSError."""
+    """Merge the finished folds, write result.json, print the result. Raises ValueError or OSError."""
     folder, cfg = Path(known["folder"]), known["cfg"]
     results = [run_directory.result(place) for place in places.values()]
     merged = merge.merge(folder, places, known["spec"], known["metric"], skipped=known["skipped"])

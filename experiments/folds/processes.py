@@ -1,4 +1,4 @@
-"""`run.py --folds K`: every fold a process of its own under runs/<name>/fold0.., one after the other or one on each
+"""`run.py --folds K`: every fold a subprocess under runs/<name>/fold0.., one after the other or one on each
 device, and what they say together. This process stays light: it imports no torch before the merge and holds no GPU."""
 
 import json
@@ -105,7 +105,7 @@ class Folds:
         return self.pool.time_left > 0 and (expected is None or expected <= self.pool.time_left)
 
     def _share(self, fold: int) -> float:
-        """Of the steps of an unfinished fold, those that its history tells of."""
+        """The share of an unfinished fold's steps that its history has."""
         if fold in self.finished():
             return 0.0
         steps = [row["step"] for row in read_history(self.place(fold) / "metrics.csv") if "step" in row]
@@ -179,7 +179,7 @@ class Folds:
 
 
 def _planned(command: Command) -> dict[str, Any] | int:
-    """What `_plan` finds out in a process of its own, or the exit code where there is nothing to do or something to
+    """The plan that `_plan` makes in a subprocess, or the exit code where there is nothing to do or something to
     mend."""
     receive, send = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=_plan, args=(command.argv, send), daemon=True)
@@ -189,7 +189,7 @@ def _planned(command: Command) -> dict[str, Any] | int:
         answer = receive.recv()
     except EOFError:
         process.join()
-        return max(process.exitcode or 0, 0) or 1  # it has said why
+        return max(process.exitcode or 0, 0) or 1  # it has printed why
     process.join()
     if isinstance(answer, str):
         raise UsageError(answer)

@@ -1,8 +1,8 @@
 """Drawings of lines, dots, boxes and words, written as SVG into a page or as pixels into a file or a tracker.
 
-One unit is a pixel of an SVG of its own size, a point of a font; y grows downward. Colours are named: a page has them
-in a light and a dark form (`COLOURS`), pixels are light. matplotlib, which makes the pixels, writes an SVG 30 times
-slower than `svg` and three times as long, and a page is written after every epoch.
+A unit is a pixel of an SVG shown at its size and a point of a font; y grows downward. Colours are named: a page has
+them in a light and a dark form (`COLOURS`), pixels are light. matplotlib, which makes the pixels, writes an SVG 30
+times slower than `svg` and three times as long, and a page is written after every epoch.
 """
 
 import math
@@ -280,7 +280,7 @@ def ticks(low: float, high: float, percent: bool = False, about: int = 4) -> lis
 
 
 def _tick(value: float, step: float, percent: bool = False) -> str:
-    """A value beside an axis, with the digits that values `step` apart need."""
+    """Format a value of an axis with the digits that values `step` apart need."""
     value, step, unit = (100 * value, 100 * step, " %") if percent else (value, step, "")
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if not percent and step >= size / 4 and abs(value) >= 10 * size:

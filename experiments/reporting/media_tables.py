@@ -28,8 +28,8 @@ class Table:
 
 
 def words(value: Any, most: int = 100) -> str:
-    """What a person has named, as text that any file takes: what cannot be printed becomes `?`, what is longer loses
-    its middle, as `abc...xyz`: long names often differ at their ends alone."""
+    """A name as text that any file takes: letters that cannot be printed become `?`, a longer text loses its middle, as
+    `abc...xyz`, since long names often differ at their ends alone."""
     text = "".join(letter if letter.isprintable() else "?" for letter in str(value))
     kept = most - 3
     return text if len(text) <= most else text[: kept - kept // 2] + "..." + text[-(kept // 2) :]
@@ -138,13 +138,13 @@ def _example_class(scored: Scored, row: int, probabilities: np.ndarray | None) -
 
 
 def _example_labels(scored: Scored, row: int, _: Any) -> dict[str, Any]:
-    there, said = scored.target[row] > 0.5, scored.outputs[row]
-    top = {int(k): float(said[k]) for k in np.argsort(-said, kind="stable")[:TOP]}
+    there, predicted = scored.target[row] > 0.5, scored.outputs[row]
+    top = {int(k): float(predicted[k]) for k in np.argsort(-predicted, kind="stable")[:TOP]}
     return {
-        "right": bool((there == (said > 0.5)).all()),
+        "right": bool((there == (predicted > 0.5)).all()),
         "target": _joined(scored.names, there),
-        "prediction": _joined(scored.names, said > 0.5),
-        "mean probability of target": float(np.where(there, said, 1 - said).mean()),
+        "prediction": _joined(scored.names, predicted > 0.5),
+        "mean probability of target": float(np.where(there, predicted, 1 - predicted).mean()),
         "top 5": _likeliest(scored.names, top),
     }
 
@@ -153,8 +153,8 @@ def _example_targets(scored: Scored, row: int, _: Any) -> dict[str, Any]:
     found: dict[str, float] = {}
     for t, name in enumerate(scored.names[:MOST_TARGETS]):
         of = f" {words(name)}" if len(scored.names) > 1 else ""
-        true, said = float(scored.target[row, t]), float(scored.outputs[row, t])
-        found |= {f"target{of}": true, f"prediction{of}": said, f"error{of}": said - true}
+        true, predicted = float(scored.target[row, t]), float(scored.outputs[row, t])
+        found |= {f"target{of}": true, f"prediction{of}": predicted, f"error{of}": predicted - true}
     return found
 
 

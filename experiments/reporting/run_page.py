@@ -105,15 +105,15 @@ def _split(result: dict[str, Any]) -> str:
 
 
 def _kept(page: Path) -> str:
-    """The pictures of an earlier page, as they stand there; '' for none. Nothing a person has named can hold the marks:
-    its < is escaped."""
+    """The section of first images of an earlier page as HTML; '' for none. No name can hold the marks: its < is
+    escaped."""
     before = page.read_text() if page.is_file() else ""
     start, end = before.find(KEPT[0]), before.find(KEPT[1])
     return before[start + len(KEPT[0]) : end] if 0 <= start < end else ""
 
 
 def opened(data: PictureData | None, ids: list[str]) -> list[Image.Image | None]:
-    """The pictures of these ids of test or val, or of another fold's rows; None for one that is not there or cannot be
+    """The images of these ids of test or val, or of another fold's rows; None for one that is missing or cannot be
     read."""
     found: dict[str, tuple[Any, Any]] = {}
     for name in ("test", "val", "train"):

@@ -1,4 +1,4 @@
-"""The run.py processes of a sweep: started, watched epoch by epoch, stopped early, counted."""
+"""The run.py subprocesses of a sweep: started, watched epoch by epoch, stopped early, counted."""
 
 import math
 import shlex

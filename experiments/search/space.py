@@ -156,7 +156,7 @@ def _early(content: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _command(words: Any) -> list[str]:
-    """The flags that a `command` gives to run.py beside the parameters."""
+    """The flags that a `command` gives to run.py in addition to the parameters."""
     if words is None:
         return []
     if not isinstance(words, list) or "${program}" not in words or not {*ARGS} & {*map(str, words)}:

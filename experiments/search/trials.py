@@ -1,5 +1,4 @@
-"""The trials of a sweep: an Optuna study in study.db that any later launch goes on with, and what it says as a
-table."""
+"""The trials of a sweep: an Optuna study in study.db, which a later launch resumes, and its table."""
 
 import csv
 import json
@@ -26,7 +25,7 @@ STATES = {
     TrialState.FAIL: "failed",
     TrialState.RUNNING: "unfinished",
 }
-SECONDS, WHY, PRUNE = "seconds", "why", "prune"  # what is kept of a trial beside Optuna's own
+SECONDS, WHY, PRUNE = "seconds", "why", "prune"  # attributes of a trial in the study
 ENOUGH = 5  # finished trials before a word on which parameter mattered
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
