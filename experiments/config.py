@@ -11,9 +11,9 @@ import sys
 from dataclasses import Field, FrozenInstanceError, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
 from datamodules.knobs import default, height_width
 from datamodules.loading.closest import did_you_mean
@@ -153,6 +153,7 @@ def _tidy(message: str) -> str:
         lambda found: f"expected {found[1].replace(', NoneType', ' or null')}, got",
         line,
     )
+    line = re.sub(r"Expected a (?:typing\.)?(Literal\[.*?\])\. Got value:", r"expected \1, got", line)
     line = re.sub(
         r"(?:typing\.)?Literal\[(.*?)\]", lambda found: " or ".join(found[1].replace("'", "").split(", ")), line
     )
@@ -217,27 +218,55 @@ def _shorten_warmup(values: dict[str, Any], alone: dict[str, Any], chosen: set[s
         values["warmup_epochs"] = alone["warmup_epochs"] = None
 
 
+class Help(DefaultHelpFormatter):
+    """Texts with their defaults; types are shown as metavars."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        left_out = any(action.default is none for none in (None, False)) or action.default in ({}, argparse.SUPPRESS)
+        return (action.help or "") + " Default: %(default)s." * (not left_out)
+
+
+def _metavar(hint: Any) -> str:
+    """How the value of a type is written: N, X, TEXT, one of several words."""
+    parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
+    words = [word for part in (hint, *parts) if get_origin(part) is Literal for word in get_args(part)]
+    if words:
+        return f"{{{','.join(words)}}}"
+    if get_origin(hint) is tuple or get_origin(parts[0]) is tuple:
+        return "[X,...]"
+    names = {bool: "BOOL", int: "N", float: "X", str: "TEXT"}
+    return "KEYWORDS" if hint == dict[str, Any] else "|".join(names[part] for part in parts)
+
+
 @cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="run.py",
+        formatter_class=Help,
         exit_on_error=False,
         allow_abbrev=False,
         description="Train one model: python experiments/run.py --model vit_b16 --devices 8",
         usage="run.py [--flag value ...]",
     )
     parser.add_argument(
-        "--config", type=str, help="config.yaml of a run to repeat; flags win over it, it wins over the recipe"
+        "--config",
+        type=str,
+        metavar="FILE",
+        help="Config file, as config.yaml of a run to repeat; flags win over it, and it wins over the recipe.",
     )
     hints = get_type_hints(Config)
     for title, members in groups().items():
         section = parser.add_argument_group(title)
         for each in members:
-            options: dict[str, Any] = {"default": default(each), "help": _help(each)}
-            if hints[each.name] in BOOLEAN:
-                section.add_argument(f"--{each.name}", action=ActionYesNo(no_prefix="no_"), nargs="?", **options)
+            hint = hints[each.name]
+            options: dict[str, Any] = {"default": default(each), "help": _help(each), "metavar": _metavar(hint)}
+            if hint in BOOLEAN:
+                added = section.add_argument(
+                    f"--{each.name}", action=ActionYesNo(no_prefix="no_"), nargs="?", **options
+                )
+                added.metavar = options["metavar"]  # jsonargparse sets its own
             else:
-                section.add_argument(f"--{each.name}", type=hints[each.name], **options)
+                section.add_argument(f"--{each.name}", type=hint, **options)
     return parser
 
 

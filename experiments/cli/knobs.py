@@ -59,12 +59,19 @@ class DataSet:
         group="Augmentation",
         flag="augment_args.function",
     )
+
+
+@dataclass(kw_only=True)
+class Folds:
+    """The folds of a table, run one after the other."""
+
+    title: ClassVar[str] = data.Table.title
+
     hours: float | None = knob(
         None,
         "Hours that --folds may take; a fold that would not end in time is not started.",
         NOT_NEGATIVE,
         role="place",
-        group="Tables (a folder with train.csv)",
     )
 
 
@@ -182,6 +189,7 @@ class Knobs(  # the last group first: dataclasses collect the fields of their ba
     data.Batches,
     data.Augmentation,
     data.Preparation,
+    Folds,
     data.Table,
     data.ImageFiles,
     data.Source,
