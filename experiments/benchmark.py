@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,11 @@ def step(family: str, precision: str, batch: int, rounds: int, channels_last: bo
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if precision == "bf16" else None
     ours, arguments, peers = contenders(family)
-    made = {
-        name: make().to(device).train()
-        for name, make in {"vitlab": lambda: models.create(ours, **arguments), **peers}.items()
-    }
+    makers: Makers = {"vitlab": lambda: models.create(ours, **arguments), **peers}
+    if "vit-pytorch" in makers and find_spec("vit_pytorch") is None:
+        print("vit-pytorch is not installed and left out")
+        del makers["vit-pytorch"]
+    made = {name: make().to(device).train() for name, make in makers.items()}
     if hasattr(made["vitlab"], "set_distilled_training"):
         made["vitlab"].set_distilled_training(False)
     images, targets = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)

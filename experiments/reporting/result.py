@@ -233,7 +233,7 @@ def result(run: Run, task: L.LightningModule, trainer: L.Trainer) -> None:
         "lr": cfg.lr,
         "global_batch_size": cfg.global_batch_size,
         **_timing(run, trainer),
-        "peak_memory_mb": round(peak_memory_mb(task.device)),
+        "peak_memory_mb": round(peak_memory_mb(trainer.strategy.root_device)),
         "world_size": trainer.world_size,
         "seed": cfg.seed,
         "commit": run_directory.commit(),

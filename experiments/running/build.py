@@ -83,6 +83,7 @@ def quiet() -> None:
         r".*isinstance\(treespec, LeafSpec\).*",  # lightning 2.6 with newer torch
         ".*Total length of `list` across ranks is zero.*",  # no val split: said by --dry_run
         ".*dataloader is not resumable.*",  # ours is: its position is in the checkpoint
+        ".*does not have many workers.*",  # a start line tells workers and cores
     ):
         warnings.filterwarnings("ignore", message=message)
 
