@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import datamodules
+from datamodules import kaggle_csv
 from datamodules.base import PictureData
 from datamodules.folder import DataModule as ClassFolders
 from experiments.cli.errors import UsageError
@@ -84,6 +85,7 @@ def _held_out(cfg: Config, data: PictureData) -> dict[int | None, np.ndarray]:
         return {}
     if not cfg.folds or cfg.fold is not None:
         return {cfg.fold: data.splits["val"].names}
+    assert isinstance(data, kaggle_csv.DataModule) and data.fold_numbers is not None  # folds are of tables
     names = np.concatenate([data.splits[split].names for split in ("train", "val")])
     fold = data.fold_numbers[np.concatenate([data.rows[split] for split in ("train", "val")])]
     return {number: names[fold == number] for number in range(cfg.folds)}
