@@ -6,7 +6,6 @@ it back.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ if __name__ == "__main__":  # a checkout need not be installed
 from safetensors.torch import save_file
 
 import models
-from datamodules.loading.files import whole_file
+from datamodules.loading.files import sha256_of, whole_file
 from experiments.cli.errors import piped
 from experiments.config import SPLIT
 from models import pretrained
@@ -59,7 +58,7 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
         "epoch": content.get("epoch"),
         "step": content.get("global_step"),
         "source": file.name,
-        "source_sha256": sha256(file),
+        "source_sha256": sha256_of(file),
     }
     shown = {
         "model": config["model"],
@@ -76,14 +75,6 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
     with whole_file(out) as partial:
         save_file(weights, partial, metadata)
     return out
-
-
-def sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while chunk := content.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:

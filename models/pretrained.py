@@ -21,7 +21,8 @@ from torch.nn.utils import get_total_norm
 
 from models import transfer
 from models.registry import REGISTRY, build, preprocessing
-from models.transfer import fit, head_keys, some, start_small_
+from models.spec import Spec
+from models.transfer import About, fit, head_keys, some, start_small_
 
 __all__ = ["fit", "head_keys", "start_small_"]  # of transfer.py, beside what stands here
 
@@ -260,7 +261,7 @@ def initialise(
     source: str,
     *,
     name: str,
-    spec: dict[str, Any] | None = None,
+    spec: Spec | None = None,
     reset_head: bool = False,
     partial: bool = False,
     whole: bool = False,
@@ -284,8 +285,8 @@ def initialise(
     own, heads = model.state_dict(), head_keys(model)
     if saved is not None and name.startswith("timm/") and (larger := saved_network(known, 2)) is not None:
         transfer.check_resized(weights, saved, larger, own, source)
-    theirs, ours = (known.get("spec") or {}, spec or {}) if not whole else ({}, {})
-    weights, head_notes = _with_head(model, weights, source, theirs, ours, reset_head)
+    theirs, ours = (None, None) if whole else (known.get("spec"), spec)
+    weights, head_notes = _with_head(model, weights, source, theirs or {}, ours or {}, reset_head)
     missing, unexpected = [key for key in own if key not in weights], [key for key in weights if key not in own]
     if whole and missing:
         raise ValueError(
@@ -303,7 +304,7 @@ def initialise(
 
 
 def _with_head(
-    model: nn.Module, weights: dict[str, Tensor], source: str, theirs: dict[str, Any], ours: dict[str, Any], reset: bool
+    model: nn.Module, weights: dict[str, Tensor], source: str, theirs: About, ours: About, reset: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The weights with a head that fits, its rows by name or left out for a fresh one, and notes. Raises ValueError for
     any misfit."""
@@ -399,7 +400,7 @@ def chooses_ema(content: dict[str, Any], use_ema: bool | None) -> bool:
     return wanted is not False and any(isinstance(content.get(key), dict) for key in EMA)
 
 
-def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, Spec]:
     """The trained network of one of our checkpoints, run directories or exported files, in evaluation mode, and its
     data specification.
 
@@ -417,7 +418,7 @@ def load(path: str | Path, use_ema: bool | None = None) -> tuple[nn.Module, dict
     return model.eval(), spec
 
 
-def _network_of(config: dict[str, Any], spec: dict[str, Any], image_size: tuple[int, int]) -> nn.Module:
+def _network_of(config: dict[str, Any], spec: Spec, image_size: tuple[int, int]) -> nn.Module:
     if "model" not in config:
         raise ValueError(
             "the checkpoint does not say how its network is built (models.create did not build it): make the network, "
@@ -429,9 +430,10 @@ def _network_of(config: dict[str, Any], spec: dict[str, Any], image_size: tuple[
     return build(config["model"], spec["num_outputs"], image_size, columns=columns_of(spec), **arguments)
 
 
-def columns_of(spec: dict[str, Any]) -> int:
+def columns_of(spec: About) -> int:
     """Number of table columns that a network of these data takes beside the image."""
-    return len((spec.get("columns") or {}).get("names", ()))
+    columns = spec.get("columns")
+    return len(columns["names"]) if columns else 0
 
 
 def network_state(content: dict[str, Any], use_ema: bool | None, file: Path) -> dict[str, Tensor]:

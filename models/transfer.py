@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from models.layers import saved_grid
 from models.swin import window_of
 
 State = dict[str, Tensor]
+About = Mapping[str, Any]  # a specification (models/spec.py), or what is known of one
 TABLE = "relative_position_bias_table"
 LIBRARIES = {
     r"features\.\d|encoder\.layers\.encoder_layer_": "torchvision",
@@ -195,7 +196,7 @@ def check_resized(weights: State, saved: nn.Module, larger: nn.Module, own: Stat
         )
 
 
-def fit_head(model: nn.Module, weights: State, theirs: dict[str, Any], ours: dict[str, Any]) -> tuple[State, list[str]]:
+def fit_head(model: nn.Module, weights: State, theirs: About, ours: About) -> tuple[State, list[str]]:
     """Take the rows of the classifier by the names of what they predict, where both data specifications have them.
 
     Rows whose name the file lacks start fresh (`start_small_`). The weights are returned as they are where the names
@@ -234,7 +235,7 @@ def _other_encoding(names: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]])
     return [f"its outputs are {theirs} ({each} a target), these {ours} ({here})"] * bool(apart)
 
 
-def outputs(spec: dict[str, Any]) -> list[tuple[Any, ...]]:
+def outputs(spec: About) -> list[tuple[Any, ...]]:
     """Meaning of each output of a network of these data, in order; equal entries mean the same. [] if not known."""
     names = spec.get("class_names") or spec.get("target_names") or []
     each = spec["num_outputs"] // len(names) if names else 0
@@ -242,7 +243,7 @@ def outputs(spec: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(str(name), kind, each, place) for name in names for place in range(each)]
 
 
-def _kind(spec: dict[str, Any]) -> str:
+def _kind(spec: About) -> str:
     return "targets" if spec.get("task") == "regression" else "classes"
 
 
@@ -250,7 +251,7 @@ def _words(rows: list[tuple[Any, ...]]) -> list[str]:
     return [name if each == 1 else f"{name} {place + 1}/{each}" for name, _, each, place in rows]
 
 
-def _other_range(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def _other_range(theirs: About, ours: About) -> list[str]:
     there, here = theirs.get("target_range"), ours.get("target_range")
     return [f"its targets lay within {there}, these within {here}"] * bool(there and here and there != here)
 
