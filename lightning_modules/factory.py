@@ -22,6 +22,7 @@ from lightning_modules.teachers.cached_teacher import CachedTeacher, is_cache
 from lightning_modules.teachers.teacher import Teacher, Teachers
 from lightning_modules.wiring import wire
 from models import closest, pretrained
+from models.spec import Spec
 
 
 class Data(Protocol):
@@ -159,7 +160,7 @@ def _check_values(learning: Learning) -> None:
     check_optimizer(learning.optimizer, learning.optimizer_args)
 
 
-def _network(model: str | nn.Module, spec: dict[str, Any], knobs: dict[str, Any]) -> nn.Module:
+def _network(model: str | nn.Module, spec: Spec, knobs: dict[str, Any]) -> nn.Module:
     """The network of a name, with fresh weights by the seed or those of `init`; a given one is checked for its head."""
     if isinstance(model, nn.Module):
         for name in OF_NETWORK:
@@ -174,7 +175,7 @@ def _network(model: str | nn.Module, spec: dict[str, Any], knobs: dict[str, Any]
         return models.create(
             model,
             spec["num_outputs"],
-            tuple(spec["image_size"]),
+            (spec["image_size"][0], spec["image_size"][1]),
             columns=pretrained.columns_of(spec),
             init=knobs["init"],
             **knobs["model_args"],
@@ -182,14 +183,14 @@ def _network(model: str | nn.Module, spec: dict[str, Any], knobs: dict[str, Any]
 
 
 def load_teacher(
-    teacher: str | Path | nn.Module | AnyTeacher | Sequence[str], spec: dict[str, Any], init: str | None = None
+    teacher: str | Path | nn.Module | AnyTeacher | Sequence[str], spec: Spec, init: str | None = None
 ) -> AnyTeacher:
     """The teacher that `create` is given, for a student of these data. Raises as `Teacher.load`."""
     if isinstance(teacher, AnyTeacher):
         return teacher
     if isinstance(teacher, nn.Module):
-        same = {"mean": spec["mean"], "std": spec["std"], "student_mean": spec["mean"], "student_std": spec["std"]}
-        return Teacher(teacher, **same, spec=spec)
+        mean, std = spec["mean"], spec["std"]
+        return Teacher(teacher, mean=mean, std=std, student_mean=mean, student_std=std, spec=spec)
     sources = [str(teacher)] if isinstance(teacher, str | Path) else [str(each) for each in teacher]
     if len(sources) > 1:
         return Teachers([Teacher.load(each, init, student=spec) for each in sources], spec["task"])

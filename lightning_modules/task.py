@@ -23,6 +23,7 @@ from lightning_modules.optimization.freeze import hold_frozen
 from lightning_modules.optimization.optimizers import set_lr
 from lightning_modules.wiring import defaults, wire
 from models import pretrained
+from models.spec import Spec
 
 
 def step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
@@ -69,7 +70,7 @@ class Task(L.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        spec: dict[str, Any],
+        spec: Spec,
         config: dict[str, Any],
         *,
         loss: Callable[[Tensor, Tensor], Tensor],

@@ -9,6 +9,7 @@ from lightning_modules.knobs import Learning
 from lightning_modules.objectives import losses, metrics
 from lightning_modules.optimization.optimizers import optimizer
 from lightning_modules.optimization.schedules import SCHEDULES, later, warmup_length
+from models.spec import Spec
 
 
 def defaults() -> dict[str, Any]:
@@ -18,9 +19,7 @@ def defaults() -> dict[str, Any]:
     return {each.name: getattr(learning, each.name) for each in fields(Learning)} | shared
 
 
-def wire(
-    knobs: Mapping[str, Any], spec: dict[str, Any], steps_per_epoch: int | None, start_step: int = 0
-) -> dict[str, Any]:
+def wire(knobs: Mapping[str, Any], spec: Spec, steps_per_epoch: int | None, start_step: int = 0) -> dict[str, Any]:
     """The keyword arguments of `Task` beside network, specification and config.
 
     Args:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import lightning as L
 import numpy as np
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_modules.loggers.messages import warn_on_error
+from models.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,7 @@ class FirstImagesCallback(Callback):
     """
 
     def __init__(
-        self,
-        callback: Callable[[FirstImages | None], None],
-        spec: dict[str, Any],
-        count: int = 32,
-        every_seconds: float = 300.0,
+        self, callback: Callable[[FirstImages | None], None], spec: Spec, count: int = 32, every_seconds: float = 300.0
     ):
         self.callback, self.spec, self.wanted, self.every_seconds = callback, spec, count, every_seconds
         self.parts: list[tuple[np.ndarray, ...]] = []

@@ -8,16 +8,19 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+
+if TYPE_CHECKING:
+    from models.spec import Spec
 
 MOST_COLUMNS = 100  # classes that get a column each; of more only the likeliest is written, but for a table
 
 
 def table(
-    ids: Any, spec: dict[str, Any], prediction: np.ndarray, target: np.ndarray | None = None, fold: Any = None
+    ids: Any, spec: "Spec", prediction: np.ndarray, target: np.ndarray | None = None, fold: Any = None
 ) -> pd.DataFrame:
     """The table of a split.
 
@@ -32,7 +35,7 @@ def table(
         target: (N,) class numbers, or (N, K) or (N, T).
         fold: a number, or (N,) of them.
     """
-    names = spec["class_names"] or spec["target_names"]
+    names = spec["class_names"] or spec["target_names"] or []
     columns = {spec.get("id_column") or "id": ids} | ({} if fold is None else {"fold": np.broadcast_to(fold, len(ids))})
     if target is not None and spec["task"] == "classification":
         columns["target"] = [names[k] for k in target]
@@ -46,12 +49,12 @@ def table(
     return pd.DataFrame(columns)
 
 
-def arrays(content: pd.DataFrame, spec: dict[str, Any]) -> tuple[np.ndarray | None, np.ndarray]:
+def arrays(content: pd.DataFrame, spec: "Spec") -> tuple[np.ndarray | None, np.ndarray]:
     """The arrays behind a `table`, as `metrics.score` takes them: (targets or None, predictions of the spec's `dtype`).
 
     Raises ValueError for a column that is missing or a class that the spec does not have.
     """
-    names = spec["class_names"] or spec["target_names"]
+    names = spec["class_names"] or spec["target_names"] or []
     predicted, answered = (
         _named("prediction", names),
         ["target"] if spec["task"] == "classification" else _named("target", names),
@@ -72,7 +75,7 @@ def arrays(content: pd.DataFrame, spec: dict[str, Any]) -> tuple[np.ndarray | No
     return target.astype(np.int64), prediction
 
 
-def dtype(spec: dict[str, Any]) -> type[np.floating]:
+def dtype(spec: "Spec") -> type[np.floating]:
     """The type of predictions: float32 for probabilities, float64 for values in own units."""
     return np.float64 if spec["task"] == "regression" else np.float32
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_modules.callbacks.finite import NotFinite
 from lightning_modules.callbacks.prediction_table import fixed_rows, table, write
 from lightning_modules.objectives.targets import predict
+from models.spec import Spec
 
 
 class Predictions(Callback):
@@ -26,7 +27,7 @@ class Predictions(Callback):
     missing or there twice, NotFinite for NaN.
     """
 
-    def __init__(self, folder: Path, spec: dict[str, Any], fold: int | None = None):
+    def __init__(self, folder: Path, spec: Spec, fold: int | None = None):
         self.folder, self.spec, self.fold = folder, spec, fold or 0
         self.parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self.shown: dict[str, np.ndarray] = {}

@@ -15,6 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_modules.objectives.metrics import EVERY_EPOCH, Metric, find, score
 from lightning_modules.objectives.targets import predict
+from models.spec import Spec
 
 IGNORED = -1  # target or row of padding
 
@@ -33,7 +34,7 @@ class Metrics(nn.Module):
     """
 
     def __init__(
-        self, spec: dict[str, Any], loss: Callable[[Tensor, Tensor], Tensor] | None = None, chosen: Metric | None = None
+        self, spec: Spec, loss: Callable[[Tensor, Tensor], Tensor] | None = None, chosen: Metric | None = None
     ):
         super().__init__()
         classes = spec["num_outputs"] if spec["task"] == "classification" else 0
@@ -143,7 +144,7 @@ class Rows(Counted):
     target: list[Tensor]
     index: list[Tensor]
 
-    def __init__(self, spec: dict[str, Any]) -> None:
+    def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
         for name in ("logits", "target", "index"):
@@ -167,7 +168,7 @@ class Score(Counted):
 
     full_state_update = False
 
-    def __init__(self, rows: Rows, metric: Metric, spec: dict[str, Any]):
+    def __init__(self, rows: Rows, metric: Metric, spec: Spec):
         super().__init__(sync_on_compute=False)  # the rows are from all ranks already
         self.source = (rows, metric, spec)
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from lightning_modules.objectives.targets import BINS, bin_targets, ordinal_targets, scale
 from models import closest
+from models.spec import Spec
 
 RSB_THRESHOLD = 0.2
 
@@ -131,11 +132,7 @@ class PerTarget:
     """
 
     def __init__(
-        self,
-        each: Callable[[Tensor, Tensor], Tensor],
-        spec: dict[str, Any],
-        smoothing: float,
-        target_weights: list[float] | None,
+        self, each: Callable[[Tensor, Tensor], Tensor], spec: Spec, smoothing: float, target_weights: list[float] | None
     ):
         self.each, self.smoothing = each, smoothing
         self.target_range = spec["target_range"] if spec["task"] == "regression" else None
@@ -153,9 +150,7 @@ class PerTarget:
         return self.rows(logits, target, self.smoothing).mean()
 
 
-def create(
-    name: str, spec: dict[str, Any], smoothing: float = 0.0, **loss_args: Any
-) -> Callable[[Tensor, Tensor], Tensor]:
+def create(name: str, spec: Spec, smoothing: float = 0.0, **loss_args: Any) -> Callable[[Tensor, Tensor], Tensor]:
     """(logits (B, num_outputs), targets of a batch) -> the mean loss, a scalar. Of multilabel and regression it is a
     `PerTarget`.
 
@@ -181,7 +176,7 @@ def create(
         raise ValueError(
             f"--label_smoothing {smoothing} is for classes and labels; of a regression --label_smoothing 0"
         )
-    names = spec["class_names"] or spec["target_names"]
+    names = spec["class_names"] or spec["target_names"] or []
     weights = loss_args.get("target_weights")
     if weights is not None and len(weights) != len(names):
         raise ValueError(

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def find(name: str | None, task: str) -> Metric:
     return METRICS[name]
 
 
-def score(name: str | Metric, target: np.ndarray, prediction: np.ndarray, spec: dict[str, Any]) -> float:
+def score(name: str | Metric, target: np.ndarray, prediction: np.ndarray, spec: Mapping[str, Any]) -> float:
     """One metric over all rows, which is what an epoch's validation gives, whatever its batches and ranks. NaN for
     predictions that are not finite. Raises ValueError for arrays that do not fit each other or the spec, and as
     `find`."""
@@ -122,7 +122,7 @@ def score(name: str | Metric, target: np.ndarray, prediction: np.ndarray, spec: 
         ) from error
 
 
-def attempt(chosen: Metric, spec: dict[str, Any], target: np.ndarray) -> None:
+def attempt(chosen: Metric, spec: Mapping[str, Any], target: np.ndarray) -> None:
     """Score made predictions, drawn at random, of up to 1,000 real targets, so that a user's function fails
     before a training and not after its first epoch. Raises MetricError."""
     target = target[np.linspace(0, len(target) - 1, min(len(target), 1000)).astype(int)].copy()

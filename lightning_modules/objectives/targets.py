@@ -5,11 +5,11 @@ Pure torch, so that inference needs no more. Legend: B pictures, K classes or la
 outputs of each, N bins.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from models.spec import Spec
 
 ENCODINGS = {
     "bce": "sigmoid",
@@ -29,13 +29,13 @@ def encoding_of(loss: str | None, bins: int = BINS) -> tuple[str, int]:
     return encoding, {"ordinal": bins - 1, "bins": bins}.get(encoding, 1)
 
 
-def scale(target: Tensor, target_range: list[list[float]]) -> Tensor:
+def scale(target: Tensor, target_range: list[list[float]] | None) -> Tensor:
     """(B, T) in own units, float64 -> float32, 0-1 within each target's range; values outside of it go beyond 0-1."""
     low, high = torch.tensor(target_range, dtype=torch.float64, device=target.device).T
     return ((target - low) / (high - low)).float()
 
 
-def predict(logits: Tensor, spec: dict[str, Any]) -> Tensor:
+def predict(logits: Tensor, spec: Spec) -> Tensor:
     """Logits (B, num_outputs) -> predictions: classification (B, K) probabilities that sum to 1, multilabel (B,
     K) probabilities, both float32; regression (B, T) in the targets' own units, float64 since 32 bits hold no more than
     24 of an offset.
@@ -53,7 +53,7 @@ def predict(logits: Tensor, spec: dict[str, Any]) -> Tensor:
     return torch.lerp(low, high, expectation(logits, spec["encoding"], len(low)).double())  # exact at both ends
 
 
-def expectation(logits: Tensor, encoding: str, targets: int) -> Tensor:
+def expectation(logits: Tensor, encoding: str | None, targets: int) -> Tensor:
     """Logits (B, T * O) of a regression -> scaled targets (B, T)."""
     if encoding == "linear":
         return logits

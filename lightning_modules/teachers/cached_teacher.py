@@ -17,6 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from models.spec import Spec
+
 ABOUT, FORMAT = "cache.json", 1
 HALF = torch.finfo(torch.float16).max
 TRANSFORM = (
@@ -60,7 +62,7 @@ PLACE = ("world_size", "pass_size")  # decide which pictures are mixed with whic
 
 
 def identity(
-    config: dict[str, Any], data: dict[str, Any], spec: dict[str, Any], *, world_size: int, pass_size: int, device: str
+    config: dict[str, Any], data: dict[str, Any], spec: Spec, *, world_size: int, pass_size: int, device: str
 ) -> dict[str, Any]:
     """Everything about a run that decides which pictures its teacher sees, as plain values.
 

@@ -6,7 +6,7 @@ width.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import models
 from lightning_modules.objectives.targets import predict
 from models import pretrained
+from models.spec import Spec
 
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 MUST_AGREE = ("task", "class_names", "target_names", "num_outputs")  # between the specs of teacher and student
@@ -55,7 +56,7 @@ class Teacher:
         image_size: tuple[int, int] | None = None,
         interpolation: str = "bicubic",
         precision: str = "32-true",
-        spec: dict[str, Any] | None = None,
+        spec: Spec | None = None,
         notes: Sequence[str] = (),
     ):
         if precision not in AUTOCAST:
@@ -124,7 +125,7 @@ class Teacher:
         source: str,
         init: str | None = None,
         *,
-        student: dict[str, Any],
+        student: Spec,
         precision: str = "32-true",
         image_size: tuple[int, int] | None = None,
     ) -> "Teacher":
@@ -147,7 +148,9 @@ class Teacher:
         if not found and "/" in source.removeprefix("timm/"):
             raise FileNotFoundError(f"--teacher {source}: there is no such run or file")
         with torch.random.fork_rng(devices=[]):  # the student starts the same with and without a teacher
-            network, spec, notes = (*models.load(source), []) if found else _named(source, init, student, image_size)
+            loaded: tuple[nn.Module, Any, list[str]]
+            loaded = (*models.load(source), []) if found else _named(source, init, student, image_size)
+            network, spec, notes = loaded
         check_spec(source, spec, student)
         return cls(
             network,
@@ -163,7 +166,7 @@ class Teacher:
         )
 
 
-def check_spec(source: str, spec: dict[str, Any], student: dict[str, Any]) -> None:
+def check_spec(source: str, spec: Mapping[str, Any], student: Mapping[str, Any]) -> None:
     """Raises ValueError where a teacher's specification is of other targets than the student's. Of a regression the
     answers are in own units: the names of the targets must agree, and neither their range nor the encoding of the
     outputs."""
@@ -211,8 +214,8 @@ class Teachers:
 
 
 def _named(
-    name: str, init: str | None, student: dict[str, Any], image_size: tuple[int, int] | None
-) -> tuple[nn.Module, dict[str, Any], list[str]]:
+    name: str, init: str | None, student: Spec, image_size: tuple[int, int] | None
+) -> tuple[nn.Module, Any, list[str]]:
     """A model by its name with trained weights, what is known of its targets and pictures, and a line on what is
     not."""
     models.check_name(name)
@@ -272,12 +275,12 @@ def _published_classes(name: str, count: int, ours: list[str]) -> list[str] | No
     return ours if [re.sub(r" \(n\d{8}\)$", "", each) for each in ours] == words else words
 
 
-def _assumed(student: dict[str, Any]) -> str:
+def _assumed(student: Spec) -> str:
     """The assumption about the targets of a teacher whose file does not name them."""
     names = student.get("class_names") or student.get("target_names") or []
     order = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
     if student.get("task") == "regression":
-        spans = ", ".join(f"{low:g} to {high:g}" for low, high in student["target_range"][:SHOWN])
+        spans = ", ".join(f"{low:g} to {high:g}" for low, high in (student["target_range"] or [])[:SHOWN])
         return (
             f"its targets and their scale are not known: taken to be {order} ({student['encoding']}, {spans}), as "
             f"the student's"
