@@ -216,7 +216,7 @@ def test_links_and_files_exist(page):
 
 
 @pytest.mark.parametrize("page", TEXTS)
-def test_flags_exist(page):
+def test_flags_exist(page, capsys):
     known = {config.flag(each).partition(".")[0] for each in fields(config.Config)} | {"--config", "--help"}
     moved = {f"--{each.name}" for each in fields(config.Config)} - known
     sources = [file for part in ("experiments", "tests/real") for file in (ROOT / part).rglob("*.[ps][yh]")]
@@ -226,6 +226,10 @@ def test_flags_exist(page):
     assert not unknown
     keys = {key for name in datamodules.names() for key in datamodules.accepted(name)}
     assert not {key for key in re.findall(r"--data_args\.(\w+)", text) if key not in keys}
+    with pytest.raises(SystemExit):
+        config.parse(["--help"])
+    listed = set(re.findall(r"\w+", capsys.readouterr().out))
+    assert not set(re.findall(r"--(?:augment|optimizer|logger)_args\.(\w+)", text)) - listed
 
 
 @pytest.mark.parametrize("page", TEXTS)
