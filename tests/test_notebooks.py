@@ -17,15 +17,15 @@ def code(name: str) -> list[str]:
     return ["".join(cell["source"]) for cell in cells]
 
 
-@pytest.mark.parametrize("epochs", [2, pytest.param(15, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("epochs", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_a_trainer_of_ones_own(tmp_path, monkeypatch, epochs):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for cell in code("own_trainer.ipynb"):
-        exec(cell.replace("EPOCHS = 15", f"EPOCHS = {epochs}"), names)
+        exec(cell.replace("EPOCHS = 25", f"EPOCHS = {epochs}"), names)
     best = names["history"]["val/acc1"].max()
     assert names["big"].checkpoint_callback.best_model_score.item() == pytest.approx(best)
-    assert names["scores"]["test/acc1"] > (0.9 if epochs == 15 else 0.1) and names["logits"].shape == (360, 10)
+    assert names["scores"]["test/acc1"] > (0.75 if epochs == 25 else 0.1) and names["logits"].shape == (360, 10)
     assert names["student"].teacher is not None and 0 < names["taught"]["test/acc1"] < 1
     assert names["spec"]["class_names"] == [str(digit) for digit in range(10)]
 

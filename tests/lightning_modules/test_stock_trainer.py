@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import pickle
+from pathlib import Path
 
 import conftest
 import pytest
@@ -250,6 +251,15 @@ def test_a_stock_checkpoint_gives_its_network_back(stock):
     assert trainer.validate(again, data, verbose=False)[0]["val/acc1"] > 0
 
 
+def test_the_task_of_an_old_run_directory_loads_but_does_not_train():
+    from lightning_modules.task import Task
+
+    task = Task.load_from_checkpoint(Path(__file__).parents[1] / "fixtures" / "old_run" / "finished")
+    assert task.monitor == "val/acc1" and not task.training and task.configure_optimizers().param_groups
+    with pytest.raises(ValueError, match=r"lightning_modules\.create\(task\.model, data, epochs=\.\.\.\)"):
+        task.schedule(0)
+
+
 def test_a_network_of_ones_own_comes_back_into_itself(tmp_path):
     import lightning as L
     import torch
@@ -306,7 +316,7 @@ def test_a_task_pickles():
     """What `ddp_spawn`, joblib and Ray do with it."""
     import torch
 
-    data, task = created()
+    data, task = created(model_args={"embed_dim": 32, "depth": 1, "dist_head": True})
     again = pickle.loads(pickle.dumps(task)).eval()
     image = torch.randn(2, 3, 8, 8)
     assert torch.equal(again(image), task.eval()(image)) and again.schedule(3) == task.schedule(3)
