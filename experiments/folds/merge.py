@@ -33,6 +33,8 @@ def merge(
     """
     table = whole(folder / FOLDS, places, skipped=skipped)
     target, prediction = prediction_table.arrays(table, spec)
+    if target is None:
+        raise UsageError(f"{next(iter(places.values())) / OOF} has no targets: --overwrite starts all folds again")
     chosen = metrics.find(metric, spec["task"])
     fold = table["fold"].astype(int).to_numpy()
     scores = [
