@@ -11,13 +11,14 @@ import pandas as pd
 from experiments.cli.errors import UsageError
 from lightning_modules.callbacks import prediction_table
 from lightning_modules.objectives import metrics
+from models.spec import Spec
 
 OOF, PREDICTIONS, FOLDS = "oof.csv", "predictions.csv", "folds.csv"
 RESAMPLES, BOOT_SEED = 1000, 0
 
 
 def merge(
-    folder: Path, places: dict[int, Path], spec: dict[str, Any], metric: str, *, skipped: bool = False
+    folder: Path, places: dict[int, Path], spec: Spec, metric: str, *, skipped: bool = False
 ) -> dict[str, Any]:
     """Merge the finished folds into `folder`: oof.csv in the order of its folds.csv, predictions.csv where the folds
     have one.
@@ -90,7 +91,7 @@ def whole(folds: Path, places: dict[int, Path], *, skipped: bool = False) -> pd.
     return together.loc[[each for each in order[column] if each in together.index]].reset_index(drop=True)
 
 
-def averaged(places: dict[int, Path], spec: dict[str, Any]) -> pd.DataFrame | None:
+def averaged(places: dict[int, Path], spec: Spec) -> pd.DataFrame | None:
     """The mean of the folds' predictions of the test rows (of probabilities, or of values in own units), in the order
     of the first; None where no fold has any. Raises UsageError for files with other columns or ids."""
     files = [place / PREDICTIONS for _, place in sorted(places.items())]
