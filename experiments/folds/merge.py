@@ -17,9 +17,7 @@ OOF, PREDICTIONS, FOLDS = "oof.csv", "predictions.csv", "folds.csv"
 RESAMPLES, BOOT_SEED = 1000, 0
 
 
-def merge(
-    folder: Path, places: dict[int, Path], spec: Spec, metric: str, *, skipped: bool = False
-) -> dict[str, Any]:
+def merge(folder: Path, places: dict[int, Path], spec: Spec, metric: str, *, skipped: bool = False) -> dict[str, Any]:
     """Merge the finished folds into `folder`: oof.csv in the order of its folds.csv, predictions.csv where the folds
     have one.
 
