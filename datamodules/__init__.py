@@ -52,7 +52,7 @@ def accepted(name: str) -> list[str]:
 
 
 def create(name: str, **kwargs: Any) -> PictureData:
-    """Build the data module `name`; reads the folder's listing, opens no picture.
+    """Build the data module `name`; reads the folder's listing, opens no image.
 
     Raises:
         ValueError: unknown name or keyword (names the closest), or data that cannot be used as asked.

@@ -1,4 +1,4 @@
-"""The data module every picture data set shares: splits, loaders, position for exact resume, normalisation on the
+"""The data module every image data set shares: splits, loaders, position for exact resume, normalisation on the
 device."""
 
 from dataclasses import dataclass
@@ -133,7 +133,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
 
     def read(self) -> tuple[list[str] | None, dict[str, Split]]:
         """(class names in index order, {"train" | "val" | "test" | "predict": Split}, absent splits left out); lists,
-        opens no picture.
+        opens no image.
 
         `predict` has no labels. For another task it sets `task`; of a regression `target_names` and `target_range` (T
         pairs, own units), and class names are None. `id_column` is a table's.
@@ -153,7 +153,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         return UserTransform(self.own_augment, size) if self.own_augment else self.train_transform(size)
 
     def train_transform(self, size: tuple[int, int] | None = None) -> Transform:
-        """RGB picture -> (3, H, W) uint8 of `size` or else image_size, random."""
+        """RGB image -> (3, H, W) uint8 of `size` or else image_size, random."""
         return train_transform(
             size or self.image_size,
             interpolation=self.interpolation,
@@ -165,7 +165,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         )
 
     def eval_transform(self) -> Transform:
-        """RGB picture -> (3, H, W) uint8, as timm evaluates."""
+        """RGB image -> (3, H, W) uint8, as timm evaluates."""
         return eval_transform(
             self.image_size,
             interpolation=self.interpolation,
@@ -386,7 +386,7 @@ class PictureData(Batches, Augmentation, Preparation, Source, L.LightningDataMod
         return loader(pictures, sampler, batch_size, workers, self.seed)
 
     def _served(self, split: str) -> Split:
-        """The split with its pictures as batches shall have them: out of the cache where there is one."""
+        """The split with its images as batches shall have them: out of the cache where there is one."""
         return self.cache.serve(self.splits[split]) if self.cache else self.splits[split]
 
     def _planned_cache(self) -> ImageCache | None:

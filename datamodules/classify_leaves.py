@@ -11,7 +11,7 @@ from datamodules.knobs import Task
 @dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(kaggle_csv.DataModule):
     """train.csv: `image` (path with suffix, as images/0.jpg) and `label` (text, as maclura_pomifera); test.csv: `image`
-    alone; sample_submission.csv: `image,label`, answered by the name of the likeliest class. The pictures of both lie
+    alone; sample_submission.csv: `image,label`, answered by the name of the likeliest class. The images of both lie
     in images/.
 
     It is the usual form of an image classification, and a pattern for another one: copy the file, put other columns in.

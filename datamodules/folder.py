@@ -1,4 +1,4 @@
-"""Pictures in class folders: `train/<class>/**`, `val/<class>/**`, `test/<class>/**`."""
+"""Images in class folders: `train/<class>/**`, `val/<class>/**`, `test/<class>/**`."""
 
 import hashlib
 import os
@@ -25,8 +25,8 @@ from datamodules.loading.image_check import faults
 from datamodules.loading.images import Split, at_most, fingerprint
 from datamodules.tables.table import counted, listed
 
-SECONDS = 10  # of a start for looking at pictures: some hundred thousand on a disk nearby
-MOST_SKIPPED = 0.5  # with more pictures that cannot be read it is not the pictures
+SECONDS = 10  # of a start for looking at images: some hundred thousand on a disk nearby
+MOST_SKIPPED = 0.5  # with more images that cannot be read it is not the images
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Files:
         return open_picture(self.path(name), self.how)
 
     def path(self, name: bytes) -> str:
-        """The file, for the picture cache (datamodules/cache/store.py)."""
+        """The file, for the image cache (datamodules/cache/store.py)."""
         return os.path.join(self.root, os.fsdecode(name))
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class DataModule(ImageFiles, PictureData):
     """Class index = position in `class_names`, or else in the sorted folders of train (of val and test where there is
-    no train). Pictures in folders within a class folder belong to the class.
+    no train). Images in folders within a class folder belong to the class.
 
-    Without `val`, `val_fraction` of train is held out. `per_class` N keeps at most N training pictures a class of what
+    Without `val`, `val_fraction` of train is held out. `per_class` N keeps at most N training images a class of what
     is left. A `test` without class folders has no labels and is not used.
 
     Args:
-        bad_images: of pictures that cannot be read. error: header and end of each are looked at before the start, as
-            many as SECONDS allow, evenly spread; of a picture cache that is ready none, it has decoded them all. skip:
+        bad_images: of images that cannot be read. error: header and end of each are looked at before the start, as
+            many as SECONDS allow, evenly spread; of an image cache that is ready none, it has decoded them all. skip:
             all are looked at, and those are left out, after the split, which they do not move (`skipped`).
         max_pixels, white: `Decoding`.
         unreadable: names of those that are known, then none is looked at.
@@ -63,7 +63,7 @@ class DataModule(ImageFiles, PictureData):
         skipped: DataFrame of split, id, file and reason.
 
     Raises:
-        ValueError: pictures that cannot be read (named), or with skip more than half of them.
+        ValueError: images that cannot be read (named), or with skip more than half of them.
     """
 
     per_class: int | None = None
@@ -109,8 +109,8 @@ class DataModule(ImageFiles, PictureData):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """With what is there before pictures that cannot be read are left out: `listed`, its fingerprint, and for each
-        class folder the number of its pictures and a digest of their names."""
+        """With what is there before images that cannot be read are left out: `listed`, its fingerprint, and for each
+        class folder the number of its images and a digest of their names."""
         return super().identity | {"listed": self.listed, "folders": self.folders}
 
     def notes(self) -> list[str]:
@@ -151,7 +151,7 @@ class DataModule(ImageFiles, PictureData):
         return {name: index[composed(name)] for found in (known, *folders.values()) for name in found}, list(known)
 
     def _list(self, split: str, folders: list[str], index: dict[str, int], others: Counter[str]) -> Split:
-        """The pictures of a split; `others` counts files of other suffixes."""
+        """The images of a split; `others` counts files of other suffixes."""
         names = []
         for folder in folders:
             found, more = picture_names(self.files.root, split, folder)
@@ -181,7 +181,7 @@ class DataModule(ImageFiles, PictureData):
         return {name: split for name, split in splits.items() if name != "train" or not self.eval_only}
 
     def _refuse_unreadable(self) -> None:
-        """Look at pictures for as long as a start may take. Raises ValueError with those that cannot be read."""
+        """Look at images for as long as a start may take. Raises ValueError with those that cannot be read."""
         used = self._used(self.splits)
         names = np.concatenate([split.names for split in used.values()]) if used else np.array([], "S1")
         found, looked_at = faults(self.files.root, names, self.files.how, SECONDS)
@@ -200,7 +200,7 @@ class DataModule(ImageFiles, PictureData):
             )
 
     def _readable(self, splits: dict[str, Split]) -> dict[str, Split]:
-        """The splits without pictures that cannot be read, which go to `skipped` and `unreadable`. Raises ValueError
+        """The splits without images that cannot be read, which go to `skipped` and `unreadable`. Raises ValueError
         for too many."""
         kept, rows = dict(splits), []
         for name, split in self._used(splits).items():

@@ -64,7 +64,7 @@ class DataModule(folder.DataModule):
 
 
 class Published(DataModule):
-    """ImageNet-1k by its published numbers of pictures, without a file: for a plan where the data are not. Give
+    """ImageNet-1k by its published numbers of images, without a file: for a plan where the data are not. Give
     `unreadable` []."""
 
     def read(self) -> tuple[list[str], dict[str, Split]]:

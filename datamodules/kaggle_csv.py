@@ -1,4 +1,4 @@
-"""A competition's folder: train.csv, test.csv, sample_submission.csv and pictures. What each column means is guessed,
+"""A competition's folder: train.csv, test.csv, sample_submission.csv and images. What each column means is guessed,
 or given."""
 
 import os
@@ -40,7 +40,7 @@ class DataModule(Table, ImageFiles, PictureData):
     Args:
         target, task, image, group, metric: as the flags of the same names; group none does without, FILE.csv has an id
             column and the groups.
-        bad_images: error, or skip: rows whose picture is missing or cannot be read are left out (`skipped`).
+        bad_images: error, or skip: rows whose image is missing or cannot be read are left out (`skipped`).
         bad_rows: error, or skip: rows without a label are left out (`skipped`).
         max_pixels, white: `Decoding`.
         folds, fold: val is this one of so many folds (`folds.assign`, or `fold_column`); else `val_fraction` of the
@@ -54,7 +54,7 @@ class DataModule(Table, ImageFiles, PictureData):
         target_range: [low, high] of the targets in their own units, or a pair for each; left out: those of the rows
             trained on.
         train_csv, test_csv, sample_csv: other names of the files.
-        input_columns: names of columns of numbers, or of 0 and 1, that the network takes beside the picture (batch:
+        input_columns: names of columns of numbers, or of 0 and 1, that the network takes beside the image (batch:
             `columns` (B, C) float32, standardised by the rows trained on). aux_targets: of such columns of train.csv to
             be learned beside the target (`aux` (B, A), 0 to 1 by their range in the rows trained on), their loss times
             `aux_weight`.
@@ -65,7 +65,7 @@ class DataModule(Table, ImageFiles, PictureData):
         skipped: DataFrame of split (train or test), id, file and reason. rows: {split: (N,) rows of its table, from 0
             on}.
         columns: names, mean and std of the columns that are inputs, also `spec["columns"]`; {} without.
-        fold_numbers: (N,) folds of the rows of train.csv, those of skipped pictures too, those without a label or for
+        fold_numbers: (N,) folds of the rows of train.csv, those of skipped images too, those without a label or for
             test not; None without folds.
             groups, all_targets, train_ids: of the same rows.
     """
@@ -234,7 +234,7 @@ class DataModule(Table, ImageFiles, PictureData):
         report: Report,
         beside: Container[str],
     ) -> dict[str, Split]:
-        """{"train", "val"} of the rows with pictures, and "test" of those that (N,) `part` marks so, unless that is
+        """{"train", "val"} of the rows with images, and "test" of those that (N,) `part` marks so, unless that is
         `beside`. Raises ValueError with all that was reported before, or speaks against dividing."""
         file, scheme = tables.names["train"], self.table_scheme
         places = np.flatnonzero(train.labelled & (part != "test"))  # rows of the table that are divided
@@ -304,8 +304,8 @@ class DataModule(Table, ImageFiles, PictureData):
     def _held_out(
         self, frame: pd.DataFrame, rows: np.ndarray, names: list[str] | None, for_val: np.ndarray
     ) -> np.ndarray | None:
-        """(R,) bool of the rows with pictures: held out; None for none. Folds are of all rows that are divided, so that
-        a picture that comes or goes moves no other. Raises ValueError where the rows cannot be divided so.
+        """(R,) bool of the rows with images: held out; None for none. Folds are of all rows that are divided, so that
+        an image that comes or goes moves no other. Raises ValueError where the rows cannot be divided so.
 
         Args:
             frame: the N rows that are divided. rows: (R,) places in it. for_val: (N,) bool of a split column.
@@ -359,7 +359,7 @@ class DataModule(Table, ImageFiles, PictureData):
             folds.write(self.folds_file, self.train_ids, self.fold_numbers, str(self.id_column))
 
     def _groups(self, frame: pd.DataFrame, train: Rows, report: Report) -> np.ndarray | None:
-        """(N,) group of every row, "" where it has none: of the group column or file, and rows of one picture."""
+        """(N,) group of every row, "" where it has none: of the group column or file, and rows of one image."""
         name, parts = self.table_scheme["group"], []
         if name and name.endswith(".csv"):
             column = str(self.id_column)
@@ -422,7 +422,7 @@ class DataModule(Table, ImageFiles, PictureData):
         return lines + super().notes()
 
     def _skipped_lines(self) -> list[str]:
-        """Lines on the rows left out for their pictures, and on those without a label."""
+        """Lines on the rows left out for their images, and on those without a label."""
         lines, hollow = [], self.skipped["reason"] == table_targets.NO_LABEL
         for kind, what in ((self.skipped[~hollow], "picture"), (self.skipped[hollow], "row")):
             counts = " and ".join(

@@ -1,6 +1,6 @@
 """Attention maps of every block of a vision transformer, and their rollout over the blocks. Pure torch.
 
-Legend: B pictures, H heads, N tokens, K width of a head, P patches.
+Legend: B images, H heads, N tokens, K width of a head, P patches.
 """
 
 import copy
@@ -76,7 +76,7 @@ def asks_class_token(model: nn.Module) -> bool:
 
 
 def grid(model: nn.Module, image_size: tuple[int, int]) -> tuple[int, int]:
-    """Patches down and across a picture of (height, width). Raises ValueError for a network without patches on one
+    """Patches down and across an image of (height, width). Raises ValueError for a network without patches on one
     grid."""
     embed = getattr(model, "patch_embed", None)
     if embed is not None and hasattr(embed, "dynamic_feat_size"):

@@ -2,7 +2,7 @@
 Transformer.
 
 Module names are timm's (convnext.py), definitions and initialisation the authors'
-(github.com/facebookresearch/ConvNeXt, models/convnext.py). Legend: B pictures, C channels of the picture, H x W map, D
+(github.com/facebookresearch/ConvNeXt, models/convnext.py). Legend: B images, C channels of the image, H x W map, D
 width.
 """
 
@@ -41,7 +41,7 @@ class ConvNeXt(Hierarchy):
 
     Args:
         num_outputs: width of the head; 0 returns pooled, normalised features.
-        image_size: accepted as every network's; pictures of any size from 32 pixels up may follow. Raises ValueError
+        image_size: accepted as every network's; images of any size from 32 pixels up may follow. Raises ValueError
             below.
         dims, depths: width and number of blocks of each stage.
         kernel_size: of the depthwise convolutions, odd.
@@ -142,7 +142,7 @@ def rename_official(key: str) -> str:
 
 
 def check_smallest(image_size: int | tuple[int, int], smallest: int) -> None:
-    """Raises ValueError when a side of the picture would vanish before the last stage."""
+    """Raises ValueError when a side of the image would vanish before the last stage."""
     sides = (image_size,) if isinstance(image_size, int) else image_size
     if min(sides) < smallest:
         raise ValueError(

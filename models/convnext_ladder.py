@@ -5,7 +5,7 @@ One network whose settings stand in `STEPS`, each row what its step changes; the
 authors published only the two ends, so what the paper leaves open is decided here: the shortcut's normalisation goes
 with the block's second and third (step 10), the stem's stays; weights start as ResNet's until the last step; there is
 no LayerScale before it.
-Legend: B pictures, H x W map, D width of a stage.
+Legend: B images, H x W map, D width of a stage.
 """
 
 from typing import Any

@@ -22,7 +22,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def gmacs(meta: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> float:
-    """Billions of multiply-accumulates of one picture's forward pass, attention products included, for a network built
+    """Billions of multiply-accumulates of one image's forward pass, attention products included, for a network built
     on `meta`."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         meta.eval()(torch.empty(1, in_chans, *image_size, device="meta"))
@@ -30,7 +30,7 @@ def gmacs(meta: nn.Module, image_size: tuple[int, int], in_chans: int = 3) -> fl
 
 
 def training_flops(model: nn.Module, *given: torch.Tensor) -> float:
-    """Floating-point operations of one picture's forward and backward pass, attention products included and two to a
+    """Floating-point operations of one image's forward and backward pass, attention products included and two to a
     multiply-accumulate; what is frozen, and gradients that nothing asks for, cost nothing.
 
     Args:
@@ -67,7 +67,7 @@ def _convolution_backward(
     out_shape: Any = None,
     **kwargs: Any,
 ) -> int:
-    """The forward pass's count for the picture's gradient and for the weight's, as far as wanted (PyTorch's own forgets
+    """The forward pass's count for the image's gradient and for the weight's, as far as wanted (PyTorch's own forgets
     groups)."""
     return (wanted[0] + wanted[1]) * conv_flop_count(image, weight, grad_out, transposed=transposed)
 
@@ -164,7 +164,7 @@ def layer_table(
     meta: nn.Module, image_size: tuple[int, int], in_chans: int = 3
 ) -> list[tuple[str, tuple[int, ...], int, float]]:
     """(name, output shape, parameters, GMACs) of each part and each block of a network built on `meta`, in the order
-    they run, for one picture. Parts without parameters are left out."""
+    they run, for one image. Parts without parameters are left out."""
     shapes: dict[str, tuple[int, ...]] = {}
     parts = {name: module for name, module in meta.named_modules() if _shown(name) and parameters(module)}
 

@@ -2,7 +2,7 @@
 2204.07118).
 
 Structure and names are timm's (deit.py), initialisation is that of facebookresearch/deit (models.py, models_v2.py).
-Legend: B pictures, N patches, D width, K classes.
+Legend: B images, N patches, D width, K classes.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The frame of networks with several resolutions (Swin, ConvNeXt): stages, pooled head, timm's informal interface over
 them.
 
-Legend: B pictures, H x W a stage's map, D width.
+Legend: B images, H x W a stage's map, D width.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from models.layers import init_trunc_normal_
 
 
 class PooledHead(nn.Module):
-    """The mean over the picture (`axes`), LayerNorm where `norm_eps` is given, dropout, a linear layer; timm's
+    """The mean over the image (`axes`), LayerNorm where `norm_eps` is given, dropout, a linear layer; timm's
     `head.norm`, `head.fc`."""
 
     def __init__(

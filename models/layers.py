@@ -1,6 +1,6 @@
 """Modules that several networks share. Attribute names are timm's, so that weights move without a key map.
 
-Legend: B pictures, C channels, N tokens, D width, H heads, K width of a head.
+Legend: B images, C channels, N tokens, D width, H heads, K width of a head.
 """
 
 import math
@@ -21,7 +21,7 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def grid_of(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
-    """Patches down and across. Raises ValueError when the patch does not divide the picture."""
+    """Patches down and across. Raises ValueError when the patch does not divide the image."""
     (height, width), (down, across) = pair(image_size), pair(patch_size)
     if height % down or width % across:
         fit = f"{max(1, round(height / down)) * down}x{max(1, round(width / across)) * across}"
@@ -52,7 +52,7 @@ def saved_grid(count: int, grid: tuple[int, int], leads: tuple[int, ...]) -> tup
 
 
 class PatchEmbed(nn.Module):
-    """Cut a picture (B, C, height, width) into patches and project each: (B, N, D), row by row. `any_size` takes others
+    """Cut an image (B, C, height, width) into patches and project each: (B, N, D), row by row. `any_size` takes others
     than `image_size`."""
 
     def __init__(self, image_size: int | tuple[int, int], patch_size: int, in_chans: int, dim: int):
@@ -62,7 +62,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
 
     def check(self, x: Tensor) -> None:
-        """Raises ValueError for pictures of another size."""
+        """Raises ValueError for images of another size."""
         if self.any_size:
             grid_of(x.shape[-2:], self.proj.kernel_size)
         elif tuple(x.shape[-2:]) != self.image_size:

@@ -16,7 +16,7 @@ Size = int | tuple[int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered variant: how to build it, what it costs at its own image size, how its pictures are prepared, its
+    """One registered variant: how to build it, what it costs at its own image size, how its images are prepared, its
     timm twin."""
 
     build: Any  # class of the network; `first_conv`, `classifier` name its first convolution and its head

@@ -4,7 +4,7 @@ resolutions.
 Module names are timm's (swin_transformer.py), definitions and initialisation the authors'
 (github.com/microsoft/Swin-Transformer, models/swin_transformer.py; padding as in their detection code). Maps are
 channels-last throughout.
-Legend: B pictures, C channels, H x W map, D width, W windows, N tokens of a window, h heads, K width of a head, y x
+Legend: B images, C channels, H x W map, D width, W windows, N tokens of a window, h heads, K width of a head, y x
 inside a window.
 """
 
@@ -52,7 +52,7 @@ def shift_mask(size: Pair, window: Pair, shift: Pair, like: Tensor | None = None
 
 
 class PatchEmbed(nn.Module):
-    """Patches of any picture (B, C, height, width), padded to whole ones, projected and normalised: (B, H, W, D)."""
+    """Patches of any image (B, C, height, width), padded to whole ones, projected and normalised: (B, H, W, D)."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int, dropout: float = 0.0):
         super().__init__()
@@ -103,7 +103,7 @@ class WindowAttention(nn.Module):
         windows, tokens = x.shape[1:3]
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]  # (N N, h)
         bias = rearrange(bias, "(n m) h -> h n m", n=tokens)
-        fold = "(b w) h"  # the bias is the same in every window: they count as pictures
+        fold = "(b w) h"  # the bias is the same in every window: they count as images
         if mask is not None:  # every window has its own: they count as heads, and one addition does for mask and bias
             fold, bias = "b (w h)", (mask[:, None].to(bias.dtype) + bias).flatten(0, 1)  # (W h, N, N)
         q, k, v = rearrange(self.qkv(x), f"b w n (three h k) -> three {fold} n k", three=3, h=self.num_heads).unbind(0)
@@ -177,7 +177,7 @@ class Swin(Hierarchy):
 
     Args:
         num_outputs: width of the head; 0 returns pooled features.
-        image_size: side or (height, width) the windows are fitted to; pictures of any other size are padded where
+        image_size: side or (height, width) the windows are fitted to; images of any other size are padded where
             needed.
         window_size: side or (height, width) of the attention window in tokens, cut to the map where the map is smaller.
         embed_dim: width of the first stage, doubled at each; depths, num_heads: of each stage.

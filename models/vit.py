@@ -1,7 +1,7 @@
 """Vision Transformer (Dosovitskiy et al. 2021, arXiv 2010.11929; "How to train your ViT?", arXiv 2106.10270).
 
 Module names are timm's (vision_transformer.py), initialisation is big_vision's (models/vit.py), so that timm's weights
-load as they are and fresh weights start as the paper's did. Legend: B pictures, C channels, N patches, P prefix tokens
+load as they are and fresh weights start as the paper's did. Legend: B images, C channels, N patches, P prefix tokens
 (class, distillation), D width.
 """
 
@@ -79,12 +79,12 @@ class PlainTransformer(nn.Module):
         ]
 
     def set_any_size(self) -> None:
-        """Take pictures of other sizes too, as in training at a lower resolution: positions are resized to them in
+        """Take images of other sizes too, as in training at a lower resolution: positions are resized to them in
         every forward pass."""
         self.patch_embed.any_size = True
 
     def positions(self, learned: Tensor, image: Tensor) -> Tensor:
-        """Positions (1, P + N, D) for the patches of pictures (B, C, height, width); bicubic, antialiased (timm's
+        """Positions (1, P + N, D) for the patches of images (B, C, height, width); bicubic, antialiased (timm's
         resample_abs_pos_embed)."""
         grid = grid_of(image.shape[-2:], self.patch_embed.proj.kernel_size)
         if grid == self.patch_embed.grid_size:

@@ -4,7 +4,7 @@ models_vit5.py).
 A DeiT III whose norms are RMSNorm without bias, whose queries and keys are normalised per head and turned by rotary
 positions beside the learned ones, with a square of register tokens after the patches that has rotary positions of its
 own. Names are timm's where timm has one.
-Legend: B pictures, N patches, R registers, T = 1 + N + R tokens, D width, H heads, K width of a head.
+Legend: B images, N patches, R registers, T = 1 + N + R tokens, D width, H heads, K width of a head.
 """
 
 import math

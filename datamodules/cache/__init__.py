@@ -1,1 +1,1 @@
-"""The picture cache: decoded pictures in one memory-mapped file, read by `store`, written by `build`."""
+"""The image cache: decoded images in one memory-mapped file, read by `store`, written by `build`."""

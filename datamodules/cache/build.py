@@ -37,8 +37,8 @@ from datamodules.transforms.array_transforms import filter_name
 
 ROWS = "rows.bin"  # of the index, as far as the pixels are on disk
 LOCK = "lock"
-SAMPLE = 200  # pictures whose size is looked at for the forecast
-BATCH = 16  # pictures a worker hands over at once
+SAMPLE = 200  # images whose size is looked at for the forecast
+BATCH = 16  # images a worker hands over at once
 COMMIT_BYTES = 2**26  # of pixels lost at most by a kill
 WAIT_SECONDS = 0.5
 
@@ -51,7 +51,7 @@ def default_side(image_size: tuple[int, int], crop_pct: float, train_sizes: list
 
 @dataclass(eq=False)
 class ImageCache:
-    """All pictures of `splits` with a shorter side of at most `side` pixels; a picture is never enlarged.
+    """All images of `splits` with a shorter side of at most `side` pixels; an image is never enlarged.
 
     Args:
         root: folder of all caches. interpolation: timm's word. splits: their `open` has `path(name)`, the file.
@@ -113,7 +113,7 @@ class ImageCache:
             build(self)
 
     def serve(self, split: Split) -> Split:
-        """The split with its pictures out of the cache, which is built first where it is not there."""
+        """The split with its images out of the cache, which is built first where it is not there."""
         self.build()
         self.store.maps  # noqa: B018  a damaged cache raises here, not in a worker
         return replace(split, open=CachedFiles(self.store, self.prefix(split.open)))
@@ -162,7 +162,7 @@ class ImageCache:
 
 
 class Resized(Dataset):
-    """Row of a cache -> picture (H, W, 3) uint8, its shorter side at most the cache's, by the filter of timm's
+    """Row of a cache -> image (H, W, 3) uint8, its shorter side at most the cache's, by the filter of timm's
     evaluation; (height, width) of the original."""
 
     def __init__(self, cache: ImageCache) -> None:
@@ -186,7 +186,7 @@ def build(cache: ImageCache) -> None:
     wait.
 
     Raises:
-        PictureError: the first picture that cannot be read, in one line.
+        PictureError: the first image that cannot be read, in one line.
         ValueError: the disk has no room for it, or the folder cannot be written.
     """
     try:
@@ -270,7 +270,7 @@ def _build(cache: ImageCache, partial: str) -> None:
 
 
 def _resumed(partial: str) -> int:
-    """Cut what was half written when a process was killed. Returns the number of whole pictures."""
+    """Cut what was half written when a process was killed. Returns the number of whole images."""
     pixels, rows = (os.path.join(partial, name) for name in (PIXELS, ROWS))
     for file in (pixels, rows):
         open(file, "ab").close()
@@ -284,7 +284,7 @@ def _resumed(partial: str) -> int:
 
 
 def _write(cache: ImageCache, pixels: BinaryIO, rows: BinaryIO, done: int) -> None:
-    """Append the pictures from number `done` on. A row is written only when its pixels are on disk."""
+    """Append the images from number `done` on. A row is written only when its pixels are on disk."""
     workers = cores() if cache.workers is None else cache.workers
     loader = DataLoader(
         Resized(cache),

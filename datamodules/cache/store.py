@@ -1,8 +1,8 @@
 """Reads an image cache: images decoded and resized once, in a memory-mapped file that workers, ranks, folds and runs
 share.
 
-A cache is a folder `<cache_dir>/pictures-<side>-<filter>-<key>/`; N pictures of all splits, each once, sorted by name:
-    pixels.bin  uint8, one picture (H, W, 3) after the other
+A cache is a folder `<cache_dir>/pictures-<side>-<filter>-<key>/`; N images of all splits, each once, sorted by name:
+    pixels.bin  uint8, one image (H, W, 3) after the other
     index.npy   (N, 5) int64: first byte, height, width, and height and width of the original
     names.npy   (N,) bytes
     about.json  a description to read
@@ -64,7 +64,7 @@ class Store:
         return pixels.view(np.ndarray), index.view(np.ndarray), names.view(np.ndarray)
 
     def pixels(self, name: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-        """Picture (H, W, 3) uint8, a view of the file, and (height, width) of the original."""
+        """Image (H, W, 3) uint8, a view of the file, and (height, width) of the original."""
         pixels, index, names = self.maps
         row = int(names.searchsorted(name))
         if row == len(names) or names[row] != name:
@@ -75,7 +75,7 @@ class Store:
 
 @dataclass(frozen=True)
 class CachedFiles:
-    """Opens a name as `folder.Files` does, out of the cache: an RGB picture with the cache's size; `pixels` is without
+    """Opens a name as `folder.Files` does, out of the cache: an RGB image with the cache's size; `pixels` is without
     a copy."""
 
     store: Store

@@ -1,4 +1,4 @@
-"""Class folders and picture files of a data folder, in a fixed order and without opening a picture."""
+"""Class folders and image files of a data folder, in a fixed order and without opening an image."""
 
 import os
 import unicodedata
@@ -22,7 +22,7 @@ def class_folders(root: str, split: str) -> list[str]:
 
 
 def loose_pictures(root: str, split: str) -> int:
-    """The number of pictures directly in `<root>/<split>`, in no class folder."""
+    """The number of images directly in `<root>/<split>`, in no class folder."""
     path = os.path.join(root, split)
     if not os.path.isdir(path):
         return 0
@@ -33,14 +33,14 @@ def loose_pictures(root: str, split: str) -> int:
 
 
 def picture_names(root: str, split: str, folder: str) -> tuple[np.ndarray, Counter[str]]:
-    """(names relative to `root` of the pictures in `<root>/<split>/<folder>` and the folders in it: (N,) bytes, sorted,
+    """(names relative to `root` of the images in `<root>/<split>/<folder>` and the folders in it: (N,) bytes, sorted,
     hidden ones left out; how many files of each other suffix there are).
 
     One bytes array instead of a list of str: worker processes share its memory. `root` and `<root>/<split>` may be
     links.
 
     Raises:
-        ValueError: no picture in the folder, or a link that is broken or leaves the data folder (named).
+        ValueError: no image in the folder, or a link that is broken or leaves the data folder (named).
     """
     path = os.path.join(root, split, folder)
     inside = [os.path.realpath(root), os.path.realpath(os.path.join(root, split))]
@@ -92,7 +92,7 @@ def composed(name: str) -> str:
 
 
 def _leads_elsewhere(link: str, class_folder: str, inside: list[str]) -> bool:
-    """Whether a link to a folder shows pictures that are not listed anyway, or for ever. Raises ValueError for one that
+    """Whether a link to a folder shows images that are not listed anyway, or for ever. Raises ValueError for one that
     leaves the data folder."""
     _check_link(link, inside)
     target, here = os.path.realpath(link), os.path.realpath(os.path.dirname(link))

@@ -1,4 +1,4 @@
-"""A picture file -> an RGB PIL picture, or an error that names the file."""
+"""An image file -> an RGB PIL image, or an error that names the file."""
 
 import os
 from contextlib import suppress
@@ -8,7 +8,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-with suppress(ImportError):  # iPhones' pictures, where it is installed
+with suppress(ImportError):  # iPhones' images, where it is installed
     import pillow_heif
 
     pillow_heif.register_heif_opener()
@@ -39,7 +39,7 @@ TOO_LARGE = "--data_args.max_pixels allows more (predict.py: --max_pixels)"
 
 
 class PictureError(RuntimeError):
-    """A picture that cannot be read: the message names file and cause. Takes one string, so a DataLoader worker can
+    """An image that cannot be read: the message names file and cause. Takes one string, so a DataLoader worker can
     raise it again."""
 
 
@@ -48,7 +48,7 @@ class Decoding:
     """Settings of reading image files.
 
     Args:
-        max_pixels: of the largest picture that is decoded; a small file may be a huge one.
+        max_pixels: of the largest image that is decoded; a small file may be a huge one.
         white: the value that is white in pixels of more than 8 bits; None: 65535, and none is known for floating point.
     """
 
@@ -67,7 +67,7 @@ USUALLY = Decoding()
 
 def opened(file: str | BinaryIO, how: Decoding) -> Image.Image:
     """`Image.open`, which decodes nothing yet, with the limit of `how`. Raises whatever Pillow does, ValueError for a
-    picture that is too large."""
+    image that is too large."""
     if how.max_pixels > MAX_PIXELS:
         Image.MAX_IMAGE_PIXELS = None  # of the process: Pillow has no other way
     try:
@@ -90,7 +90,7 @@ def open_picture(path: str, how: Decoding = USUALLY) -> Image.Image:
     Pixels of more than 8 bits are scaled (Pillow alone clips them to white); transparency is composited on white.
 
     Raises:
-        PictureError: missing, empty, truncated, too large, not a picture, or anything else Pillow refuses; names the
+        PictureError: missing, empty, truncated, too large, not an image, or anything else Pillow refuses; names the
             file and the cause.
     """
     try:
@@ -103,7 +103,7 @@ def open_picture(path: str, how: Decoding = USUALLY) -> Image.Image:
 def to_rgb(picture: Image.Image, white: float | None = None) -> Image.Image:
     """Any mode -> RGB; see `open_picture`.
 
-    All pictures of a mode have one scale, whatever their own range: I;16 and I (16 bits, and 32 bits of a TIFF) 0 to
+    All images of a mode have one scale, whatever their own range: I;16 and I (16 bits, and 32 bits of a TIFF) 0 to
     65535, or to `white`; F 0 to `white`. What lies outside is clipped.
 
     Raises:

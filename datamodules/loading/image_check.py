@@ -13,7 +13,7 @@ from datamodules.loading.decode import USUALLY, Decoding, PictureError, open_pic
 
 ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\x3b"}  # last bytes of a whole file
 READERS = 8
-CHUNK = 500  # pictures that a reader takes at once
+CHUNK = 500  # images that a reader takes at once
 
 
 def picture_fault(path: str, how: Decoding = USUALLY) -> str | None:
@@ -39,7 +39,7 @@ def picture_fault(path: str, how: Decoding = USUALLY) -> str | None:
 def faults(
     root: str, names: Sequence[str | bytes | None] | np.ndarray, how: Decoding = USUALLY, seconds: float | None = None
 ) -> tuple[dict[int, str], int]:
-    """({row: `picture_fault`}, pictures looked at) of files relative to `root`, by several threads; None is no file.
+    """({row: `picture_fault`}, images looked at) of files relative to `root`, by several threads; None is no file.
 
     With `seconds`, only as many as that time allows, evenly spread over the rows.
     """

@@ -1,4 +1,4 @@
-"""One split of pictures with targets, how it becomes samples, and how a part of it is held out."""
+"""One split of images with targets, how it becomes samples, and how a part of it is held out."""
 
 import hashlib
 import math
@@ -20,8 +20,8 @@ from datamodules.transforms.image_transforms import Transform
 @dataclass(frozen=True)
 class Split:
     """`names` (N,) bytes, relative; `targets` (N,) int64 class indices, (N, K) float32 labels or (N, T) float64 values;
-    `open` turns a name into an RGB picture; `ids` (N,) str are a table's own; `more` are values (N, ...) that a sample
-    has under their names beside its picture."""
+    `open` turns a name into an RGB image; `ids` (N,) str are a table's own; `more` are values (N, ...) that a sample
+    has under their names beside its image."""
 
     names: np.ndarray
     targets: np.ndarray
@@ -52,7 +52,7 @@ class TrainPictures(Dataset):
     Args:
         transforms: of each epoch; the last holds for all later ones.
         boxes: decides from the image where the device will erase it; the sample then has `erase`, an int64 tensor.
-        copies: of a picture in an epoch; of several the sample has `copy`, its number.
+        copies: of an image in an epoch; of several the sample has `copy`, its number.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ def hold_out(split: Split, fraction: float, seed: int, class_names: list[str]) -
     Raises:
         ValueError: a class has one sample only (named), or the fraction is smaller than one sample a class.
     """
-    from sklearn.model_selection import train_test_split  # not where a picture is only predicted
+    from sklearn.model_selection import train_test_split  # not where an image is only predicted
 
     counts = np.bincount(split.targets, minlength=len(class_names))
     if (counts == 1).any():

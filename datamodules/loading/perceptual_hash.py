@@ -15,8 +15,8 @@ COSINES = np.cos(
 
 
 def picture_hash(picture: Image.Image) -> np.ndarray:
-    """Any picture -> (256,) bool: 64 bits each of phash (DCT against its median), dhash across and down (grows to the
-    next cell), and ahash (against the mean), as imagehash 4.3 defines them, of the grey picture. Kaggle's notebooks
+    """Any image -> (256,) bool: 64 bits each of phash (DCT against its median), dhash across and down (grows to the
+    next cell), and ahash (against the mean), as imagehash 4.3 defines them, of the grey image. Kaggle's notebooks
     compare such a concatenation at 0.9."""
     grey = picture.convert("L")
 
@@ -32,7 +32,7 @@ def picture_hash(picture: Image.Image) -> np.ndarray:
 def hashes(
     names: Sequence[bytes], open_name: Callable[[bytes], Image.Image], threads: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
-    """The hash of each picture and of its mirror image, in order; None for one that cannot be read (`PictureError`)."""
+    """The hash of each image and of its mirror image, in order; None for one that cannot be read (`PictureError`)."""
     from datamodules.loading.decode import PictureError
 
     def both(name: bytes) -> tuple[np.ndarray, np.ndarray] | None:

@@ -37,7 +37,7 @@ class TrainSampler(RankSampler):
     all ranks).
 
     `repeats` R is DeiT's repeated augmentation (Hoffer et al. 2020): each index of the permutation stands R times in a
-    row, so its copies go to different ranks, and an epoch, as long as without, sees a part 1 / R of the pictures. Later
+    row, so its copies go to different ranks, and an epoch, as long as without, sees a part 1 / R of the images. Later
     copies are (index, epoch, copy).
     """
 

@@ -52,7 +52,7 @@ def _leave_when_the_parent_says_so() -> None:
 
 def keep_memory() -> None:
     """Keep freed memory in this process for its next images. glibc hands arrays of 128 kB and more back to the system,
-    and the pages of new ones then take as long as the pictures on them. Elsewhere nothing happens."""
+    and the pages of new ones then take as long as the images on them. Elsewhere nothing happens."""
     with contextlib.suppress(OSError, AttributeError):
         for parameter, size in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**28)):
             ctypes.CDLL(None).mallopt(parameter, size)

@@ -1,1 +1,1 @@
-"""Tables of competitions: reading, the meaning of columns, pictures of rows, folds."""
+"""Tables of competitions: reading, the meaning of columns, images of rows, folds."""

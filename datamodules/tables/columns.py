@@ -1,4 +1,4 @@
-"""Columns of a table as inputs beside the picture, or as targets beside the target. Only pandas and numpy: inference
+"""Columns of a table as inputs beside the image, or as targets beside the target. Only pandas and numpy: inference
 uses it too.
 
 Legend: N rows, C columns.

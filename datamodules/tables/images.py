@@ -1,4 +1,4 @@
-"""Rows of a table -> picture files inside the data folder: the path template, the folders' listing, what is missing or
+"""Rows of a table -> image files inside the data folder: the path template, the folders' listing, what is missing or
 cannot be read.
 
 A template names columns in braces, as `{split}/{Id}.jpg`; `{split}` is train or test, `{Id[0]}` and `{Id[0:2]}` are
@@ -80,7 +80,7 @@ class Folder:
 
     def _listing(self, folder: str) -> tuple[dict[str, str | None], dict[str, str]]:
         """({file name: why it cannot be used, or None}, {name without the suffix or with it in lower case: file name})
-        of the pictures in it."""
+        of the images in it."""
         names: dict[str, str | None] = {}
         stems: dict[str, str] = {}
         inside = self._inside(folder)
@@ -98,7 +98,7 @@ class Folder:
         return names, stems
 
     def _likely(self, folder: str) -> dict[tuple[str, str | int, str], list[str]]:
-        """{(kind, stem, suffix in lower case or ""): names} of the pictures in it: `number` for stems of digits alone,
+        """{(kind, stem, suffix in lower case or ""): names} of the images in it: `number` for stems of digits alone,
         `spelling` in Unicode's NFC, `several` as it is."""
         found: dict[tuple[str, str | int, str], list[str]] = {}
         for name in [name for name, fault in self.listing(folder)[0].items() if fault is None]:
@@ -124,7 +124,7 @@ class Folder:
         return folder
 
     def notes(self) -> list[str]:
-        """A line for each kind of picture that was taken in place of the table's path."""
+        """A line for each kind of image that was taken in place of the table's path."""
         words = {
             "number": "ids are the numbers of files that are written otherwise",
             "spelling": "names are spelled otherwise in Unicode on the disk",
@@ -231,7 +231,7 @@ class Folder:
         return (None, fault) if fault else (posixpath.join(folder, found), "")
 
     def _near(self, folder: str, stem: str, suffix: str, kinds: list[str]) -> str | None:
-        """The one picture whose name is the same in Unicode's NFC, or the same number."""
+        """The one image whose name is the same in Unicode's NFC, or the same number."""
         number = re.fullmatch(r"([0-9]+)(\.0+)?", stem)
         for kind, key in (("spelling", composed(stem)), ("number", int(number[1]) if number else "")):
             near = self.likely(folder).get((kind, key, suffix), [])
@@ -253,7 +253,7 @@ Wrong = dict[int, tuple[str, str]]  # row from 0 on: path and what is wrong with
 
 
 def locate(folder: Folder, template: str, frame: pd.DataFrame, split: str) -> tuple[list[str | None], Wrong, Wrong]:
-    """(file of each row or None, the rows whose picture is missing, those whose path leaves the data folder)."""
+    """(file of each row or None, the rows whose image is missing, those whose path leaves the data folder)."""
     files, missing, outside = [], {}, {}
     strange = _strange_links(folder, template, split)
     for row, path in enumerate(paths(template, frame, split)):
@@ -288,5 +288,5 @@ def _strange_links(folder: Folder, template: str, split: str):
 
 
 def unreadable(root: str, files: list[str | None], how: Decoding = USUALLY) -> Wrong:
-    """The rows whose picture cannot be read (`image_check.picture_fault`)."""
+    """The rows whose image cannot be read (`image_check.picture_fault`)."""
     return {row: (str(files[row]), f"is broken: {why}") for row, why in faults(root, files, how)[0].items()}

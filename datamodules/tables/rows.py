@@ -1,4 +1,4 @@
-"""The rows of one table with their pictures and targets, everything that is wrong with them reported. Only pandas,
+"""The rows of one table with their images and targets, everything that is wrong with them reported. Only pandas,
 numpy, Pillow and the standard library, but for `Rows.split`."""
 
 import re
@@ -16,7 +16,7 @@ from datamodules.tables.targets import NO_LABEL, read_targets, unlabelled
 if TYPE_CHECKING:
     from datamodules.loading.images import Split
 
-MOST_SKIPPED = 0.5  # more rows without a picture than that: the template is wrong, not the pictures
+MOST_SKIPPED = 0.5  # more rows without an image than that: the template is wrong, not the images
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Rows:
 
     @property
     def good(self) -> np.ndarray:
-        """(N,) bool: rows whose picture is there."""
+        """(N,) bool: rows whose image is there."""
         mask = np.ones(len(self.ids), bool)
         mask[list(self.bad)] = False
         return mask
@@ -56,7 +56,7 @@ class Rows:
         )
 
     def split(self, opener: Any) -> "Split":
-        """The rows whose picture is there."""
+        """The rows whose image is there."""
         from datamodules.loading.images import Split
 
         names = np.array([(file or "").encode("utf-8", "surrogateescape") for file in self.files], dtype="S")
@@ -83,7 +83,7 @@ def find_rows(
     hollow: np.ndarray | bool = False,
     more: dict[str, list[str]] | None = None,
 ) -> Rows:
-    """Ids, pictures and targets of a table's rows. With `skip`, pictures that are missing or cannot be read are not
+    """Ids, images and targets of a table's rows. With `skip`, images that are missing or cannot be read are not
     reported, but bad; so are rows without a label where they may be `hollow`. `known` is where the names of the outputs
     come from, `more` names further columns, of numbers."""
     targets = scheme["targets"] if labelled else []
@@ -175,7 +175,7 @@ def _pictures(
 
 
 def _check_conflicts(files: list[str | None], targets: np.ndarray, file: str, report: Report) -> None:
-    """Report pictures that several rows name with different targets."""
+    """Report images that several rows name with different targets."""
     first: dict[str, int] = {}
     pairs = [(first.setdefault(name, row), row) for row, name in enumerate(files) if name]
     apart = [

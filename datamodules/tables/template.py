@@ -1,4 +1,4 @@
-"""The path template of a table's pictures, guessed from its columns and the folders. Only pandas, numpy, Pillow and the
+"""The path template of a table's images, guessed from its columns and the folders. Only pandas, numpy, Pillow and the
 standard library."""
 
 import os
@@ -19,7 +19,7 @@ ENOUGH = 0.9  # of the rows: then no template of several columns is looked for
 
 
 def guess_template(folder: Folder, train: pd.DataFrame, asked: pd.DataFrame | None, id_column: str) -> tuple[str, str]:
-    """(template, reason) under which most training rows have a picture, and most of `asked`, the rows to predict.
+    """(template, reason) under which most training rows have an image, and most of `asked`, the rows to predict.
 
     Raises:
         ValueError: no column and folder fit; lists what was looked for and what exists.
@@ -57,7 +57,7 @@ def _packed(root: str) -> str:
 
 
 def _best(folder: Folder, frame: pd.DataFrame, id_column: str, split: str) -> tuple[float, str]:
-    """(share of rows that have a picture, template) of the best one; (0, "") where none has."""
+    """(share of rows that have an image, template) of the best one; (0, "") where none has."""
     rows = frame.iloc[:: max(1, len(frame) // TRIED)].head(TRIED)
     columns = [id_column, *(name for name in frame.columns if name != id_column and looks_like_files(frame[name]))]
     holding = [name for name in folder.folders() if folder.listing(name)[0] and "{" not in name]

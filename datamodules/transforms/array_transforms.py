@@ -1,4 +1,4 @@
-"""Training views of cached pictures: timm's draws, the crop a view of the memory map, resized by the fastest filter
+"""Training views of cached images: timm's draws, the crop a view of the memory map, resized by the fastest filter
 that is near PIL's.
 
 Filters, for bilinear and bicubic (others are Pillow's):
@@ -43,7 +43,7 @@ def filter_name(interpolation: str) -> str:
 
 
 class TrainTransform(tv.Compose):
-    """timm's training transform in its three parts, of RGB pictures; `of_pixels` does the same to a cached picture,
+    """timm's training transform in its three parts, of RGB images; `of_pixels` does the same to a cached image,
     drawing the same numbers.
 
     Args:
@@ -93,12 +93,12 @@ def nearest(start: int, length: int, whole: int, here: int) -> slice:
 
 
 def resize(pixels: np.ndarray, interpolation: str, axes: list[int], out: torch.Tensor) -> None:
-    """(H, W, 3) uint8, rows of a larger picture or not, into out (3, h, w), channels last in memory, flipped along
+    """(H, W, 3) uint8, rows of a larger image or not, into out (3, h, w), channels last in memory, flipped along
     `axes` (0 height, 1 width)."""
     size, cv2 = (out.shape[1], out.shape[2]), opencv()
     pixels = np.array(
         pixels, order="C"
-    )  # a copy: the kernels take twice as long on a part of a picture, and torch wants it writable
+    )  # a copy: the kernels take twice as long on a part of an image, and torch wants it writable
     shrink = max(pixels.shape[0] / size[0], pixels.shape[1] / size[1])
     if cv2 and interpolation in FAST and shrink <= SHRINK:
         taps, into = cv2.INTER_LINEAR if interpolation == "bilinear" else cv2.INTER_CUBIC, out.permute(1, 2, 0).numpy()

@@ -22,14 +22,14 @@ class Augment:
         auto_augment: original, originalr, v0, v0r, 3a (3-Augment of DeiT III) or augmix-..., in place of rand_augment.
         color_jitter: strength of brightness, contrast and saturation; timm's rule: inactive under a policy, unless it
             is 3a.
-        vflip: probability of an upside-down picture.
+        vflip: probability of an upside-down image.
         crop_ratio: width / height range of the random resized crop.
         erasing_mode: pixel (N(0,1) noise), rand (one N(0,1) colour) or const (0), in normalised units.
-        erasing_count: at most so many boxes in a picture, each the smaller.
+        erasing_count: at most so many boxes in an image, each the smaller.
         mix_prob, mix_switch_prob: probability of mixing at all; of CutMix where Mixup is on too.
         mix_mode: one lambda a batch, a pair or elem(ent), or big_vision's roll: partner = neighbour, lambda >= 1/2,
             Mixup only.
-        cutmix_minmax: range of the box's sides as parts of the picture's, in place of CutMix's Beta.
+        cutmix_minmax: range of the box's sides as parts of the image's, in place of CutMix's Beta.
 
     Raises:
         ValueError: a value that cannot be used; names the flag.

@@ -26,7 +26,7 @@ class Boxes:
 
 
 class _Recorder:
-    """Stands for a picture; writes down where it is erased."""
+    """Stands for an image; writes down where it is erased."""
 
     dtype = torch.float32
 
@@ -43,7 +43,7 @@ class _Recorder:
 
 
 def fill(image: torch.Tensor, boxes: list[list[list[int]]], mode: str, generator: torch.Generator) -> None:
-    """Erase in place. image (B, C, H, W) normalised; boxes: for each picture rows as of `Boxes`, on the host, so the
+    """Erase in place. image (B, C, H, W) normalised; boxes: for each image rows as of `Boxes`, on the host, so the
     device is not waited for.
 
     `mode` pixel: N(0,1) for each value; rand: N(0,1) for each channel; const: 0. The noise depends on seed and kind of

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 from datamodules.transforms.array_transforms import TrainTransform
 from datamodules.transforms.augment import Augment
 
-Transform = Callable[[Image.Image], torch.Tensor]  # RGB picture -> (3, H, W) uint8
+Transform = Callable[[Image.Image], torch.Tensor]  # RGB image -> (3, H, W) uint8
 PLAIN = Augment()
 
 

@@ -28,7 +28,7 @@ class Roll:
 
 
 class MixupOfNumbers(Mixup):
-    """timm's Mixup for targets (B, T) float: target = lam * own + (1 - lam) * that of the picture mixed in, as timm
+    """timm's Mixup for targets (B, T) float: target = lam * own + (1 - lam) * that of the image mixed in, as timm
     mixes one-hot rows."""
 
     def __call__(self, image: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,7 @@ class OnDevice:
 
     def after(self, batch: Batch) -> Batch:
         """`image` (B, 3, H, W) uint8 0-255 -> normalised float32 in the arithmetic of timm's PrefetchLoader; float
-        pictures pass.
+        images pass.
 
         With a mix `target` becomes (B, K) float32.
         """

@@ -1,6 +1,6 @@
 """Augmentation by a user's function: `my.py:build` takes (height, width) and returns a transform of training images.
 
-The view is a PIL picture or a (3, height, width) uint8 tensor. What it draws from `random`, numpy's and torch's global
+The view is a PIL image or a (3, height, width) uint8 tensor. What it draws from `random`, numpy's and torch's global
 generators is the same after a resume and on any number of processes; other generators are not seeded.
 """
 
@@ -18,10 +18,10 @@ from datamodules.loading.files import sha256_of
 
 
 class UserTransform:
-    """RGB picture -> (3, H, W) uint8 by what `build((H, W))` gives.
+    """RGB image -> (3, H, W) uint8 by what `build((H, W))` gives.
 
     Raises:
-        ValueError: no such file or function, or it gives something else on a first grey picture; names the flag.
+        ValueError: no such file or function, or it gives something else on a first grey image; names the flag.
     """
 
     def __init__(self, where: str, size: tuple[int, int]) -> None:
