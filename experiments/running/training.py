@@ -1,4 +1,4 @@
-"""How a run learns: the task and the trainer that its config describes."""
+"""The task and the trainer that the config of a run describes."""
 
 from dataclasses import fields
 from functools import partial
@@ -48,12 +48,12 @@ def task(run: Run) -> Task:
 
 
 def metric(run: Run) -> metrics.Metric:
-    """What chooses the best epoch: what was asked for, what the data are known for, or the task's default."""
+    """The metric that chooses the best epoch: --metric, the data set's own, or the task's default."""
     return metrics.find(run.cfg.metric or getattr(run.data, "metric_name", None), run.data.task)
 
 
 def monitor(run: Run) -> str:
-    """Its name in the log, of the weights that are chosen."""
+    """The logged name of that metric, for the weights that are chosen (`val_ema/...` for averaged ones)."""
     return f"{ema.STAGE if ema.uses_ema(run.cfg.ema_decay, run.cfg.use_ema) else 'val'}/{metric(run).name}"
 
 
