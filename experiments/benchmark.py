@@ -5,7 +5,8 @@
 vit-pytorch write it, in one process and interleaved: every round runs each once, in a shuffled order, so that a noisy
 machine is noisy to all. In the same way `data` times training batches, ours from the picture cache and from files, and
 timm's; `distill` one student's training step without a teacher, with a cached one and with the live one; `tracking` a
-step with all that a run logs and with none; `load` a step beside busy processes.
+step with all that a run logs and with none; `load` a step beside busy processes; `memory` the forecast of a plan beside
+the peak on a GPU.
 """
 
 import argparse
@@ -210,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=3, help="interleaved rounds, at least 2; each measurement is a process of its own"
     )
     verb.add_argument("--busy", type=int, default=5, help="busy processes beside the training")
+    verb = verbs.add_parser("memory", help="the memory that a plan forecasts, beside the peak of real steps on a GPU")
+    verb.add_argument("--batch", type=int, default=64, help="images in a step")
+    verb.set_defaults(rounds=2)
     return parser
 
 
@@ -231,6 +235,12 @@ def main(argv: list[str] | None = None) -> int:
         from experiments.benchmarks import tracking
 
         tracking.measure(args.model, args.batch, args.rounds, args.log_every_steps)
+    elif args.verb == "memory":
+        if not torch.cuda.is_available():
+            parser.error("memory is measured on a GPU, and PyTorch finds none")
+        from experiments.benchmarks import memory
+
+        memory.measure(args.batch)
     elif args.verb == "load":
         from experiments.benchmarks import load
 
