@@ -32,7 +32,7 @@ from torch.nn import functional as F
 import models
 from datamodules.loading.decode import PictureError
 from experiments.benchmarks import distill
-from experiments.cli.errors import piped
+from experiments.cli.errors import Parser, piped
 
 Makers = dict[str, Callable[[], nn.Module]]
 
@@ -163,7 +163,7 @@ def _data(args: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmark.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

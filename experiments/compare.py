@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # a checkout need not be installed
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from experiments.cli.errors import piped
+from experiments.cli.errors import Parser, piped
 from experiments.comparison import pairs as compare_pairs
 from experiments.comparison import records, tables, text
 
@@ -49,7 +49,7 @@ def compare(
 
 def main(argv: list[str] | None = None) -> int:
     """Compare and print the table. Returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(

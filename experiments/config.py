@@ -23,6 +23,7 @@ from experiments.cli.errors import UsageError
 from experiments.cli.knobs import RECORDED, Knobs, flag, groups, rare
 
 BOOLEAN = (bool, bool | None)
+ELSEWHERE = {"gpus": "--devices", "learning_rate": "--lr", "batch_size": "--global_batch_size"}  # in other libraries
 SPLIT = (
     "data",
     "data_args",
@@ -157,7 +158,15 @@ def _tidy(message: str) -> str:
     line = re.sub(
         r"(?:typing\.)?Literal\[(.*?)\]", lambda found: " or ".join(found[1].replace("'", "").split(", ")), line
     )
+    for kind, text in (("float", "a number"), ("int", "a whole number"), ("dict", "KEY VALUE after a dot")):
+        line = re.sub(rf"Expected a {kind}\. Got value:", f"expected {text}, got", line)
     line = re.sub(r"argument (--\w+)\S*: invalid _boolean_type value:", r"\1: expected true or false, got", line)
+    if extra := re.match(r"unrecognized arguments: (-?)(\S+)", line):
+        return (
+            f"unknown flag -{extra[2]}: flags begin with --"
+            if extra[1]
+            else f"{extra[2]}: one word too many; a value follows its flag, as --model vit_b16 (--help lists all)"
+        )
     spelled = {f"--{each.name}": flag(each) for each in fields(Config)}
     return re.sub(r"--\w+", lambda found: spelled.get(found[0], found[0]), line)
 
@@ -303,6 +312,8 @@ def _unknown(typed: str, known: list[str]) -> str:
         return f"{typed} is recorded in config.yaml and not typed"
     if knob and knob.metadata.get("flag"):
         return f"{typed} is now typed as {flag(knob)}"
+    if typed[2:] in ELSEWHERE:
+        return f"unknown flag {typed}; here it is {ELSEWHERE[typed[2:]]} (--help lists them all)"
     return f"unknown flag {typed}{did_you_mean(typed.partition('.')[0], known)} (--help lists them all)"
 
 

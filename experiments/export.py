@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import models
 from datamodules.loading.files import sha256_of, whole_file
-from experiments.cli.errors import piped
+from experiments.cli.errors import Parser, piped
 from experiments.config import SPLIT
 from models import pretrained
 
@@ -78,7 +78,7 @@ def export(source: str | Path, out: str | Path | None = None, use_ema: bool | No
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("run", help="run directory (its best checkpoint) or one checkpoint")

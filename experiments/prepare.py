@@ -1,21 +1,20 @@
 """Work done once, ahead of training: python experiments/prepare.py teacher --out DIR <the flags of run.py, with
 --teacher>"""
 
-import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # a checkout need not be installed
     sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from experiments.cli.errors import dispatch, piped, positive
+from experiments.cli.errors import Parser, dispatch, piped, positive
 from experiments.config import read
 from lightning_modules.callbacks.signals import listening
 
 
 def teacher(argv: list[str]) -> int:
     """Write down what the teacher of a run answers, so that the run trains without it (`--teacher DIR`)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="prepare.py teacher",
         description=teacher.__doc__,
         allow_abbrev=False,
@@ -51,7 +50,7 @@ def teacher(argv: list[str]) -> int:
 
 def duplicates(argv: list[str]) -> int:
     """Write groups of pictures that are (nearly) the same, so that no split parts them (`--group groups.csv`)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="prepare.py duplicates",
         description=duplicates.__doc__,
         allow_abbrev=False,
@@ -84,7 +83,7 @@ def duplicates(argv: list[str]) -> int:
 
 def cache(argv: list[str]) -> int:
     """Decode and resize the pictures of a run once, so that its training reads no picture file (`--cache_dir DIR`)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="prepare.py cache",
         description=cache.__doc__,
         allow_abbrev=False,

@@ -90,8 +90,11 @@ def create(
     Raises:
         ValueError: an unknown knob or name (with the closest), a value out of range, or a model, teacher and data that
             do not fit each other.
+        TypeError: `data` is no data module, or `teacher` nothing that teaches.
         FileNotFoundError: there is no such teacher or file of weights.
     """
+    if not hasattr(data, "spec"):
+        raise TypeError(f"data must be a data module of datamodules.create, not {data!r}")
     knobs = _settings(data, {**knobs, "epochs": epochs})
     if data.task == "regression":
         data.encoding, data.outputs_per_target = targets.encoding_of(
@@ -129,6 +132,8 @@ def _settings(data: Data, given: dict[str, Any]) -> dict[str, Any]:
     for name in given:
         if name in OF_RUNS:
             raise ValueError(f"create has no knob {name!r}: it belongs to {OF_RUNS[name]}")
+        if name not in known and name in getattr(data, "__dataclass_fields__", ()):
+            raise ValueError(f"create has no knob {name!r}: it belongs to the data, datamodules.create takes it")
         if name not in known:
             raise ValueError(f"create has no knob {name!r}{closest(name, known)} (it takes {', '.join(known)})")
     learning = Learning(**{name: value for name, value in given.items() if name in declared})
@@ -185,12 +190,14 @@ def _network(model: str | nn.Module, spec: Spec, knobs: dict[str, Any]) -> nn.Mo
 def load_teacher(
     teacher: str | Path | nn.Module | AnyTeacher | Sequence[str], spec: Spec, init: str | None = None
 ) -> AnyTeacher:
-    """The teacher that `create` is given, for a student of these data. Raises as `Teacher.load`."""
+    """The teacher that `create` is given, for a student of these data. Raises TypeError, and as `Teacher.load`."""
     if isinstance(teacher, AnyTeacher):
         return teacher
     if isinstance(teacher, nn.Module):
         mean, std = spec["mean"], spec["std"]
         return Teacher(teacher, mean=mean, std=std, student_mean=mean, student_std=std, spec=spec)
+    if not isinstance(teacher, str | Path | Sequence):
+        raise TypeError(f"teacher must be a network, a run, a file, a model's name or several of them, not {teacher!r}")
     sources = [str(teacher)] if isinstance(teacher, str | Path) else [str(each) for each in teacher]
     if len(sources) > 1:
         return Teachers([Teacher.load(each, init, student=spec) for each in sources], spec["task"])

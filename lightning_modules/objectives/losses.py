@@ -3,7 +3,8 @@
 classification: logits (B, K) against class numbers (B,) int64, or soft targets (B, K) with smoothing already in them ->
 a scalar, the mean.
 multilabel, regression: logits (B, T * O) against targets (B, T), 0-1 labels or scaled to 0-1, -> (B, T), a loss for
-each (`create` does the scaling, the smoothing and the mean). Legend: B pictures, K classes, T labels or targets, O
+each (`create` does the scaling, the smoothing and the mean). Keyword-only arguments are what `--loss_args` takes.
+Legend: B pictures, K classes, T labels or targets, O
 outputs of each.
 """
 
@@ -33,7 +34,7 @@ def cross_entropy(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
 
 
 def binary(
-    logits: Tensor, target: Tensor, smoothing: float, *, threshold: float | None = None, sum_classes: bool = False
+    logits: Tensor, target: Tensor, smoothing: float, threshold: float | None = None, sum_classes: bool = False
 ) -> Tensor:
     """Binary cross entropy of each class (timm's BinaryCrossEntropy): the mean over batch and classes, or their sum
     averaged over the batch.
@@ -115,10 +116,10 @@ def tasks_of(name: str) -> list[str]:
 
 def keywords(name: str, task: str) -> list[str]:
     """The keywords that `--loss_args` may have."""
-    if task == "classification":
-        return []
-    own = inspect.signature(LOSSES[task][name]).parameters.values()
-    return [each.name for each in own if each.kind is each.KEYWORD_ONLY] + ["target_weights"]
+    function = LOSSES[task][name]
+    own = inspect.signature(getattr(function, "func", function)).parameters.values()  # not what a partial has settled
+    weights = [] if task == "classification" else ["target_weights"]
+    return [each.name for each in own if each.kind is each.KEYWORD_ONLY] + weights
 
 
 class PerTarget:
@@ -171,7 +172,7 @@ def create(name: str, spec: Spec, smoothing: float = 0.0, **loss_args: Any) -> C
             )
     check_values(loss_args)
     if task == "classification":
-        return partial(LOSSES[task][name], smoothing=smoothing)
+        return partial(LOSSES[task][name], smoothing=smoothing, **loss_args)
     if smoothing and task == "regression":
         raise ValueError(
             f"--label_smoothing {smoothing} is for classes and labels; of a regression --label_smoothing 0"

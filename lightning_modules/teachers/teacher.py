@@ -218,7 +218,10 @@ def _named(
 ) -> tuple[nn.Module, Any, list[str]]:
     """A model by its name with trained weights, what is known of its targets and pictures, and a line on what is
     not."""
-    models.check_name(name)
+    try:
+        models.check_name(name)
+    except ValueError as error:
+        raise ValueError(f"--teacher {name}: there is no such run or file, and {error}") from None
     init = None if init == "pretrained" else init
     about = pretrained.read_about(init) if init else {}
     if init and about:

@@ -120,6 +120,9 @@ def test_the_smoothing_is_the_datas_and_of_a_regression_none(digits):
         ({"learning_rate": 1}, "no knob 'learning_rate'"),
         ({"weigth_decay": 1}, "did you mean weight_decay"),
         ({"patience": 3}, "EarlyStopping"),
+        ({"lr": "fast"}, "lr fast: must be a number"),
+        ({"mixup": 0.2}, "it belongs to the data, datamodules.create takes it"),
+        ({"teacher": "nope"}, "--teacher nope: there is no such run or file, and no model named 'nope'"),
         ({"lr": -1.0}, "lr -1.0: must not be negative"),
         ({"schedule": "cosin"}, "did you mean cosine"),
         ({"optimizer": "adam"}, "did you mean adamw"),
@@ -134,6 +137,13 @@ def test_the_smoothing_is_the_datas_and_of_a_regression_none(digits):
 def test_a_wrong_knob_is_named_with_the_closest(digits, knobs, message):
     with pytest.raises(ValueError, match=message):
         lightning_modules.create("vit_nano4", digits, model_args=SMALL, **knobs)
+
+
+def test_what_is_no_data_and_no_teacher_is_named(digits):
+    with pytest.raises(TypeError, match="data must be a data module of datamodules.create, not 'digits'"):
+        lightning_modules.create("vit_nano4", "digits", model_args=SMALL)
+    with pytest.raises(TypeError, match="several of them, not 3"):
+        lightning_modules.create("vit_nano4", digits, teacher=3, model_args=SMALL)
 
 
 def test_a_network_that_does_not_fit_the_data_is_refused(digits):

@@ -248,6 +248,19 @@ def test_targets_out_of_the_range_count_as_its_end_where_the_loss_is_bounded():
     assert losses.create("mse", ONE)(logits, beyond) > losses.create("mse", ONE)(logits, ends)
 
 
+def test_keyword_only_arguments_of_a_loss_of_classes_are_reached(monkeypatch):
+    def scaled(logits, target, smoothing, *, by=1.0):
+        return by * losses.cross_entropy(logits, target, smoothing)
+
+    monkeypatch.setitem(losses.LOSSES["classification"], "scaled", scaled)
+    spec, logits, target = {"task": "classification"}, torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    plain = losses.create("cross_entropy", spec, 0.1)(logits, target)
+    assert torch.equal(losses.create("scaled", spec, 0.1, by=2.0)(logits, target), 2 * plain)
+    for name in ("cross_entropy", "bce", "bce_rsb", "bce_deit3", "sigmoid"):
+        with pytest.raises(ValueError, match="takes none"):
+            losses.create(name, spec, threshold=0.5)
+
+
 @pytest.mark.parametrize(
     "name, spec, given, says",
     [
