@@ -73,7 +73,7 @@ def checkpoint_in(path: str | Path, names: tuple[str, ...] = FILES) -> Path:
 
 def check_local(path: str | Path) -> None:
     """Raises ValueError for an address: what is read from the network could be anyone's."""
-    if "://" in str(path):
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):  # a Path has made one slash of two
         raise ValueError(
             f"{path}: weights and checkpoints are read from files only, never from the network; download it, look "
             f"where it "

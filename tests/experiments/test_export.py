@@ -8,6 +8,7 @@ from conftest import result_of
 from safetensors import safe_open
 
 import models
+from datamodules.loading.files import sha256_of
 from experiments import export
 from models import pretrained
 
@@ -70,7 +71,7 @@ def test_round_trip(run, capsys, words, use_ema):
         metadata["classes"] == ["b", "a", "c"] and metadata["mean"] == [0.4, 0.5, 0.6] and metadata["crop_pct"] == 0.9
     )
     assert (
-        metadata["source_sha256"] == export.sha256(run / "checkpoints" / "best.ckpt")
+        metadata["source_sha256"] == sha256_of(run / "checkpoints" / "best.ckpt")
         and metadata["vitlab"]["use_ema"] is use_ema
     )
     assert pretrained.read_about(file)["spec"]["class_names"] == ["b", "a", "c"]
