@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 N ?= 50
-JOBS ?= 2
+JOBS ?= 3
 .PHONY: demo test test-slow lint bench chaos docs clean
 
 demo: .venv/installed

@@ -100,14 +100,27 @@ class Task(L.LightningModule):
         )
 
     @classmethod
-    def load_from_checkpoint(  # type: ignore[override]  # Lightning's other arguments mean nothing here
-        cls, checkpoint_path: str | Path, *, model: nn.Module | None = None, use_ema: bool | None = None
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        *,
+        weights_only: bool | None = True,
+        model: nn.Module | None = None,
+        use_ema: bool | None = None,
     ) -> "Task":
         """The task of a checkpoint or run directory, its network in evaluation mode.
 
-        model: needed where `models.create` did not build the network. use_ema: as in `models.load`. Raises
-        FileNotFoundError, or ValueError for a file that is no checkpoint of a Task.
+        Args:
+            map_location: device of the task; None is the CPU.
+            weights_only: the only way in which checkpoints are read; False is refused.
+            model: needed where `models.create` did not build the network.
+            use_ema: as in `models.load`.
+
+        Raises FileNotFoundError, or ValueError for a file that is no checkpoint of a Task.
         """
+        if weights_only is False:
+            raise ValueError("weights_only=False could run code of the file; checkpoints of a Task do not need it")
         if model is None:
             model, _ = pretrained.load(checkpoint_path, use_ema)
         else:
@@ -115,7 +128,8 @@ class Task(L.LightningModule):
             model.load_state_dict(pretrained.network_state(pretrained.read_checkpoint(file), use_ema, file))
         about = pretrained.read_about(checkpoint_path)
         config, spec = about["config"], about["spec"]
-        return cls(model, spec, config, **wire({**defaults(), **config}, spec, config.get("steps_per_epoch"))).eval()
+        task = cls(model, spec, config, **wire({**defaults(), **config}, spec, config.get("steps_per_epoch"))).eval()
+        return task if map_location is None else task.to(map_location)
 
     def train(self, mode: bool = True) -> "Task":
         """Set the mode; frozen modules stay in evaluation mode."""

@@ -103,8 +103,8 @@ def test_ranks_share_a_mask_unless_srun_gave_each_its_own(machine, monkeypatch):
     "given, shown",
     [
         ({}, "GOMP_SPINCOUNT = '10000'"),
-        ({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT = '7'"),
-        ({"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY = 'PASSIVE'"),
+        pytest.param({"GOMP_SPINCOUNT": "7"}, "GOMP_SPINCOUNT = '7'", marks=pytest.mark.slow),
+        pytest.param({"OMP_WAIT_POLICY": "passive"}, "OMP_WAIT_POLICY = 'PASSIVE'", marks=pytest.mark.slow),
     ],
 )
 def test_threads_that_wait_leave_their_cores_to_other_load_soon(given, shown):

@@ -811,6 +811,7 @@ def _compare_at(folder: str, env: dict[str, str], argv: list[str]) -> int:
     return compare.main(argv)
 
 
+@pytest.mark.slow
 def test_a_project_on_the_server_gives_the_same_table_and_a_report(launch, tmp_path):
     pytest.importorskip("wandb_workspaces")
     with WandbStub() as server:

@@ -388,6 +388,7 @@ def test_a_run_without_test_pictures_leaves_the_rows_of_val_and_tells_wandb(pics
     )
 
 
+@pytest.mark.slow
 def test_the_server_receives_it_and_two_ranks_another_network_and_seed_show_the_same_rows(pics, launch):
     line = f"{TINY} --epochs 1 --accelerator cpu"
     with WandbStub() as server:

@@ -714,6 +714,7 @@ GUARD = """
 """
 
 
+@pytest.mark.slow
 def test_it_needs_no_training_package_and_no_network(comp):
     write_run(comp / "run", config={**TIMM, "model_args": {**TIMM["model_args"], "pretrained": True}})
     ids = pd.read_csv("comp/test.csv", dtype=str)["Id"]

@@ -428,6 +428,7 @@ def test_convnexts_stem_learns_at_the_published_share_of_the_rate(pics, monkeypa
     assert min(shares) == pytest.approx(0.7**13, rel=1e-3) and len(shares) == 13
 
 
+@pytest.mark.slow
 def test_layer_decay_of_finetune_follows_the_depth(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     deep = (

@@ -61,7 +61,7 @@ def test_a_run_leaves_what_the_contract_says(pics, launch):
     assert scored.code == 0 and result_of(pics / "runs" / "scored")["test/acc1"] == result_of(folder)["test/acc1"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_is_the_undisturbed_run(pics, launch, ranks):
     line = f"{TINY} --epochs 3 --save_every_steps 3 --devices {ranks} --accelerator cpu"
     whole = launch(f"{line} --name whole", ranks=ranks)

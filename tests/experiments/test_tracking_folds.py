@@ -1,5 +1,6 @@
 """W&B of a run over all folds: a run for each in the parent's group, and one for what they say together."""
 
+import pytest
 from conftest import result_of
 from fold_processes import quick
 from test_fold_runs import LINE, comp  # noqa: F401 (the fixture)
@@ -47,6 +48,7 @@ def test_folds_are_a_group_and_their_merge_is_one_run(comp, launch, monkeypatch)
         assert found.result == {key: value for key, value in result_of(folder).items() if value is not None}
 
 
+@pytest.mark.slow
 def test_a_merge_without_a_server_is_a_merge(comp, launch):  # noqa: F811
     assert (
         launch(

@@ -173,7 +173,7 @@ def keep_files():
     "rule, ema, ranks",
     [
         ("last-2", "--ema_decay 0.8", 1),
-        ("best-2", "--ema_decay 0.8 --use_ema false", 1),
+        pytest.param("best-2", "--ema_decay 0.8 --use_ema false", 1, marks=pytest.mark.slow),
         pytest.param("best-2", "--ema_decay 0.8", 2, marks=pytest.mark.slow),
     ],
 )

@@ -153,7 +153,9 @@ def killed_and_whole(pics, launch, line, kills, ranks):
     return pics / "runs" / "whole", pics / "runs" / "killed"
 
 
-@pytest.mark.parametrize("line, ranks", [(VIT, 1), pytest.param(VIT, 2, marks=pytest.mark.slow), (BATCH_NORM, 2)])
+@pytest.mark.parametrize(
+    "line, ranks", [(VIT, 1), *(pytest.param(each, 2, marks=pytest.mark.slow) for each in (VIT, BATCH_NORM))]
+)
 def test_killed_twice_is_the_uninterrupted_run(pics, launch, line, ranks):
     line = line.replace("--micro_batch_size 4", f"--micro_batch_size {4 // ranks}")
     runs = killed_and_whole(pics, launch, f"{line} {MIXED} --epochs 3 --save_every_steps 3", (5, 9), ranks)

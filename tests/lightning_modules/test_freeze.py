@@ -125,7 +125,9 @@ LINE = (
 )
 
 
-@pytest.mark.parametrize("what, still", [("backbone", ""), ("0.5", ("conv1", "bn1", "layer1", "layer2"))])
+@pytest.mark.parametrize(
+    "what, still", [pytest.param("backbone", "", marks=pytest.mark.slow), ("0.5", ("conv1", "bn1", "layer1", "layer2"))]
+)
 def test_frozen_statistics_stay_through_a_run(pics, monkeypatch, what, still):
     monkeypatch.chdir(pics)
     line = f"{LINE} --model timm/resnet10t --lr 1e-2"

@@ -249,6 +249,10 @@ def test_a_stock_checkpoint_gives_its_network_back(stock):
             assert all(torch.equal(value, weights[key]) for key, value in other.state_dict().items())
         assert spec == again.spec == data.spec and again.schedule(7) == task.schedule(7)
     assert trainer.validate(again, data, verbose=False)[0]["val/acc1"] > 0
+    elsewhere = Task.load_from_checkpoint(best.best_model_path, map_location="meta", weights_only=True)
+    assert {each.device.type for each in elsewhere.parameters()} == {"meta"}
+    with pytest.raises(ValueError, match="could run code"):
+        Task.load_from_checkpoint(best.best_model_path, weights_only=False)
 
 
 def test_the_task_of_an_old_run_directory_loads_but_does_not_train():

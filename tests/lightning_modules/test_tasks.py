@@ -303,6 +303,7 @@ def prepare():
     experiments.run.main = experiments.prepare.main
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_of_numbers(train, launch, tmp_path):
     train(f"{TEACHER} --data_args.targets 2 --loss ordinal --loss_args.bins 5", "teacher")
     same = f"--micro_batch_size 4 --data_args.targets 2 --loss ordinal --loss_args.bins 5 --epochs 2 {MIXED}"

@@ -22,6 +22,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_its_files_are_metrics_csv_over_kills_resumes_and_ranks(launch, tmp_path):
     pytest.importorskip("tensorboard")
     folder = tmp_path / "runs" / "board"

@@ -290,6 +290,7 @@ def test_an_offline_run_killed_and_resumed_is_read_back_and_synced_whole(launch,
     assert any(file.startswith("media/images/best/confusion") for file in run["files"])
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_told_to_the_sweeps_run_that_asks_for_it_again(launch, tmp_path):
     folder = tmp_path / "runs" / "tracked"
     with WandbStub() as server:
@@ -363,6 +364,7 @@ def test_two_ranks_of_lightnings_launcher_are_one_run(tmp_path):
     assert run["state"] == "finished" and run["summary"]["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_an_outage_in_mid_run_costs_nothing_that_sync_does_not_bring_back(launch, tmp_path):
     folder = tmp_path / "runs" / "tracked"
 
@@ -403,6 +405,7 @@ def test_a_server_that_refuses_costs_no_run(launch, tmp_path, answer):
     assert_no_key(folder)
 
 
+@pytest.mark.slow
 def test_the_state_tells_how_a_run_ended(launch, tmp_path):
     with WandbStub() as server:
         failed = launch(f"{LINE} --name failed", env=server.env, before=partial(at_step, 5, crash))
@@ -420,6 +423,7 @@ def test_the_state_tells_how_a_run_ended(launch, tmp_path):
         assert_as_in_metrics_csv(server.history(other), tmp_path / "runs" / "failed")
 
 
+@pytest.mark.slow
 def test_a_service_killed_in_mid_run_costs_a_warning(launch, tmp_path):
     ended = launch(LINE, before=partial(at_step, 3, kill_service))
     folder = tmp_path / "runs" / "tracked"

@@ -19,6 +19,9 @@ DATA = {"pics": "--data_dir pics", "labels": "--data_dir labels --target a,b --t
 STUDENTS = {"token": "deit_ti16_distilled --model_args.num_heads 2", "heads": "vit_nano4 --model_args.dist_head true"}
 
 
+DEFAULT = ("soft", "hard", "features")  # the other losses are slow
+
+
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     """Class folders and a table of two labels, each with a trained teacher of another width than the students'."""
@@ -63,7 +66,13 @@ def start(taught):
     return found
 
 
-@pytest.mark.parametrize("loss, student", [*((loss, "token") for loss in LOSSES), ("features", "heads")])
+@pytest.mark.parametrize(
+    "loss, student",
+    [
+        *(pytest.param(each, "token", marks=() if each in DEFAULT else pytest.mark.slow) for each in LOSSES),
+        ("features", "heads"),
+    ],
+)
 def test_both_heads_are_trained(taught, start, monkeypatch, capsys, loss, student):
     monkeypatch.chdir(taught)
     assert run.main(f"{line_of(loss, student)} --name {loss}-{student}".split()) == 0

@@ -76,6 +76,7 @@ def check_against_timm(name: str, dtype: torch.dtype, size: tuple[int, int] = (2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.slow
 def test_equals_timm_at_full_size(dtype):
     check_against_timm("convnext_t", dtype, (160, 224) if dtype == torch.float32 else (96, 128))
 
@@ -317,6 +318,7 @@ def test_ladder_changes_one_thing_a_step():
 
 
 @pytest.mark.parametrize("name", LADDER[:12])
+@pytest.mark.slow
 def test_ladder_steps_learn(name):
     model = models.create(name, 3, image_size=32, depths=(1, 1, 2, 1), width=8)
     x = torch.randn(4, 3, 32, 45)

@@ -61,6 +61,7 @@ def check_against_timm(name: str, dtype: torch.dtype, size: int | tuple[int, int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.slow
 def test_equals_timm_at_full_size(dtype):
     check_against_timm("swin_t", dtype)
 
@@ -249,6 +250,7 @@ def test_odd_pictures(size, args):
     assert model(torch.randn(1, 2, 15, 41)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_bfloat16_and_compile():
     model = models.create(
         "swin_t", 3, image_size=64, embed_dim=16, depths=(1, 2), num_heads=(1, 2), window_size=5
