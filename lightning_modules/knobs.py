@@ -31,12 +31,14 @@ def out_of_range(values: Any) -> tuple[Field, Any, str] | None:
     """(field, value, rule) of the first field of a dataclass that breaks its range; None where none does."""
     for each in fields(values):
         value, valid = getattr(values, each.name), each.metadata.get("range")
+        if value is None or valid is None:
+            continue
+        fits, rule = valid
         try:
-            fits = value is None or not valid or valid[0](value)
+            if not fits(value):
+                return each, value, rule
         except TypeError:  # a word where a number belongs
             return each, value, "must be a number"
-        if not fits:
-            return each, value, valid[1]
     return None
 
 
