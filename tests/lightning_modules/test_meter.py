@@ -303,7 +303,7 @@ def test_the_benchmark_times_both_sides_and_what_lies_between(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "line, words",
     [
-        ("--model vit_nan4", "--model: no model named 'vit_nan4'; did you mean vit_nano4"),
+        ("--model vit_nan4", "--model: no model named vit_nan4; did you mean vit_nano4"),
         ("--log_every_steps 0", "--log_every_steps must be at least 1"),
     ],
 )
