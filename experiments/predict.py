@@ -1,4 +1,4 @@
-"""What trained networks say of new pictures: python experiments/predict.py runs/cats --data_dir comp --tta hflip
+"""Predict new images with trained networks: python experiments/predict.py runs/cats --data_dir comp --tta hflip
 
 Each RUN is a run directory, the parent of a run with --folds (all of its folds), a checkpoint, or a file of export.py;
 several are averaged. Needs torch, timm, einops, numpy, pandas and Pillow only, and no network.

@@ -1,1 +1,1 @@
-"""What `benchmark.py` measures beside a step: loading, teachers, tracking, other load."""
+"""Benchmarks of `benchmark.py` beside a step: loading, teachers, tracking, other load, memory."""

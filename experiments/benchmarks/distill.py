@@ -1,5 +1,5 @@
-"""What a teacher costs: the same student takes the same training step alone, with what a cached teacher has said, and
-beside the live teacher."""
+"""Cost of a teacher: the same training step of the same student alone, with a cached teacher's answers, and with the
+live teacher."""
 
 import json
 import random

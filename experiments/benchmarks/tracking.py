@@ -1,4 +1,4 @@
-"""What tracking costs: one training in which blocks of steps with everything a run logs alternate with blocks that log
+"""Cost of tracking: one training in which blocks of steps with everything a run logs alternate with blocks that log
 nothing."""
 
 import os

@@ -1,1 +1,1 @@
-"""What `compare.py` does: read runs, fold seeds, compare pairs, draw and write."""
+"""Steps of `compare.py`: read runs, fold seeds, compare pairs, draw and write."""

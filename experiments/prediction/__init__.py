@@ -1,1 +1,1 @@
-"""What `predict.py` and `submit.py` do: rows, networks, a checked submission."""
+"""Parts of `predict.py` and `submit.py`: rows, networks, a checked submission."""

@@ -1,4 +1,4 @@
-"""Which pictures predict.py is asked about: the rows of a table, or the files of a folder. pandas and numpy alone."""
+"""Images to predict: the rows of a table, or the files of a folder. pandas and numpy alone."""
 
 import os
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""What `prepare.py` does ahead of training: picture cache, a teacher's answers, duplicates."""
+"""Work of `prepare.py` ahead of training: image cache, a teacher's answers, duplicates."""

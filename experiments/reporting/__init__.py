@@ -1,1 +1,1 @@
-"""What a run says of itself: its result, its page, tables and pictures for trackers."""
+"""Reports of a run: its result, its page, tables and images for trackers."""

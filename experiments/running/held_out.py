@@ -1,5 +1,5 @@
-"""Whether weights that a run starts or learns from have learned pictures that it holds out: what is scored on those
-would be too good.
+"""Check that the weights a run starts or learns from were not trained on images that it holds out: their score would be
+too good.
 
 A checkpoint keeps the config of its run and a fingerprint of its splits. The splits are made anew from the config, and
 are the run's own where they have that fingerprint, wherever the folder lies by now.

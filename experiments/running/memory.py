@@ -10,7 +10,7 @@ from datamodules.loading.cores import free_memory
 from datamodules.transforms.crop_sizes import training_sizes
 from experiments.cli.errors import UsageError
 from experiments.config import Config
-from experiments.running.forecast import on_gpu, world_size
+from experiments.running.forecast import lacks_gpus, on_gpu, world_size
 from lightning_modules.optimization.freeze import freeze, hold_frozen
 from lightning_modules.optimization.optimizers import not_hidden
 from lightning_modules.teachers.cached_teacher import CachedTeacher
@@ -51,7 +51,7 @@ def needed(meta: nn.Module, cfg: Config, teacher: Teacher | Teachers | CachedTea
         set_any_size()
     assert cfg.model is not None and cfg.image_size is not None  # filled in by now
     height, width = max(training_sizes(cfg.train_size, cfg.size, cfg.epochs))
-    fused = on_gpu(cfg) or half is not None or cfg.model.startswith("timm/")  # ours on CPU writes attention out
+    fused = on_gpu(cfg) or lacks_gpus(cfg) or cfg.model.startswith("timm/")  # ours on CPU writes attention out
     kept = cost.activation_bytes(meta, (height, width), half=half, fused=fused)
     trained = sum(each.numel() for each in meta.parameters() if each.requires_grad)
     everything = cost.parameters(meta) + sum(each.numel() for each in meta.buffers() if each.is_floating_point())

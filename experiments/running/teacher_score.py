@@ -1,5 +1,5 @@
-"""What a teacher is worth on these data, told before the first step: a wrong order of classes or preparation of
-pictures is seen at once."""
+"""Score of a teacher on the validation images, printed before the first step: a wrong order of classes or a wrong
+preparation of images shows at once."""
 
 from typing import Any
 

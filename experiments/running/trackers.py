@@ -1,4 +1,4 @@
-"""Where a run's rows go: metrics.csv always, and the tracker of --logger."""
+"""Loggers of a run: metrics.csv always, and the tracker of --logger."""
 
 import platform
 import sys

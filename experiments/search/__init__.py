@@ -1,1 +1,1 @@
-"""What `sweep.py` does: a search space, its trials, their processes."""
+"""Parts of `sweep.py`: a search space, its trials, their processes."""

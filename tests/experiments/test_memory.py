@@ -54,6 +54,12 @@ def test_an_image_costs_what_the_largest_crop_keeps(meta):
     assert 0.15 * per_image < small < 0.35 * per_image
 
 
+def test_on_a_cpu_attention_is_written_out_in_either_precision(meta):
+    plain, half = (memory.needed(meta, parse([*LINE, *flags]))[1] for flags in ((), ("--precision", "bf16-mixed")))
+    gpu = memory.needed(meta, parse([*LINE[:-2], "--accelerator", "gpu", "--precision", "bf16-mixed"]))[1]
+    assert gpu < half < plain
+
+
 def test_a_live_teacher_counts_with_its_weights(meta):
     network = models.create("vit_s16", 10, 64, **SMALL["vit_s16"])
     spec = {"mean": [0.5] * 3, "std": [0.5] * 3, "student_mean": [0.5] * 3, "student_std": [0.5] * 3}
